@@ -1,0 +1,59 @@
+# Every target works as the first command in a fresh clone: it needs only make and Python 3.11 or newer.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help install demo test test-all lint format bench clean distclean
+
+help:
+	@echo "make demo       compress the small model that ships inside the package"
+	@echo "make test       run the fast tests"
+	@echo "make test-all   run all tests, the slow ones too"
+	@echo "make lint       ruff, mypy and the import rules"
+	@echo "make format     let ruff rewrite what it can"
+	@echo "make bench      measure the SDK's own overhead on the demo model"
+	@echo "make clean      remove caches and build outputs (distclean: the virtual environment too)"
+
+install: $(STAMP)
+
+# Debian's bare python3 has the venv module but not ensurepip, and would leave half an environment behind.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: '$(PYTHON)' is missing or older than 3.11; name another one with: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "error: '$(PYTHON)' cannot make virtual environments; on Debian and Ubuntu install the package python3-venv" >&2; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || \
+		{ rm -rf $(VENV); echo "error: '$(PYTHON) -m venv $(VENV)' failed, see above" >&2; exit 1; }
+	@echo "Installing into $(VENV): a few minutes the first time"
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/ndonnx demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.overhead --demo
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find ndonnx cli tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)

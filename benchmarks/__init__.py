@@ -1,0 +1,1 @@
+"""Measurements and the scripts behind the shipped assets; not part of the installed package."""

@@ -1,0 +1,64 @@
+"""Converters of operators that move, pad or pool values, in the forms that newer opsets gave them."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ndonnx.convert.linear import Window, torch_pads
+from ndonnx.convert.registry import OnnxNode, converts
+
+_PAD_MODES = {"constant": "constant", "reflect": "reflect", "edge": "replicate", "wrap": "circular"}
+
+
+@converts("Pad")
+class Pad(nn.Module):
+    """`Pad` with pads as an attribute (opset 2) or an input, with or without axes."""
+
+    def __init__(self, node: OnnxNode) -> None:
+        super().__init__()
+        self.mode = _PAD_MODES[node.attributes.get("mode", "constant")]
+        self.pads: list[int] | None = node.attributes.get("pads")
+        self.value = float(node.attributes.get("value", 0.0))
+
+    def forward(
+        self, data: Tensor, pads: Tensor | None = None, value: Tensor | None = None, axes: Tensor | None = None
+    ) -> Tensor:
+        given = self.pads if pads is None else [int(n) for n in pads.tolist()]
+        assert given is not None
+        half = len(given) // 2
+        before, behind = [0] * data.ndim, [0] * data.ndim
+        for i, axis in enumerate(range(half) if axes is None else axes.tolist()):
+            before[axis], behind[axis] = given[i], given[half + i]
+        if self.mode == "constant":
+            return F.pad(data, torch_pads(before, behind), value=self.value if value is None else value.item())
+        moved = next(axis for axis in range(data.ndim) if before[axis] or behind[axis] or axis == data.ndim - 1)
+        return F.pad(data, torch_pads(before[moved:], behind[moved:]), mode=self.mode)
+
+
+@converts("AveragePool")
+class AveragePool(nn.Module):
+    """`AveragePool` without dilation; ceil mode only where torch counts the last window alike."""
+
+    def __init__(self, node: OnnxNode) -> None:
+        super().__init__()
+        self.window = Window(node.attributes)
+        self.kernel = [int(k) for k in node.attributes["kernel_shape"]]
+        self.ceil = bool(node.attributes.get("ceil_mode", 0))
+        self.count_pad = bool(node.attributes.get("count_include_pad", 0))
+        if any(d != 1 for d in self.window.dilation(len(self.kernel))):
+            raise NotImplementedError("AveragePool with dilations")
+
+    def forward(self, data: Tensor) -> Tensor:
+        rank = len(self.kernel)
+        pool = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}[rank]
+        before, behind = self.window.padding(data.shape[2:], self.kernel)
+        stride = self.window.stride(rank)
+        symmetric = before == behind and all(2 * b <= k for b, k in zip(before, self.kernel, strict=True))
+        if symmetric:
+            return pool(data, self.kernel, stride, before, self.ceil, self.count_pad)
+        pads = torch_pads(before, behind)
+        total = pool(F.pad(data, pads), self.kernel, stride, 0, self.ceil)
+        if self.count_pad:
+            return total
+        return total / pool(F.pad(data.new_ones(data.shape[2:])[None, None], pads), self.kernel, stride, 0, self.ceil)

@@ -1,0 +1,124 @@
+"""A slice as a torch module whose parameters are the slice's initializers, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+# The families register their converters when imported.
+from ndonnx.convert import linear, movement, norms  # noqa: F401
+from ndonnx.convert.lower import lower
+from ndonnx.convert.registry import convert
+from ndonnx.errors import ConversionError, ParityError
+
+
+class TorchSlice(nn.Module):
+    """Computes what the ONNX slice computes; its parameters are the slice's weights.
+
+    Call it with the slice's inputs in their order; it returns the one output.
+    """
+
+    def __init__(self, body: nn.Module, inputs: tuple[str, ...], tensors: dict[str, Tensor], moments: frozenset[str]):
+        super().__init__()
+        self.body = body.eval()
+        self.input_names = inputs
+        self.weight_names = tuple(tensors)
+        self.weights = nn.ParameterList(
+            nn.Parameter(tensor, requires_grad=name not in moments) for name, tensor in tensors.items()
+        )
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        out: Tensor = self.body(*inputs, *self.weights)
+        return out
+
+    def train(self, mode: bool = True) -> TorchSlice:
+        """Keep every operator as at inference: a slice learns weights, not statistics."""
+        self.training = mode
+        self.body.eval()
+        return self
+
+    def trained_weights(self) -> dict[str, np.ndarray]:
+        """Every weight by its initializer's name, as contiguous arrays."""
+        return {
+            name: weight.detach().cpu().contiguous().numpy()
+            for name, weight in zip(self.weight_names, self.weights, strict=True)
+        }
+
+
+def to_torch(model: ir.Model) -> TorchSlice:
+    """Convert a slice (constants folded, one output) to torch.
+
+    Raises:
+        ConversionError: names the operator that does not convert.
+    """
+    lowered = lower(model)
+    try:
+        body = convert(lowered.proto)
+    except NotImplementedError as error:
+        raise ConversionError(f"does not convert to torch: {error}") from error
+    except Exception as error:  # onnx2torch reports unsupported cases in many ways; all mean that this slice is kept
+        raise ConversionError(f"does not convert to torch: {type(error).__name__}: {error}") from error
+    tensors = {name: _tensor(model.graph.initializers[name]) for name in lowered.weights}
+    inputs = tuple(value.name or "" for value in model.graph.inputs)
+    return TorchSlice(body, inputs, tensors, lowered.moments)
+
+
+def write_back(model: ir.Model, weights: Mapping[str, np.ndarray]) -> ir.Model:
+    """A copy of the slice with these weights in its initializers; names, nodes and opset stay.
+
+    Raises:
+        KeyError: a weight has no initializer of its name.
+        ValueError: a weight's shape differs from its initializer's.
+    """
+    copy = model.clone()
+    for name, array in weights.items():
+        value = copy.graph.initializers[name]
+        old = value.const_value
+        assert old is not None
+        if tuple(array.shape) != tuple(old.shape.numpy()):
+            raise ValueError(f"{name}: shape {array.shape} does not fit the initializer's {tuple(old.shape.numpy())}")
+        value.const_value = ir.tensor(array.astype(old.dtype.numpy()), name=name)
+    return copy
+
+
+def relative_error(answer: np.ndarray, expected: np.ndarray) -> float:
+    """Largest absolute difference over the largest absolute expected value."""
+    scale = float(np.abs(expected).max(initial=0.0))
+    difference = float(np.abs(answer.astype(np.float64) - expected).max(initial=0.0))
+    return difference / scale if scale > 0 else difference
+
+
+def check_parity(module: TorchSlice, inputs: list[np.ndarray], expected: np.ndarray, tolerance: float) -> float:
+    """The gate before any training: the torch slice must answer as onnxruntime does, in float32.
+
+    Args:
+        inputs: the slice's inputs in order, float32 where floating.
+        expected: onnxruntime's answer to them.
+        tolerance: largest error relative to the output's scale.
+
+    Returns:
+        The relative error.
+
+    Raises:
+        ParityError: shapes differ, or the error is over the tolerance.
+    """
+    with torch.no_grad():
+        try:
+            answer = module(*(torch.from_numpy(np.ascontiguousarray(array)) for array in inputs)).numpy()
+        except Exception as error:  # a converted graph may fail in as many ways as there are operators
+            raise ParityError(f"the converted slice does not run: {type(error).__name__}: {error}") from error
+    if answer.shape != expected.shape:
+        raise ParityError(f"the converted slice answers with shape {answer.shape}, onnxruntime with {expected.shape}")
+    error = relative_error(answer, expected)
+    if not error <= tolerance:
+        raise ParityError(f"the converted slice differs from onnxruntime by {error:.2g} of its scale (at most {tolerance:g})")
+    return error
+
+
+def _tensor(value: ir.Value) -> Tensor:
+    assert value.const_value is not None
+    return torch.from_numpy(np.array(value.const_value.numpy(), dtype=np.float32))

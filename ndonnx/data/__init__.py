@@ -1,0 +1,56 @@
+"""Data sources: from what the user wrote (`calib.npz`, `images/`, `gaussian`) to batches of named arrays."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from ndonnx.data.arrays import ArraySource
+from ndonnx.data.folder import FolderSource
+from ndonnx.data.function import FunctionSource
+from ndonnx.data.gaussian import GaussianSource
+from ndonnx.data.parquet import ParquetSource
+from ndonnx.data.preprocess import resolve
+from ndonnx.data.source import DataSource
+from ndonnx.data.specs import Batch, InputSpec, input_specs
+from ndonnx.errors import DataError
+from ndonnx.recipe import DataRecipe
+
+__all__ = ["Batch", "DataSource", "InputSpec", "input_specs", "open_source"]
+
+_FILES = {".npz": ArraySource, ".npy": ArraySource, ".parquet": ParquetSource}
+_FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
+_KINDS = "a .npz, .npy or .parquet file, a directory of images, module:function, gaussian or gaussian:N"
+
+
+def open_source(spec: str, inputs: Sequence[InputSpec], recipe: DataRecipe, *, seed: int = 0) -> DataSource:
+    """Open a source for a model with these inputs; what can be checked without reading it all is.
+
+    `module:function` runs the user's own code: pass it on only where the user asked for it.
+    `seed` is for `gaussian`.
+
+    Raises:
+        DataError: the source is missing, corrupt, of an unknown kind, or does not fit the model.
+    """
+    if not spec:
+        raise DataError(f"the data source is empty; expected {_KINDS}")
+    inputs = resolve(inputs, recipe)
+    if spec.partition(":")[0] == "gaussian":
+        return GaussianSource(spec, inputs, recipe, seed)
+    path = Path(spec)
+    try:
+        is_directory, size = path.is_dir(), path.stat().st_size if path.is_file() else None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{spec!r}: cannot be read: {error}") from error
+    if is_directory:
+        return FolderSource(spec, inputs, recipe)
+    if size is None and _FUNCTION.fullmatch(spec):
+        return FunctionSource(spec, inputs, recipe)
+    if path.suffix.lower() not in _FILES:
+        raise DataError(f"{spec!r}: unknown kind of data source; expected {_KINDS}")
+    if size is None:
+        raise DataError(f"{spec}: no such file")
+    if size == 0:
+        raise DataError(f"{spec}: the file is empty (0 bytes)")
+    return _FILES[path.suffix.lower()](spec, inputs, recipe)

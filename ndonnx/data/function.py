@@ -1,0 +1,166 @@
+"""`module:function`: the user's own code, called for an iterable of samples or batches."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ndonnx.data.preprocess import prepare_array
+from ndonnx.data.source import DataSource, file_bytes, first_line
+from ndonnx.data.specs import Batch, InputSpec, check_labels
+from ndonnx.errors import DataError
+from ndonnx.recipe import DataRecipe
+
+
+class FunctionSource(DataSource):
+    """Items `{input: array}` or `({input: array}, label)` from a function without arguments.
+
+    An item whose arrays have one axis less than the model's inputs is a single sample; otherwise
+    it is a batch, and its label an array. The function is called afresh for every pass.
+    """
+
+    def __init__(self, spec: str, inputs: Sequence[InputSpec], recipe: DataRecipe) -> None:
+        """Import the function and look at its first item.
+
+        Raises:
+            DataError: it cannot be imported or called, or its first item does not fit the model.
+        """
+        super().__init__(spec, inputs, recipe)
+        self._function = _import(spec)
+        first = next(self._items(), None)
+        if first is None:
+            raise DataError(f"{spec}: gives no samples; expected at least one")
+        self.has_labels = first.labels is not None
+
+    def batches(self, batch_size: int, *, samples: int | None = None, seed: int | None = None) -> Iterator[Batch]:
+        """In order even with a seed, since the length is unknown."""
+        return _regroup(self._limited(samples), batch_size)
+
+    def _limited(self, samples: int | None) -> Iterator[Batch]:
+        left = samples
+        if left == 0:
+            return
+        for item in self._items():
+            if (item.labels is not None) != self.has_labels:
+                raise DataError(f"{self.spec}: some items have a label and some have none; expected one or the other")
+            yield item if left is None else _cut(item, 0, left)
+            if left is not None and (left := left - len(item)) <= 0:
+                return
+
+    def _items(self) -> Iterator[Batch]:
+        """Every item as a batch, checked and prepared."""
+        start = 0
+        for number, raw in enumerate(self._raw_items()):
+            batch = self._read(raw, f"{self.spec}: item {number}", start)
+            start += len(batch)
+            if len(batch):
+                yield batch
+
+    def _raw_items(self) -> Iterator[Any]:
+        # The user's own code may raise anything; whatever it is, it is a fault of the source.
+        try:
+            yield from self._function()
+        except Exception as error:
+            raise DataError(f"{self.spec}: raised {first_line(error)}") from error
+
+    def _read(self, raw: object, where: str, start: int) -> Batch:
+        arrays, label = _split(raw, where)
+        names = [entry.name for entry in self.inputs]
+        if missing := [name for name in names if name not in arrays]:
+            raise DataError(f"{where}: expected the inputs {names}, found {list(arrays)}; missing {missing}")
+        found = {name: _array(arrays[name], f"{where}: '{name}'") for name in names}
+        single = all(found[entry.name].ndim == len(entry.shape) - 1 for entry in self.inputs)
+        if single:
+            found = {name: array[None] for name, array in found.items()}
+        counts = {name: len(array) if array.ndim else 0 for name, array in found.items()}
+        if len(set(counts.values())) != 1:
+            raise DataError(f"{where}: expected as many samples in each array, found {counts}")
+        count = next(iter(counts.values()))
+        rows = np.arange(start, start + count)
+        inputs = {
+            entry.name: prepare_array(found[entry.name], entry, self.recipe, f"{where}: '{entry.name}'", rows)
+            for entry in self.inputs
+        }
+        if label is None or count == 0:
+            return Batch(inputs, None)
+        labels = _array(label, f"{where}: label")
+        return Batch(inputs, check_labels(labels.reshape(-1) if single else labels, count, f"{where}: label"))
+
+    def _content(self) -> Iterator[bytes]:
+        """The spec and the module's source; data that the function reads from elsewhere is not seen."""
+        file = inspect.getsourcefile(self._function)
+        return chain([self.spec.encode()], file_bytes(Path(file), file) if file is not None else [])
+
+
+def _import(spec: str) -> Callable[[], Any]:
+    module_name, _, function_name = spec.partition(":")
+    # Installed commands do not look in the current directory; stays, since the function may import later.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # a module may raise anything while it is imported
+        raise DataError(f"{spec}: cannot import '{module_name}' from {os.getcwd()}: "
+                        f"{first_line(error)}") from error  # fmt: skip
+    function = vars(module).get(function_name)
+    if not inspect.isfunction(function):
+        public = [name for name, value in vars(module).items() if inspect.isfunction(value) and name[0] != "_"]
+        raise DataError(f"{spec}: '{module_name}' has no function '{function_name}'; it has {public or 'none'}")
+    return function
+
+
+def _split(raw: object, where: str) -> tuple[Mapping[str, ArrayLike], ArrayLike | None]:
+    if isinstance(raw, Mapping):
+        return raw, None
+    if isinstance(raw, tuple) and len(raw) == 2 and isinstance(raw[0], Mapping):
+        return raw[0], raw[1]
+    raise DataError(f"{where}: expected {{input: array}} or ({{input: array}}, label), found {type(raw).__name__}")
+
+
+def _array(value: ArrayLike, where: str) -> NDArray[np.generic]:
+    try:
+        array: NDArray[np.generic] = np.asarray(value)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise DataError(f"{where}: cannot be read as an array: {first_line(error)}") from error
+    return array
+
+
+def _cut(batch: Batch, start: int, stop: int) -> Batch:
+    inputs = {name: array[start:stop] for name, array in batch.inputs.items()}
+    return Batch(inputs, None if batch.labels is None else batch.labels[start:stop])
+
+
+def _join(parts: list[Batch]) -> Batch:
+    inputs = {name: np.concatenate([part.inputs[name] for part in parts]) for name in parts[0].inputs}
+    labels = [part.labels for part in parts if part.labels is not None]
+    return Batch(inputs, np.concatenate(labels) if labels else None)
+
+
+def _regroup(items: Iterator[Batch], batch_size: int) -> Iterator[Batch]:
+    """The same samples in batches of `batch_size`; samples of another shape begin a new batch."""
+    held: list[Batch] = []
+    for item in items:
+        if held and not _same_shape(held[0], item):
+            yield _join(held)
+            held = []
+        for start in range(0, len(item), batch_size):
+            held.append(_cut(item, start, start + batch_size))
+            if sum(map(len, held)) >= batch_size:
+                joined = _join(held)
+                yield _cut(joined, 0, batch_size)
+                held = [_cut(joined, batch_size, len(joined))] if len(joined) > batch_size else []
+    if held:
+        yield _join(held)
+
+
+def _same_shape(one: Batch, other: Batch) -> bool:
+    return all(array.shape[1:] == other.inputs[name].shape[1:] for name, array in one.inputs.items())

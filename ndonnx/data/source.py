@@ -1,0 +1,97 @@
+"""The interface that every data source keeps, and the part that sources with row access share."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ndonnx.data.specs import Batch, InputSpec
+from ndonnx.errors import DataError
+from ndonnx.recipe import DataRecipe
+
+CHUNK = 2**20
+"""Bytes read at a time when a file is hashed."""
+
+
+class DataSource(ABC):
+    """Samples for a model, in batches of named arrays."""
+
+    def __init__(self, spec: str, inputs: Sequence[InputSpec], recipe: DataRecipe) -> None:
+        self.spec = spec
+        """The source as the user wrote it."""
+        self.inputs = tuple(inputs)
+        self.recipe = recipe
+        self.length: int | None = None
+        """Number of samples; None when only running through them would tell."""
+        self.has_labels = False
+        self._fingerprint: str | None = None
+
+    @abstractmethod
+    def batches(self, batch_size: int, *, samples: int | None = None, seed: int | None = None) -> Iterator[Batch]:
+        """At most `samples` samples, `batch_size` at a time (the last batch may be smaller).
+
+        With a seed and a known length they are drawn at random without replacement and come in
+        shuffled order; otherwise they come in order, from the first.
+
+        Raises:
+            DataError: a sample is corrupt or does not fit the model; names the sample.
+        """
+
+    @abstractmethod
+    def _content(self) -> Iterator[bytes]:
+        """The bytes that decide what the samples are, in a fixed order."""
+
+    def fingerprint(self) -> str:
+        """Hex digest of the content and of the way it is turned into model inputs."""
+        if self._fingerprint is None:
+            digest = hashlib.blake2b(digest_size=16)
+            digest.update(self.recipe.model_dump_json().encode())
+            digest.update("; ".join(map(str, self.inputs)).encode())
+            for part in self._content():
+                digest.update(part)
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
+
+
+class RowSource(DataSource):
+    """A source whose samples can be fetched by index."""
+
+    length: int
+
+    @abstractmethod
+    def _fetch(self, rows: NDArray[np.int64]) -> Batch:
+        """The samples with these indices, in this order."""
+
+    def batches(self, batch_size: int, *, samples: int | None = None, seed: int | None = None) -> Iterator[Batch]:
+        order = row_order(self.length, samples, seed)
+        for start in range(0, len(order), batch_size):
+            yield self._fetch(order[start : start + batch_size])
+
+
+def row_order(length: int, samples: int | None, seed: int | None) -> NDArray[np.int64]:
+    """Indices of the samples to read, int64 (min(length, samples),): in order, or drawn with a seed."""
+    count = length if samples is None else min(length, samples)
+    if seed is None:
+        return np.arange(count, dtype=np.int64)
+    return np.random.default_rng(seed).choice(length, size=count, replace=False).astype(np.int64)
+
+
+def first_line(error: BaseException) -> str:
+    """The kind of an error and the first line of its message, for messages of one line."""
+    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+
+
+def file_bytes(path: Path, where: str) -> Iterator[bytes]:
+    """The file in pieces, after its length, so that two files never run into each other."""
+    try:
+        with path.open("rb") as file:
+            yield f"{path.stat().st_size}:".encode()
+            while chunk := file.read(CHUNK):
+                yield chunk
+    except OSError as error:
+        raise DataError(f"{where}: cannot read the file: {error.strerror}") from error

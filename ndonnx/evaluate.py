@@ -1,0 +1,291 @@
+"""How good a model is: accuracy with labels; agreement and error against a teacher without.
+
+One pass over the data. Nothing is kept but sums, so the memory needed does not grow with it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from ndonnx.data import Batch, DataSource, input_specs
+from ndonnx.errors import DataError, ModelError
+from ndonnx.progress import Progress, Silent
+from ndonnx.teacher.sessions import OrtError, first_line, make_session
+
+Model = str | Path | ir.Model
+Array = NDArray[np.generic]
+Float = NDArray[np.float64]
+
+CLASS_RANK = 2
+"""Rank of class scores: (samples, classes)."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured; None where labels, a teacher or class scores were missing.
+
+    Class scores are the first float output of shape (samples, classes) with at least 2 classes.
+    """
+
+    samples: int
+    accuracy: float | None
+    """Part of the samples whose largest class score is at the label (top-1)."""
+    agreement: float | None
+    """Part of the samples whose largest class score is where the teacher's is."""
+    nmse: float | None
+    """Squared error over the teacher's variance, pooled over all float outputs; inf where an output broke."""
+    max_error: float | None
+    """Largest absolute difference from a teacher's value, over all float outputs."""
+    kl: float | None
+    """Kullback-Leibler divergence of the class distribution from the teacher's, in nats, mean over samples."""
+
+    def to_json(self) -> dict[str, int | float | None]:
+        """As a mapping for JSON, which has no NaN or Inf: such values become None."""
+        return {key: value if value is None or math.isfinite(value) else None for key, value in asdict(self).items()}
+
+
+def evaluate(
+    model: Model,
+    data: DataSource,
+    *,
+    teacher: Model | None = None,
+    batch_size: int = 256,
+    threads: int | None = None,
+    samples: int | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Run the model over all of the data, and beside it the teacher if there is one.
+
+    A model with a fixed batch dimension is run at that size, the last samples padded.
+
+    Args:
+        model: path or IR model.
+        data: opened for the inputs of this model (`input_specs`).
+        teacher: what to compare with; needs the same inputs and outputs.
+        batch_size: samples per run where the model leaves that open.
+        threads: for onnxruntime; None takes the cores of the process's affinity.
+        samples: only so many, the first ones; None for all.
+
+    Raises:
+        ModelError: a model cannot be opened or run, or the two do not match.
+        DataError: a sample is corrupt or does not fit, or a label is no class of the model.
+    """
+    progress = Silent() if progress is None else progress
+    student = _Runner(model, threads)
+    reference = None if teacher is None else _Runner(teacher, threads)
+    if reference is not None:
+        _check_match(student, reference)
+    tally = _Tally(student.name)
+    total = data.length if samples is None or data.length is None else min(samples, data.length)
+    progress.stage("evaluate", total=total, unit="samples")
+    fixed = student.batch_size or (reference.batch_size if reference is not None else None)
+    for batch in data.batches(batch_size, samples=samples):
+        for part in _parts(batch, fixed):
+            expected = None if reference is None else reference.run(part, fixed)
+            tally.add(student.run(part, fixed), expected, part.labels, len(part))
+        progress.advance(len(batch))
+    return tally.result()
+
+
+class _Runner:
+    """A session that knows its name for messages, its outputs and its batch size."""
+
+    def __init__(self, model: Model, threads: int | None) -> None:
+        self.name = f"graph '{model.graph.name or ''}'" if isinstance(model, ir.Model) else str(model)
+        self._session = make_session(model, threads=threads)
+        self.inputs = input_specs(self._session)
+        self.outputs = [output.name for output in self._session.get_outputs()]
+        sizes = {spec.shape[0] for spec in self.inputs if spec.shape and isinstance(spec.shape[0], int)}
+        if len(sizes) > 1:
+            raise ModelError(f"{self.name}: expected one batch size, found {sorted(map(str, sizes))} in its inputs")
+        size = next(iter(sizes), None)
+        self.batch_size = size if isinstance(size, int) else None
+        """The fixed first dimension of the inputs; None where it is dynamic."""
+
+    def run(self, batch: Batch, size: int | None) -> dict[str, Array]:
+        """The outputs for these samples, run as a batch of `size` if it is fixed."""
+        count = len(batch)
+        feeds = {spec.name: _pad(batch.inputs[spec.name], size or count) for spec in self.inputs}
+        try:
+            values = self._session.run(self.outputs, feeds)
+        except OrtError as error:
+            raise ModelError(f"{self.name}: onnxruntime failed on a batch of {count}: {first_line(error)}") from error
+        # Only an output with one row per sample can be cut back to the samples that are not padding.
+        return {
+            name: value[:count] if value.ndim and len(value) == size else value
+            for name, value in zip(self.outputs, values, strict=True)
+            if isinstance(value, np.ndarray)
+        }
+
+
+class _Tally:
+    """Running sums of everything that an `Evaluation` tells."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._samples = 0
+        self._labelled = 0
+        self._right = 0
+        self._compared = 0
+        self._agreed = 0
+        self._divergence = 0.0
+        self._probabilities: bool | None = None
+        self._fidelity: dict[str, _Fidelity] = {}
+
+    def add(
+        self,
+        outputs: Mapping[str, Array],
+        expected: Mapping[str, Array] | None,
+        labels: NDArray[np.int64] | None,
+        count: int,
+    ) -> None:
+        """Take in the outputs for `count` samples."""
+        if expected is not None:
+            self._compare(outputs, expected)
+        scores = next((name for name, value in outputs.items() if _is_scores(value, count)), None)
+        if scores is not None:
+            predicted = _top(outputs[scores])
+            if labels is not None:
+                self._check(labels, outputs[scores].shape[1])
+                self._labelled += count
+                self._right += int(np.sum(predicted == labels))
+            if expected is not None:
+                self._compared += count
+                self._agreed += int(np.sum(predicted == _top(expected[scores])))
+                self._divergence += self._kl(outputs[scores], expected[scores])
+        self._samples += count
+
+    def result(self) -> Evaluation:
+        """Everything so far."""
+        if not self._samples:
+            raise DataError(f"{self._name}: nothing to evaluate, the data source gave no samples")
+        parts = list(self._fidelity.values())
+        return Evaluation(
+            samples=self._samples,
+            accuracy=self._right / self._labelled if self._labelled else None,
+            agreement=self._agreed / self._compared if self._compared else None,
+            nmse=_ratio(sum(part.error for part in parts), sum(part.spread for part in parts)) if parts else None,
+            max_error=max(part.largest for part in parts) if parts else None,
+            kl=self._divergence / self._compared if self._compared else None,
+        )
+
+    def _compare(self, outputs: Mapping[str, Array], expected: Mapping[str, Array]) -> None:
+        for name, value in expected.items():
+            if outputs[name].shape != value.shape:
+                raise ModelError(
+                    f"{self._name}: output '{name}': expected the teacher's shape {list(value.shape)}, "
+                    f"found {list(outputs[name].shape)}"
+                )
+            if value.dtype.kind == "f":
+                self._fidelity.setdefault(name, _Fidelity()).add(outputs[name], value)
+
+    def _kl(self, student: Array, teacher: Array) -> float:
+        if self._probabilities is None:  # the first batch tells whether the model ends in a softmax
+            scores = teacher.astype(np.float64)
+            self._probabilities = bool(np.all(scores >= 0) and np.allclose(scores.sum(axis=1), 1, atol=1e-2))
+        log_p, log_q = (_log_probabilities(value, self._probabilities) for value in (teacher, student))
+        possible = np.exp(log_p) > 0  # a class that the teacher masks adds nothing
+        value = float(np.sum(np.exp(log_p[possible]) * (log_p[possible] - log_q[possible])))
+        return math.inf if math.isnan(value) else value
+
+    def _check(self, labels: NDArray[np.int64], classes: int) -> None:
+        wrong = np.flatnonzero((labels < 0) | (labels >= classes))
+        if len(wrong):
+            raise DataError(
+                f"sample {self._samples + wrong[0]}: label {labels[wrong[0]]} is no class of {self._name}, "
+                f"expected 0 to {classes - 1}; mend the labels"
+            )
+
+
+class _Fidelity:
+    """Error of one output against the teacher's, and the spread of the teacher's around its mean."""
+
+    def __init__(self) -> None:
+        self.error = 0.0
+        """Sum of squared differences."""
+        self.spread = 0.0
+        """Sum of the teacher's squared deviations from its mean over all elements."""
+        self.largest = 0.0
+        self._count = 0
+        self._mean = 0.0
+
+    def add(self, student: Array, teacher: Array) -> None:
+        """Take in one batch. Where the teacher itself is not finite (masks), the student may be anything."""
+        finite = np.isfinite(teacher)
+        wanted = teacher[finite].astype(np.float64)
+        if not wanted.size:
+            return
+        difference = np.abs(student[finite].astype(np.float64) - wanted)
+        difference[np.isnan(difference)] = np.inf
+        self.error += float(np.sum(np.square(difference)))
+        self.largest = max(self.largest, float(difference.max()))
+        self._spread_by(wanted)
+
+    def _spread_by(self, values: Float) -> None:
+        # Chan's update: summing squares and subtracting the mean at the end would cancel digits.
+        mean = float(values.mean())
+        shift = mean - self._mean
+        total = self._count + values.size
+        self.spread += float(np.sum(np.square(values - mean))) + shift * shift * self._count * values.size / total
+        self._mean += shift * values.size / total
+        self._count = total
+
+
+def _parts(batch: Batch, size: int | None) -> Iterator[Batch]:
+    for start in range(0, len(batch), size or len(batch)):
+        part = slice(start, start + (size or len(batch)))
+        inputs = {name: value[part] for name, value in batch.inputs.items()}
+        yield Batch(inputs, None if batch.labels is None else batch.labels[part])
+
+
+def _pad(value: Array, size: int) -> Array:
+    missing = size - len(value)
+    return np.concatenate([value, np.repeat(value[-1:], missing, axis=0)]) if missing else value
+
+
+def _is_scores(value: Array, count: int) -> bool:
+    return value.dtype.kind == "f" and value.ndim == CLASS_RANK and len(value) == count and value.shape[1] > 1
+
+
+def _top(scores: Array) -> NDArray[np.int64]:
+    """The class with the largest score; -1, which is no class, where a score is NaN."""
+    top = np.argmax(scores, axis=1).astype(np.int64)
+    top[np.isnan(scores).any(axis=1)] = -1
+    return np.asarray(top)
+
+
+def _log_probabilities(scores: Array, probabilities: bool) -> Float:
+    values = scores.astype(np.float64)
+    if probabilities:
+        return np.asarray(np.log(np.maximum(values, np.finfo(np.float32).tiny)))
+    with np.errstate(invalid="ignore"):  # Inf - Inf: a broken model, whose divergence is reported as inf
+        values -= values.max(axis=1, keepdims=True)
+        return np.asarray(values - np.log(np.sum(np.exp(values), axis=1, keepdims=True)))
+
+
+def _ratio(error: float, spread: float) -> float:
+    """Error over spread; a constant output is met exactly (0) or not at all (inf)."""
+    if error == 0:
+        return 0.0
+    return error / spread if spread > 0 else math.inf
+
+
+def _check_match(student: _Runner, teacher: _Runner) -> None:
+    for what, found, expected in (
+        ("inputs", [spec.name for spec in student.inputs], [spec.name for spec in teacher.inputs]),
+        ("outputs", student.outputs, teacher.outputs),
+    ):
+        if sorted(found) != sorted(expected):
+            raise ModelError(f"{student.name}: expected the {what} of {teacher.name}, {expected}, found {found}")
+    if student.batch_size and teacher.batch_size and student.batch_size != teacher.batch_size:
+        raise ModelError(
+            f"{student.name}: expected the batch size {teacher.batch_size} of {teacher.name}, "
+            f"found {student.batch_size}"
+        )

@@ -1,0 +1,148 @@
+"""The far end of the pipe: what runs inside a worker process.
+
+Nothing heavy may be imported here: the number of threads has to stand in the environment before
+the first job, once unpickled, brings in the numerical libraries.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import sys
+import threading
+import traceback
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.process import parent_process
+
+from ndonnx.executor.base import Job, Outcome, attempt
+
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A progress event of the worker's current job."""
+
+    step: int
+    steps: int
+    nmse: float
+    peak_rss: int
+
+
+@dataclass(frozen=True)
+class Done:
+    """The worker's job has ended, as a job may."""
+
+    outcome: Outcome
+    peak_rss: int
+
+
+@dataclass(frozen=True)
+class Bug:
+    """The worker's job has ended as no job may. `error` is None where it does not survive pickling."""
+
+    error: Exception | None
+    summary: str
+    traceback: str
+    peak_rss: int
+
+
+Message = Step | Done | Bug
+
+
+def serve(pipe: Connection, threads: int) -> None:
+    """Run the jobs that come in on `pipe` until it closes.
+
+    Plain pickle, not the pipe's own: torch teaches that one to pass tensors as shared memory,
+    which is gone when this process dies.
+    """
+    _settle(threads)
+    while True:
+        try:
+            packed = pipe.recv_bytes()
+        except EOFError:
+            return
+        _tell(pipe, _run(packed, pipe))
+
+
+def _settle(threads: int) -> None:
+    """Make this process a good worker: quiet, short-lived, and no wider than its share of the cores."""
+    # Ctrl-C reaches the whole process group; the supervisor decides what becomes of its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform != "win32":
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    # What a library prints must not end up in the main process's results. Closed streams are no harm.
+    with suppress(OSError):
+        os.dup2(2, 1)
+    for variable in _THREAD_VARIABLES:
+        asked = os.environ.get(variable, "")
+        fewer = asked.isdecimal() and 0 < int(asked) < threads
+        os.environ[variable] = asked if fewer else str(threads)
+
+
+def _die_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _run(packed: bytes, pipe: Connection) -> bytes:
+    """Run one pickled job; the pickled `Done` or `Bug` that tells how it ended."""
+
+    def on_step(step: int, steps: int, nmse: float) -> None:
+        _tell(pipe, pickle.dumps(Step(step, steps, nmse, peak_rss())))
+
+    try:
+        job: Job = pickle.loads(packed)
+        return pickle.dumps(Done(attempt(job, on_step), peak_rss()))
+    except Exception as error:  # not swallowed: raised again in the main process
+        text = "".join(traceback.format_exception(error))
+        summary = f"{type(error).__name__}: {error}"
+        return pickle.dumps(Bug(_travelling(error), summary, text, peak_rss()))
+
+
+def _travelling(error: Exception) -> Exception | None:
+    """The error if it can be pickled and read back, which many with an `__init__` of their own cannot."""
+    try:
+        copy = pickle.loads(pickle.dumps(error))
+    except Exception:  # user-defined pickling may raise anything; the error's text still travels
+        return None
+    return error if type(copy) is type(error) else None
+
+
+def _tell(pipe: Connection, message: bytes) -> None:
+    try:
+        pipe.send_bytes(message)
+    except OSError:
+        os._exit(1)  # nobody listens any more
+
+
+if sys.platform == "linux":
+
+    def peak_rss() -> int:
+        """Most memory this process has held, in bytes.
+
+        Not `ru_maxrss`: a process started by another begins with that one's peak.
+        """
+        with open("/proc/self/status", encoding="ascii", errors="replace") as status:
+            return next((int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:")), 0)
+
+elif sys.platform == "win32":
+
+    def peak_rss() -> int:
+        """Not known on this system: 0."""
+        return 0
+
+else:
+    import resource
+
+    _RSS_UNIT = 1 if sys.platform == "darwin" else 1024
+
+    def peak_rss() -> int:
+        """Most memory this process has held, in bytes."""
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT

@@ -1,0 +1,162 @@
+"""Reading a `.onnx` file that nobody vouches for, and writing one whole or not at all."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+from google.protobuf.message import DecodeError
+from onnx_ir.passes.common import InlinePass, ShapeInferencePass
+
+from ndonnx.errors import ModelError, RunDirError
+
+PROTOBUF_LIMIT = 1_900_000_000
+"""Bytes of tensors above which a model is written with external data (protobuf stops at 2 GB)."""
+
+
+def load(path: str | Path) -> ir.Model:
+    """Read a model as `onnx_ir` sees it: external data stays on disk, functions are inlined, shapes are inferred.
+
+    Names, nodes, opset, initializers among the inputs and metadata are kept as they are.
+
+    Raises:
+        ModelError: the file is missing, empty, not ONNX, or names external data outside its folder.
+    """
+    path = Path(path)
+    try:
+        proto = onnx.load(path, load_external_data=False)
+    except FileNotFoundError as error:
+        raise ModelError(f"{path}: no such file") from error
+    except OSError as error:
+        raise ModelError(f"{path}: cannot read the model: {error.strerror}") from error
+    except (DecodeError, ValueError) as error:
+        raise ModelError(f"{path}: not an ONNX file, or a truncated one: export or copy it again") from error
+    if not proto.graph.output:
+        raise ModelError(f"{path}: not an ONNX model: it has no graph with an output")
+    if not any(entry.domain in ("", "ai.onnx") for entry in proto.opset_import):
+        raise ModelError(f"{path}: the model states no opset for the ONNX operators; export it again")
+    try:
+        model = ir.from_proto(proto)
+    except Exception as error:  # whatever a hostile graph provokes in the deserialiser is the file's fault
+        raise ModelError(f"{path}: the graph is malformed: {_first_line(error)}") from error
+    _resolve_external_data(model, path)
+    _check_names(model, path)
+    if model.functions:
+        model = InlinePass()(model).model
+    return infer_shapes(model)
+
+
+def infer_shapes(model: ir.Model) -> ir.Model:
+    """Fill in types and shapes where ONNX can infer them; what it cannot infer stays unknown."""
+    log = logging.getLogger("onnx_ir.passes.common.shape_inference")
+    level = log.level
+    log.setLevel(logging.ERROR)  # a model with custom operators is no reason for a page of warnings
+    try:
+        return ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model).model
+    finally:
+        log.setLevel(level)
+
+
+def serialise(model: ir.Model) -> bytes:
+    """The model as the bytes of one `.onnx` file."""
+    return ir.to_proto(model).SerializeToString(deterministic=True)
+
+
+def save(model: ir.Model, path: str | Path) -> None:
+    """Write a model under its final name only when it is complete.
+
+    Above 1.9 GB of tensors the weights go into `<name>.data` beside the file.
+
+    Raises:
+        RunDirError: the folder is missing, unwritable, or full.
+    """
+    path = Path(path)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".ndonnx-", dir=path.parent) as scratch:
+            whole = Path(scratch) / path.name
+            if tensor_bytes(model) > PROTOBUF_LIMIT:
+                ir.save(model, whole, external_data=f"{path.name}.data")
+            else:
+                whole.write_bytes(serialise(model))
+            for part in sorted(Path(scratch).iterdir(), key=lambda part: part == whole):
+                os.replace(part, path.parent / part.name)
+    except OSError as error:
+        raise RunDirError(f"{path}: cannot write the model: {error.strerror}") from error
+
+
+def check_writable(path: str | Path) -> None:
+    """Refuse, before any work is done, a path under which nothing could be written.
+
+    Raises:
+        RunDirError: naming the path and what is wrong with it.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise RunDirError(f"{path}: is a directory; give the name of a file to write")
+    try:
+        with tempfile.TemporaryDirectory(prefix=".ndonnx-", dir=path.parent):
+            pass
+    except OSError as error:
+        raise RunDirError(f"{path}: cannot write there: {error.strerror}") from error
+    if path.exists() and not os.access(path, os.W_OK):
+        raise RunDirError(f"{path}: exists and is not writable")
+    if shutil.disk_usage(path.parent).free == 0:
+        raise RunDirError(f"{path}: the disk is full")
+
+
+def tensor_bytes(model: ir.Model) -> int:
+    """Bytes of all initializers, without reading those kept in external data."""
+    return sum(tensor.nbytes for value in model.graph.initializers.values() if (tensor := value.const_value) is not None)
+
+
+def _resolve_external_data(model: ir.Model, path: Path) -> None:
+    """Tie each external tensor to a real file inside the model's own folder."""
+    folder = path.parent.resolve()
+    for tensor in _external_tensors(model):
+        location = Path(tensor.location)
+        target = (folder / location).resolve()
+        if location.is_absolute() or not target.is_relative_to(folder):
+            raise ModelError(
+                f"{path}: tensor '{tensor.name}' keeps its data in '{tensor.location}', outside the model's folder"
+            )
+        if not target.is_file():
+            raise ModelError(f"{path}: tensor '{tensor.name}' needs the missing file '{tensor.location}' beside the model")
+        end = (tensor.offset or 0) + tensor.nbytes
+        if target.stat().st_size < end:
+            raise ModelError(
+                f"{path}: tensor '{tensor.name}' needs {end} bytes of '{tensor.location}', which has {target.stat().st_size}"
+            )
+        tensor.base_dir = str(folder)
+
+
+def _external_tensors(model: ir.Model) -> list[ir.ExternalTensor]:
+    found: list[ir.ExternalTensor] = []
+    for graph in model.graphs():
+        found += [v.const_value for v in graph.initializers.values() if isinstance(v.const_value, ir.ExternalTensor)]
+        for node in graph:
+            for attribute in node.attributes.values():
+                if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
+                    found.append(attribute.value)
+    return found
+
+
+def _check_names(model: ir.Model, path: Path) -> None:
+    """Refuse a graph that reads a value which nothing produces, or reads it before it is there."""
+    known = {value.name for value in model.graph.inputs} | set(model.graph.initializers)
+    for node in model.graph:
+        for value in node.inputs:
+            if value is not None and value.name not in known:
+                raise ModelError(f"{path}: node '{node.name or node.op_type}' reads '{value.name}' before anything makes it")
+        known |= {value.name for value in node.outputs}
+    for value in model.graph.outputs:
+        if value.name not in known:
+            raise ModelError(f"{path}: the output '{value.name}' is made by no node")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

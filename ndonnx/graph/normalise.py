@@ -1,0 +1,69 @@
+"""Constant parts of a graph, computed once and held as initializers."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+
+from ndonnx.graph.dataflow import Dataflow, Kind
+from ndonnx.graph.load import serialise
+
+FOLD_LIMIT = 256 * 2**20
+"""Largest constant, in bytes, that is computed ahead (a `ConstantOfShape` can ask for anything)."""
+
+
+def fold_constants(model: ir.Model) -> ir.Model:
+    """Replace every value computed from constants alone by an initializer of the same name.
+
+    Works in place on a slice and returns it. Nodes that became dead go; initializers that
+    nothing reads any more go with them. Initializers are taken off the inputs.
+    """
+    graph = model.graph
+    _take_initializers_off_inputs(graph)
+    flow = Dataflow.of(graph)
+    wanted = [
+        value
+        for node in graph
+        if flow.kinds[node.outputs[0]] is Kind.CONSTANT
+        for value in node.outputs
+        if value.is_graph_output() or any(flow.kinds[user.outputs[0]] is not Kind.CONSTANT for user in value.consumers())
+    ]
+    for value, array in zip(wanted, _evaluate(model, wanted), strict=True):
+        name = value.name
+        replacement = ir.Value(name=name, const_value=ir.tensor(array, name=name))
+        replacement.shape = ir.Shape(array.shape)
+        replacement.dtype = replacement.const_value.dtype if replacement.const_value is not None else None
+        value.name = f"{name}/folded"
+        value.replace_all_uses_with(replacement, replace_graph_outputs=True)
+        graph.register_initializer(replacement)
+    _drop_dead(graph)
+    return model
+
+
+def _take_initializers_off_inputs(graph: ir.Graph) -> None:
+    for value in [value for value in graph.inputs if value.name in graph.initializers]:
+        graph.inputs.remove(value)
+
+
+def _evaluate(model: ir.Model, wanted: list[ir.Value]) -> list[np.ndarray]:
+    """Values of constants, small ones read off, the rest computed by onnxruntime without inputs."""
+    ready = {value: tensor.numpy() for value in wanted if (tensor := ir.convenience.get_const_tensor(value)) is not None}
+    rest = [value for value in wanted if value not in ready]
+    if rest:
+        part = ir.Model(ir.convenience.extract(model.graph, [], rest), ir_version=model.ir_version)
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = 1
+        session = ort.InferenceSession(serialise(part), options, providers=["CPUExecutionProvider"])
+        ready |= dict(zip(rest, session.run([value.name for value in rest], {}), strict=True))
+    return [ready[value] for value in wanted]
+
+
+def _drop_dead(graph: ir.Graph) -> None:
+    for node in reversed(list(graph)):
+        if not any(value.is_graph_output() or value.uses() for value in node.outputs):
+            graph.remove(node, safe=True)
+    for name, value in list(graph.initializers.items()):
+        if not value.uses() and not value.is_graph_output():
+            del graph.initializers[name]

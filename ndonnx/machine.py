@@ -1,0 +1,41 @@
+"""What the machine at hand can do."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from ndonnx.errors import UsageError
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on: its affinity where the system tells, else all."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def pick_device(wanted: str) -> str:
+    """`cpu` or `cuda`; `auto` takes cuda where torch has it.
+
+    Raises:
+        UsageError: cuda was asked for and is not there.
+    """
+    import torch  # noqa: PLC0415 - seconds to import, not needed for help texts
+
+    if wanted == "cpu":
+        return "cpu"
+    if torch.cuda.is_available():
+        return "cuda"
+    if wanted == "cuda":
+        raise UsageError("--device cuda: torch finds no CUDA device here; use --device cpu or auto")
+    return "cpu"
+
+
+def computes_in_bf16(device: str) -> bool:
+    """Whether bfloat16 is a native type of the device, and so faster than float32."""
+    import torch  # noqa: PLC0415
+
+    if device == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.cpu.get_capabilities().get("avx512_bf16", False))

@@ -1,0 +1,22 @@
+"""Which parts of the teacher can be replaced: regions, neighbourhoods, channel groups."""
+
+from ndonnx.partition.groups import ChannelGroup, ChannelGroups, DimensionEdit, WeightAxis, find_groups
+from ndonnx.partition.neighbourhoods import Neighbourhood, Partition, partition
+from ndonnx.partition.regions import Atom, Chain, find_chains
+from ndonnx.partition.slices import extract, region_nodes
+
+__all__ = [
+    "Atom",
+    "Chain",
+    "ChannelGroup",
+    "ChannelGroups",
+    "DimensionEdit",
+    "Neighbourhood",
+    "Partition",
+    "WeightAxis",
+    "extract",
+    "find_chains",
+    "find_groups",
+    "partition",
+    "region_nodes",
+]

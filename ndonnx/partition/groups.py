@@ -1,0 +1,160 @@
+"""Channel groups of a slice: which channels of which weights can go, and what goes with them.
+
+Walks the slice once with the rules of `rules.py`, then sorts the channels that no rule froze
+into units (removed together: a channel with everything that carries it) and groups (units of
+equal standing, of which a part `k` is kept).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from ndonnx.partition.labels import FROZEN, Labels
+from ndonnx.partition.rules import Role, Tracker, apply_rule
+
+
+@dataclass(frozen=True, eq=False)
+class WeightAxis:
+    """One axis of an initializer whose positions are channels of a group."""
+
+    initializer: str
+    axis: int
+    role: Role
+    units: npt.NDArray[np.int64]
+    """Unit of each position, -1 where the position stays."""
+
+
+@dataclass(frozen=True, eq=False)
+class DimensionEdit:
+    """A number that a node holds and that follows from how many units are kept."""
+
+    node: str
+    """Name of the node's first output."""
+    attribute: str
+    units: npt.NDArray[np.int64]
+    """The new number is how many of these are kept."""
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Units `start ... stop - 1`, interchangeable, of which a part is kept."""
+
+    name: str
+    """Value that the channels are made in."""
+    start: int
+    stop: int
+
+    @property
+    def width(self) -> int:
+        """Number of units."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelGroups:
+    """All that can be shrunk in one slice."""
+
+    groups: tuple[ChannelGroup, ...]
+    axes: tuple[WeightAxis, ...]
+    edits: tuple[DimensionEdit, ...]
+
+    @property
+    def units(self) -> int:
+        """Number of units over all groups."""
+        return self.groups[-1].stop if self.groups else 0
+
+    def weights(self) -> set[str]:
+        """Names of the initializers that have an axis in a group."""
+        return {axis.initializer for axis in self.axes}
+
+
+def find_groups(nodes: Iterable[ir.Node], exit_: ir.Value) -> ChannelGroups:
+    """Channel groups of the slice made of `nodes` (in topological order) and ending in `exit_`.
+
+    Values made outside the nodes are not followed, so their channels stay; so do the exit's.
+    """
+    nodes = list(nodes)
+    tracker = Tracker()
+    for node in nodes:
+        apply_rule(tracker, node)
+    tracker.freeze(exit_)
+    _freeze_weights_read_elsewhere(tracker, nodes)
+    _freeze_unread(tracker)
+    return _assemble(tracker)
+
+
+def _freeze_weights_read_elsewhere(tracker: Tracker, nodes: list[ir.Node]) -> None:
+    """A weight that some node of the slice reads without a rule having labelled it stays whole."""
+    for node in nodes:
+        for value in node.inputs:
+            if value is not None and value in tracker.weights and node not in tracker.weights[value].readers:
+                for labels in tracker.weights[value].axes.values():
+                    tracker.sets.freeze(labels)
+
+
+def _freeze_unread(tracker: Tracker) -> None:
+    """A unit that no weight sums over has no consumer to refit, and nothing to show it is unused."""
+    read = {FROZEN}
+    for weight in tracker.weights.values():
+        for axis, labels in weight.axes.items():
+            if weight.roles[axis] == "in":
+                read.update(tracker.sets.roots(labels).tolist())
+    for labels in tracker.made.values():
+        roots = tracker.sets.roots(labels)
+        if not set(roots.tolist()) <= read:
+            tracker.sets.freeze(labels[~np.isin(roots, list(read))])
+
+
+def _assemble(tracker: Tracker) -> ChannelGroups:
+    unit_of: dict[int, int] = {}
+    groups: list[ChannelGroup] = []
+    for name, members in _components(tracker):
+        start = len(unit_of)
+        for root in members:
+            unit_of[root] = len(unit_of)
+        groups.append(ChannelGroup(name, start, len(unit_of)))
+
+    def units(labels: Labels) -> npt.NDArray[np.int64]:
+        return np.array([unit_of.get(int(root), -1) for root in tracker.sets.roots(labels)], dtype=np.int64)
+
+    axes = [
+        WeightAxis(value.name or "", axis, weight.roles[axis], found)
+        for value, weight in tracker.weights.items()
+        for axis, labels in weight.axes.items()
+        if ((found := units(labels)) >= 0).any()
+    ]
+    edits = [
+        DimensionEdit(node.outputs[0].name or "", attribute, found)
+        for node, attribute, labels in tracker.edits
+        if ((found := units(labels)) >= 0).any()
+    ]
+    return ChannelGroups(tuple(groups), tuple(axes), tuple(edits))
+
+
+def _components(tracker: Tracker) -> list[tuple[str, list[int]]]:
+    """Roots that stand on a common axis, as groups in the order in which they are made."""
+    leader: dict[int, int] = {}
+    members: dict[int, list[int]] = defaultdict(list)
+    names: dict[int, str] = {}
+    for name, labels in tracker.made.items():
+        roots = list(dict.fromkeys(root for root in tracker.sets.roots(labels).tolist() if root != FROZEN))
+        if not roots:
+            continue
+        joined = list(dict.fromkeys(leader[root] for root in roots if root in leader))
+        head = joined[0] if joined else roots[0]
+        names.setdefault(head, name)
+        for other in joined[1:]:
+            for root in members.pop(other):
+                leader[root] = head
+                members[head].append(root)
+        for root in roots:
+            if root not in leader:
+                leader[root] = head
+                members[head].append(root)
+    return [(names[head], roots) for head, roots in members.items() if len(roots) > 1]

@@ -1,0 +1,138 @@
+"""Everything that can be configured, in one place: unknown keys are refused.
+
+A recipe is flat: every key is also a flag of `ndonnx compress` (`batch_size` is
+`--batch-size`), except the `[data]` table, which says how raw samples become model inputs.
+Precedence: flag, then recipe file, then the default here.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from ndonnx.errors import RecipeError
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
+
+
+def parse_bytes(value: object) -> object:
+    """Read `4GB`, `512MiB` or a plain number as bytes; pass anything else to pydantic."""
+    if isinstance(value, str) and (found := _BYTES.fullmatch(value)):
+        number, unit, binary = found.groups()
+        scale = 1024 ** "kmgt".index(unit.lower()) * 1024 if binary and unit else _UNITS[unit.lower()]
+        return int(float(number) * scale)
+    return value
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class DataRecipe(_Section):
+    """How a raw sample becomes a model input: `(x * scale - mean) / std` per channel.
+
+    Images are decoded as RGB (or grey when the model's input has one channel), resized to
+    `size` when it differs, scaled, normalised and laid out. Arrays from `.npz`, `.npy` and
+    `module:function` are taken as they are unless a key here is set.
+    """
+
+    size: tuple[int, int] | None = None
+    """Height and width in pixels. None: taken from the model's input where it is fixed."""
+    scale: float | None = None
+    """Factor on the raw values. None: 1/255 for images, 1 for arrays."""
+    mean: tuple[float, ...] | float | None = None
+    """Subtracted after scaling, one value or one per channel."""
+    std: tuple[Annotated[float, Field(gt=0)], ...] | Annotated[float, Field(gt=0)] | None = None
+    """Divides after the mean, one value or one per channel."""
+    layout: Literal["NCHW", "NHWC"] | None = None
+    """Layout of the model's image input. None: read off the input's shape."""
+    dtype: str | None = None
+    """numpy name of the input's element type. None: the model's own."""
+
+
+class Recipe(_Section):
+    """The whole of a compression run; see `ndonnx compress --help` for the same list."""
+
+    # What to build
+    method: Literal["width"] = "width"
+    """How a slice is shrunk."""
+    keep: float = Field(0.5, gt=0, le=1)
+    """Multiplier k: the part of each neighbourhood's inner channels that is kept."""
+    round_to: int | None = Field(None, ge=1)
+    """Kept widths become multiples of this. None: 8 where the width is at least 64, else 1."""
+    granularity: str = "block"
+    """`block`: the smallest regions with a width to shrink inside."""
+    cut: tuple[str, ...] = ()
+    """Values that must be a boundary between neighbourhoods."""
+    freeze: tuple[str, ...] = ()
+    """Values whose producing neighbourhood stays as the teacher has it."""
+    init: Literal["teacher", "least-squares", "random"] = "least-squares"
+    """Starting weights of a student."""
+
+    # How to train it
+    steps: int = Field(1000, ge=0)
+    """Optimiser steps per neighbourhood."""
+    batch_size: int = Field(256, ge=1)
+    """Samples per optimiser step."""
+    lr: float = Field(1e-2, gt=0)
+    """Peak learning rate of Adam."""
+    warmup: float = Field(0.05, ge=0, le=1)
+    """Part of the steps over which the learning rate rises linearly."""
+    holdout: float = Field(0.05, gt=0, lt=1)
+    """Part of the captured samples set aside to choose the best state."""
+    samples: int = Field(20_000, ge=2)
+    """Samples captured from the data source, drawn at random where its length is known."""
+    parity: float = Field(1e-4, gt=0)
+    """Largest error of a converted slice, relative to its output's scale."""
+    seed: int = Field(0, ge=0, lt=2**31)
+
+    # How to run it
+    workers: int | None = Field(None, ge=1)
+    """Jobs trained at the same time. None: one per core, fewer for few neighbourhoods."""
+    executor: Literal["serial", "process"] = "process"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`auto`: bf16 where the machine computes in it, else fp32."""
+    cache_budget: Bytes = 4 * 10**9
+    """Most disk that captured activations may take, in bytes (`4GB`, `512MiB`)."""
+
+    data: DataRecipe = DataRecipe()
+
+
+def load_recipe(path: str | Path | None = None, **overrides: Any) -> Recipe:
+    """Read a TOML recipe and lay the given keys over it; `None` leaves a key alone.
+
+    Raises:
+        RecipeError: the file cannot be read, or a key is unknown or out of range.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise RecipeError(f"{path}: cannot read the recipe: {error.strerror}") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{path}: not a TOML file: {error}") from error
+    values |= {key: value for key, value in overrides.items() if value is not None}
+    return make_recipe(values, where=str(path) if path is not None else "options")
+
+
+def make_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
+    """Validate a mapping as a recipe; the error names the key and what it may be."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            section = DataRecipe if first["loc"][0] == "data" else Recipe
+            raise RecipeError(f"{where}: unknown key '{key}'; known keys: {', '.join(sorted(section.model_fields))}") from error
+        raise RecipeError(f"{where}: '{key}' = {first['input']!r}: {first['msg']}") from error

@@ -1,0 +1,73 @@
+"""What a run tells when it is over, as the contract of `compress --json` states it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ndonnx.evaluate import Evaluation
+from ndonnx.rundir import atomic_write_json
+
+
+@dataclass(frozen=True)
+class ModelSummary:
+    """A model in four numbers; `bytes` of the file (None if not written), external data included."""
+
+    path: str | None
+    parameters: int
+    macs: int
+    bytes: int | None
+
+
+@dataclass(frozen=True)
+class NeighbourhoodReport:
+    """How one neighbourhood ended: `distilled`, `reused` (from the run directory) or `kept`."""
+
+    name: str
+    candidate: str | None
+    status: str
+    nmse: float | None
+    nmse_start: float | None
+    steps: int
+    seconds: float
+    parameters: int
+    macs: int
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Wall time of the stages."""
+
+    load: float = 0.0
+    partition: float = 0.0
+    capture: float = 0.0
+    distil: float = 0.0
+    splice: float = 0.0
+    finetune: float = 0.0
+    evaluate: float = 0.0
+    total: float = 0.0
+
+
+@dataclass(frozen=True)
+class CompressReport:
+    """The whole of a run."""
+
+    teacher: ModelSummary
+    student: ModelSummary
+    metrics: dict[str, Evaluation]
+    neighbourhoods: list[NeighbourhoodReport]
+    seconds: Seconds
+    peak_rss_bytes: int
+    run_dir: str
+
+    def to_json(self) -> dict[str, Any]:
+        """As one JSON document."""
+        whole = asdict(self)
+        whole["metrics"] = {name: metrics.to_json() for name, metrics in self.metrics.items()}
+        return whole
+
+    def write(self, path: Path) -> None:
+        """Write the document, whole or not at all."""
+        atomic_write_json(path, self.to_json())

@@ -1,0 +1,75 @@
+"""What every student method shares: a slice and captured samples in, a candidate out.
+
+A method is one class with one verb, `_build`. The base class runs its conditions: a candidate
+that changes the slice's boundary fails here, by name.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from ndonnx.errors import ShrinkError
+from ndonnx.partition import ChannelGroups
+from ndonnx.teacher.sessions import make_session
+
+
+@dataclass(frozen=True)
+class TeacherSlice:
+    """What a method is given."""
+
+    name: str
+    model: ir.Model
+    """The slice with the teacher's weights."""
+    groups: ChannelGroups
+    samples: Mapping[str, np.ndarray]
+    """Captured inputs by name, float32 where floating; first axis is the sample."""
+    threads: int = 1
+
+    def run(self, model: ir.Model, values: Sequence[str]) -> dict[str, np.ndarray]:
+        """Values inside `model` (the slice or a candidate of it) on the samples, by onnxruntime."""
+        probe = model.clone()
+        inner = ir.convenience.create_value_mapping(probe.graph)
+        present = {value.name for value in probe.graph.outputs}
+        probe.graph.outputs.extend(inner[name] for name in dict.fromkeys(values) if name not in present)
+        session = make_session(probe, threads=self.threads)
+        return dict(zip(values, session.run(list(values), dict(self.samples)), strict=True))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to shrink a slice, before it is trained."""
+
+    spec: str
+    """In words, as the report prints it: `width k=0.5`."""
+    model: ir.Model
+    """Same inputs and output as the slice; starting weights."""
+
+
+class StudentMethod(ABC):
+    """Turns slices into candidates."""
+
+    @abstractmethod
+    def _build(self, teacher: TeacherSlice, rng: np.random.Generator) -> Candidate:
+        """Make the candidate; the base class checks its boundary."""
+
+    def build(self, teacher: TeacherSlice, rng: np.random.Generator) -> Candidate:
+        """A candidate for the slice.
+
+        Raises:
+            ShrinkError: there is nothing to shrink, or the candidate is not a drop-in for the slice.
+        """
+        candidate = self._build(teacher, rng)
+        for side in ("inputs", "outputs"):
+            old, new = (_boundary(getattr(model.graph, side)) for model in (teacher.model, candidate.model))
+            if old != new:
+                raise ShrinkError(f"{teacher.name}: {candidate.spec} changed the slice's {side} from {old} to {new}")
+        return candidate
+
+
+def _boundary(values: Sequence[ir.Value]) -> list[tuple[str | None, ir.DataType | None]]:
+    return [(value.name, value.dtype) for value in values]

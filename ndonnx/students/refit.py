@@ -1,0 +1,80 @@
+"""Closed form before any gradient: readers of a shrunk group are refitted by least squares.
+
+Each linear operator that lost inputs gets the weights that best reproduce the teacher's own
+output of that operator from the student's remaining inputs, on captured data. Operators are
+taken in order, so that a later one sees what the earlier ones now give it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import torch
+
+from ndonnx.students.base import TeacherSlice
+from ndonnx.students.features import LinearReader, features, from_matrix, kernel_of, linear_readers, targets, thin
+
+_RIDGE = 1e-6
+"""Ridge, relative to the mean energy of a feature."""
+
+
+def refit_consumers(teacher: TeacherSlice, student: ir.Model, kept: npt.NDArray[np.bool_]) -> ir.Model:
+    """A copy of the shrunk slice whose readers of shrunk groups are refitted on the samples."""
+    copy = student.clone()
+    readers = linear_readers(teacher.model, teacher.groups)
+    expected = teacher.run(teacher.model, [reader.output for reader in readers])
+    for reader in readers:
+        given = teacher.run(copy, [reader.data])[reader.data]
+        _refit(copy, reader, given, _kept_outputs(teacher, reader, expected[reader.output], kept))
+    return copy
+
+
+def _kept_outputs(
+    teacher: TeacherSlice, reader: LinearReader, output: np.ndarray, kept: npt.NDArray[np.bool_]
+) -> np.ndarray:
+    """The teacher's output on the channels that the student still has."""
+    channel_axis = 1 if reader.node.op_type == "Conv" else output.ndim - 1
+    for axis in teacher.groups.axes:
+        if axis.initializer == reader.weight and axis.role == "out":
+            stays = (axis.units < 0) | np.append(kept, True)[axis.units]
+            return np.compress(stays, output, axis=channel_axis)
+    return output
+
+
+def _refit(student: ir.Model, reader: LinearReader, given: np.ndarray, expected: np.ndarray) -> None:
+    weight = student.graph.initializers[reader.weight]
+    assert weight.const_value is not None
+    shape = _shape(weight)
+    given, expected = thin(given, expected)
+    x = features(reader.node, given, kernel_of(shape))
+    y = targets(reader.node, expected)
+    mean_x, mean_y = x.mean(dim=0), y.mean(dim=0)
+    if reader.has_bias:
+        x, y = x - mean_x, y - mean_y
+    solution = solve(x, y)
+    _set(weight, from_matrix(reader.node, solution, shape))
+    if reader.bias is not None:
+        bias = student.graph.initializers[reader.bias]
+        _set(bias, (mean_y.double().numpy() - mean_x.double().numpy() @ solution).reshape(_shape(bias)))
+
+
+def solve(x: torch.Tensor, y: torch.Tensor) -> npt.NDArray[np.float64]:
+    """Weights (features, outputs) of least squares with a slight ridge, solved in float64."""
+    gram, cross = (x.T @ x).double(), (x.T @ y).double()
+    ridge = _RIDGE * gram.trace() / len(gram)
+    gram.diagonal().add_(ridge + torch.finfo(torch.float64).tiny)
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    if failed:
+        return np.asarray(torch.linalg.lstsq(gram, cross).solution.numpy())
+    return np.asarray(torch.cholesky_solve(cross, factor).numpy())
+
+
+def _set(value: ir.Value, array: np.ndarray) -> None:
+    assert value.const_value is not None
+    value.const_value = ir.tensor(array.astype(value.const_value.dtype.numpy()), name=value.name)
+
+
+def _shape(value: ir.Value) -> tuple[int, ...]:
+    assert value.const_value is not None
+    return tuple(int(d) for d in value.const_value.shape.numpy())

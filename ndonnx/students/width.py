@@ -1,0 +1,139 @@
+"""Width reduction: a part `k` of each channel group is kept, the rest is cut out of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from ndonnx.convert import relative_error
+from ndonnx.errors import ShrinkError
+from ndonnx.graph.costs import is_weight
+from ndonnx.graph.load import infer_shapes
+from ndonnx.partition import ChannelGroup, ChannelGroups
+from ndonnx.students.base import Candidate, StudentMethod, TeacherSlice
+from ndonnx.students.importance import rank_units
+from ndonnx.students.refit import refit_consumers
+
+Init = Literal["teacher", "least-squares", "random"]
+
+_ROUNDED_FROM = 64
+"""Widths from which a kept width is rounded by default."""
+_ROUND_TO = 8
+_PROBE = 16
+"""Samples on which the zeroing check is run."""
+_ZEROING_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Width(StudentMethod):
+    """Keep the part `keep` of every group's units; see `Recipe` for the fields."""
+
+    keep: float
+    round_to: int | None = None
+    init: Init = "least-squares"
+
+    def _build(self, teacher: TeacherSlice, rng: np.random.Generator) -> Candidate:
+        spec = f"width k={self.keep:g}"
+        if not teacher.groups.groups:
+            raise ShrinkError(f"{teacher.name}: no width to shrink inside")
+        if self.keep == 1:
+            return Candidate(spec, teacher.model.clone())
+        kept = choose_units(teacher, self.keep, self.round_to)
+        shrunk = shrink(teacher.model, teacher.groups, kept)
+        check_by_zeroing(teacher, shrunk, kept)
+        if self.init == "least-squares":
+            shrunk = refit_consumers(teacher, shrunk, kept)
+        elif self.init == "random":
+            shrunk = _randomise(shrunk, rng)
+        return Candidate(spec, shrunk)
+
+
+def kept_width(width: int, keep: float, round_to: int | None) -> int:
+    """How many of `width` units are kept: `keep * width`, rounded to a multiple of `round_to`, at least one."""
+    multiple = round_to if round_to is not None else (_ROUND_TO if width >= _ROUNDED_FROM else 1)
+    multiple = min(multiple, width)
+    return min(width, max(multiple, round(keep * width / multiple) * multiple))
+
+
+def choose_units(teacher: TeacherSlice, keep: float, round_to: int | None) -> npt.NDArray[np.bool_]:
+    """Mark the units to keep: in every group those that matter most for the exit on the samples."""
+    kept = np.zeros(teacher.groups.units, dtype=bool)
+    for group, order in rank_units(teacher, lambda group: kept_width(group.width, keep, round_to)).items():
+        kept[group.start + order[: kept_width(group.width, keep, round_to)]] = True
+    return kept
+
+
+def shrink(model: ir.Model, groups: ChannelGroups, kept: npt.NDArray[np.bool_]) -> ir.Model:
+    """A copy of the slice without the units that are not kept; all other weights are the teacher's."""
+    copy = model.clone()
+    graph = copy.graph
+    for axis in groups.axes:
+        value = graph.initializers[axis.initializer]
+        assert value.const_value is not None
+        array = np.compress(_stays(axis.units, kept), value.const_value.numpy(), axis=axis.axis)
+        value.const_value = ir.tensor(np.ascontiguousarray(array), name=axis.initializer)
+        value.shape = ir.Shape(array.shape)
+    by_output = {node.outputs[0].name: node for node in graph}
+    for edit in groups.edits:
+        count = int(_stays(edit.units, kept).sum())
+        by_output[edit.node].attributes[edit.attribute] = ir.AttrInt64(edit.attribute, count)
+    boundary = set(graph.inputs) | set(graph.outputs)
+    for node in graph:
+        for value in node.outputs:
+            if value not in boundary:
+                value.shape = None
+    return infer_shapes(copy)
+
+
+def check_by_zeroing(teacher: TeacherSlice, shrunk: ir.Model, kept: npt.NDArray[np.bool_]) -> None:
+    """The teacher slice that ignores the removed units must answer as the shrunk slice does.
+
+    Raises:
+        ShrinkError: the channel groups do not describe this slice.
+    """
+    zeroed = teacher.model.clone()
+    for axis in teacher.groups.axes:
+        if axis.role == "in":
+            value = zeroed.graph.initializers[axis.initializer]
+            assert value.const_value is not None
+            array = np.moveaxis(np.array(value.const_value.numpy()), axis.axis, 0)
+            array[~_stays(axis.units, kept)] = 0
+            value.const_value = ir.tensor(np.ascontiguousarray(np.moveaxis(array, 0, axis.axis)), name=axis.initializer)
+    few = TeacherSlice(
+        teacher.name, zeroed, teacher.groups, {k: v[:_PROBE] for k, v in teacher.samples.items()}, teacher.threads
+    )
+    exit_ = teacher.model.graph.outputs[0].name or ""
+    error = relative_error(few.run(shrunk, [exit_])[exit_], few.run(zeroed, [exit_])[exit_])
+    if not error <= _ZEROING_TOLERANCE:
+        raise ShrinkError(
+            f"{teacher.name}: without the removed channels the slice differs by {error:.2g} of its scale "
+            f"from the shrunk slice (at most {_ZEROING_TOLERANCE:g})"
+        )
+
+
+def _stays(units: npt.NDArray[np.int64], kept: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Which positions of an axis stay: those of kept units and those of no unit."""
+    stays: npt.NDArray[np.bool_] = (units < 0) | np.append(kept, True)[units]
+    return stays
+
+
+def _randomise(model: ir.Model, rng: np.random.Generator) -> ir.Model:
+    """Draw every matrix and filter anew (He et al. 2015); vectors (biases, scales) stay."""
+    copy = model.clone()
+    for value in copy.graph.initializers.values():
+        if is_weight(value) and value.const_value is not None and len(value.const_value.shape) > 1:
+            shape = tuple(int(d) for d in value.const_value.shape.numpy())
+            fan_in = float(np.prod(shape[1:]))
+            array = rng.normal(0.0, np.sqrt(2.0 / fan_in), shape)
+            value.const_value = ir.tensor(array.astype(value.const_value.dtype.numpy()), name=value.name)
+    return copy
+
+
+def widths(groups: tuple[ChannelGroup, ...], kept: npt.NDArray[np.bool_]) -> Mapping[str, int]:
+    """Kept width of each group, by the value in which it is made."""
+    return {group.name: int(kept[group.start : group.stop].sum()) for group in groups}

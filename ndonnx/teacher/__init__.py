@@ -1,0 +1,9 @@
+"""The teacher at work: onnxruntime sessions, one sweep of capture, and the store it fills."""
+
+from __future__ import annotations
+
+from ndonnx.teacher.capture import capture, capture_bytes
+from ndonnx.teacher.sessions import make_session
+from ndonnx.teacher.store import ActivationStore, StoreWriter
+
+__all__ = ["ActivationStore", "StoreWriter", "capture", "capture_bytes", "make_session"]

@@ -1,0 +1,374 @@
+"""One sweep of the teacher: the wanted values of every sample go into an activation store.
+
+The model is cut down to what the wanted values need, float32 values are halved by a `Cast`
+inside the graph (numpy's own cast would cost more than the forward pass), and a second
+thread checks, sums and writes a batch while onnxruntime computes the next one.
+
+Two things are only known once the data have been through: that a value overflows half
+precision, and that a value has no sample axis. What the first batch shows is mended at once;
+what shows later costs a further sweep for those values alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
+
+from ndonnx.errors import DataError, ModelError
+from ndonnx.teacher.blocks import Array, is_finite
+from ndonnx.teacher.sessions import OrtError, first_line, make_session
+from ndonnx.teacher.store import STORABLE, ActivationStore, StoreWriter
+
+Batch = Mapping[str, npt.NDArray[Any]]
+
+QUEUE_DEPTH = 2
+"""Batches that may wait for the writer: enough to smooth its delays, and all that memory holds."""
+
+_CAST_OPSET = 13
+
+
+def capture_bytes(
+    model: ir.Model,
+    values: Sequence[str],
+    samples: int,
+    dtype: npt.DTypeLike = np.float16,
+    *,
+    batch: Batch | None = None,
+) -> int:
+    """Bytes that `capture` will take on disk, values that overflow float16 not counted double.
+
+    Args:
+        model: the teacher.
+        values: names of the values to be captured.
+        samples: number of samples.
+        dtype: what float32 values are stored as; graph inputs keep their own type.
+        batch: one batch to run; needed when the graph does not tell every type and shape.
+
+    Raises:
+        ModelError: a value is not in the graph, or its shape is unknown and no batch was given.
+    """
+    found = _find(model, values)
+    inputs = {value.name for value in model.graph.inputs}
+    total = 0
+    for name, (kind, shape, rows) in (
+        _declared(model, found) if batch is None else _measured(model, found, batch)
+    ).items():
+        size = np.dtype(dtype).itemsize if kind == np.float32 and name not in inputs else kind.itemsize
+        total += math.prod(shape[1:]) * size * samples if rows else math.prod(shape) * size
+    return total
+
+
+def capture(
+    model: ir.Model,
+    values: Sequence[str],
+    batches: Callable[[], Iterable[Batch]],
+    directory: Path,
+    *,
+    samples: int,
+    threads: int | None = None,
+    device: str = "cpu",
+    half: bool = True,
+    on_batch: Callable[[int], None] = lambda count: None,
+) -> ActivationStore:
+    """Run the teacher over `samples` samples and store the wanted values.
+
+    float32 values are stored as float16 where they fit, everything else in its own type, and
+    graph inputs as they come. A value without a sample axis that is the same in all batches
+    is stored once (`store.is_constant`). What cannot be stored is named in `store.unstorable`
+    and does not stop the sweep; nor does an Inf or a NaN, which `store.nonfinite` records.
+
+    Args:
+        model: the teacher; not changed.
+        values: names of graph inputs, inner values or outputs of the main graph.
+        batches: called for each sweep, must give the same batches again: arrays by input
+            name, the first axis the sample. Batches of 64 are fastest for small images. Rows
+            beyond `samples` are not stored, so a fixed batch size may overshoot.
+        directory: where the store goes; an older store there is replaced.
+        samples: how many samples are stored.
+        threads: onnxruntime's threads; None takes all cores.
+        device: `cpu` or `cuda`.
+        half: False stores float32 values as they are.
+        on_batch: told the number of samples of every batch of the first sweep.
+
+    Raises:
+        ModelError: a value is not in the graph, or onnxruntime refuses the model.
+        DataError: the batches do not fit the model's inputs, or end too early.
+        RunDirError: the disk is full or cannot be written.
+    """
+    names = tuple(dict.fromkeys(values))
+    halved = _float_values(model, names) if half else set()
+    writer = StoreWriter(directory, samples)
+    sweep = _Sweep(writer, samples)
+    try:
+        while names:
+            tap = _Tap(model, names, halved, threads=threads, device=device)
+            overflown = _overflown(tap, batches())
+            if overflown:
+                halved -= overflown
+                tap = _Tap(model, names, halved, threads=threads, device=device)
+            again = sweep.run(tap, batches(), on_batch)
+            halved -= sweep.wide
+            names = tuple(name for name in names if name in again)
+            on_batch = _silent
+        return writer.finish(sweep.unstorable)
+    except BaseException:
+        writer.discard()
+        raise
+
+
+class _Tap:
+    """The model cut down to the wanted values: one batch in, the values by name out."""
+
+    def __init__(
+        self, model: ir.Model, names: Collection[str], halved: Collection[str], *, threads: int | None, device: str
+    ) -> None:
+        inputs = [value.name or "" for value in model.graph.inputs if value.name not in model.graph.initializers]
+        self.halved = frozenset(halved).intersection(names)
+        self._graph = model.graph.name or ""
+        self._inputs = inputs
+        self._copied = [name for name in names if name in inputs]
+        self._computed = [name for name in names if name not in inputs]
+        self.session = (
+            make_session(_cut(model, self._computed, self.halved), threads=threads, device=device, spin=False)
+            if self._computed
+            else None
+        )
+
+    def count(self, batch: Batch) -> int:
+        """Samples in the batch: the first axis of the first input that has one."""
+        for name in self._inputs:
+            if name not in batch:
+                raise DataError(f"a batch has no array for the model's input '{name}', only {', '.join(batch)}")
+            if batch[name].ndim:
+                return len(batch[name])
+        raise DataError("no input of the model has an axis, so samples cannot be counted")
+
+    def run(self, batch: Batch, at: int) -> dict[str, object]:
+        """The wanted values of a batch whose first sample is number `at`."""
+        # A source may fill the same arrays again while the writer still reads them.
+        values: dict[str, object] = {name: np.array(batch[name]) for name in self._copied}
+        if self.session is not None:
+            try:
+                outputs = self.session.run(None, {name: batch[name] for name in self._inputs})
+            except ort_errors.InvalidArgument as error:
+                raise DataError(
+                    f"the batch at sample {at} does not fit the model's inputs: {first_line(error)}"
+                ) from error
+            except OrtError as error:
+                raise ModelError(
+                    f"graph '{self._graph}': onnxruntime failed on the batch at sample {at}: {first_line(error)}"
+                ) from error
+            values |= dict(zip(self._computed, outputs, strict=True))
+        return values
+
+
+class _Sweep:
+    """Runs a tap over the batches and stores what comes out, one thread behind.
+
+    Attributes:
+        unstorable: values given up, with the reason.
+        wide: values that overflowed float16 and have to be captured once more as float32.
+        fixed: values that turned out to have no sample axis after some batches were stored.
+    """
+
+    def __init__(self, writer: StoreWriter, samples: int) -> None:
+        self.unstorable: dict[str, str] = {}
+        self.wide: set[str] = set()
+        self.fixed: set[str] = set()
+        self._writer = writer
+        self._samples = samples
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._constants: dict[str, Array] = {}
+
+    def run(self, tap: _Tap, batches: Iterable[Batch], on_batch: Callable[[int], None]) -> set[str]:
+        """One pass over the batches; returns the values that need another one."""
+        again: set[str] = set()
+        waiting: deque[Future[None]] = deque()
+        done = 0
+        with ThreadPoolExecutor(1, thread_name_prefix="capture") as pool:
+            for batch in batches:
+                rows = tap.count(batch)
+                taken = min(rows, self._samples - done)
+                values = tap.run(batch, done)
+                while len(waiting) >= QUEUE_DEPTH:
+                    waiting.popleft().result()
+                waiting.append(pool.submit(self._store_batch, values, rows, taken, tap.halved, again))
+                done += taken
+                on_batch(taken)
+                if done == self._samples:
+                    break
+            for future in waiting:
+                future.result()
+        if done < self._samples:
+            raise DataError(f"the data source ended after {done} of {self._samples} samples")
+        return again
+
+    def _store_batch(
+        self, values: dict[str, object], rows: int, taken: int, halved: frozenset[str], again: set[str]
+    ) -> None:
+        for name, value in values.items():
+            if name in again or name in self.unstorable:
+                continue
+            if not isinstance(value, np.ndarray) or value.dtype.name not in STORABLE or not value.size:
+                self._give_up(name, f"it is {_describe(value)}, not an array of numbers")
+            elif name in self._constants or name in self.fixed or not _has_rows(value, rows):
+                self._store_constant(name, value, again)
+            else:
+                self._store_rows(name, value, taken, halved, again)
+
+    def _store_constant(self, name: str, value: Array, again: set[str]) -> None:
+        if name in self._shapes:
+            # Its first axis was as long as the first batches only by chance.
+            self._forget(name)
+            self.fixed.add(name)
+            again.add(name)
+        elif name not in self._constants:
+            self._constants[name] = value
+            self._writer.add_constant(name, value)
+        elif not _same(self._constants[name], value):
+            del self._constants[name]
+            self._writer.drop(name)
+            self.unstorable[name] = f"its shape {value.shape} has no sample axis, and it differs between batches"
+
+    def _store_rows(self, name: str, value: Array, taken: int, halved: frozenset[str], again: set[str]) -> None:
+        if name not in self._shapes:
+            self._shapes[name] = value.shape[1:]
+            self._writer.add(name, value.dtype, value.shape[1:])
+        elif self._shapes[name] != value.shape[1:]:
+            before = self._shapes[name]
+            self._give_up(name, f"its shape per sample changes between batches: {before}, then {value.shape[1:]}")
+            return
+        finite = self._writer.append(name, value[:taken])
+        if not finite and name in halved:
+            self._forget(name)
+            self.wide.add(name)
+            again.add(name)
+
+    def _give_up(self, name: str, reason: str) -> None:
+        if name in self._shapes or name in self._constants:
+            self._forget(name)
+        self.unstorable[name] = reason
+
+    def _forget(self, name: str) -> None:
+        self._shapes.pop(name, None)
+        self._constants.pop(name, None)
+        self._writer.drop(name)
+
+
+def _silent(count: int) -> None:
+    """Tells nothing: a further sweep does not advance the count of samples."""
+
+
+def _overflown(tap: _Tap, batches: Iterable[Batch]) -> set[str]:
+    """Which halved values hold an Inf or a NaN in the first batch already."""
+    if not tap.halved:
+        return set()
+    for batch in batches:
+        tap.count(batch)
+        values = tap.run(batch, 0)
+        return {name for name in tap.halved if isinstance(value := values[name], np.ndarray) and not is_finite(value)}
+    return set()
+
+
+def _cut(model: ir.Model, names: Sequence[str], halved: Collection[str]) -> ir.Model:
+    """A copy of the model whose outputs are exactly the named values, some cast to float16."""
+    copy = model.clone()
+    values = _find(copy, names)
+    taken = {value.name for node in copy.graph.all_nodes() for value in node.outputs}
+    taken.update(copy.graph.initializers, (value.name for value in copy.graph.inputs))
+    outputs = []
+    for name, value in values.items():
+        if name not in halved:
+            outputs.append(value)
+            continue
+        cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT16})
+        cast.outputs[0].name = _fresh(f"{name}/half", taken)
+        cast.outputs[0].type = ir.TensorType(ir.DataType.FLOAT16)
+        copy.graph.append(cast)
+        outputs.append(cast.outputs[0])
+    copy.graph.outputs[:] = outputs
+    copy.graph.opset_imports.setdefault("", _CAST_OPSET)
+    RemoveUnusedNodesPass()(copy)
+    return copy
+
+
+def _fresh(name: str, taken: set[str | None]) -> str:
+    while name in taken:
+        name += "_"
+    taken.add(name)
+    return name
+
+
+def _find(model: ir.Model, names: Collection[str]) -> dict[str, ir.Value]:
+    inputs = (value for value in model.graph.inputs if value.name not in model.graph.initializers)
+    inner = (value for node in model.graph for value in node.outputs)
+    values = {value.name or "": value for value in (*inputs, *inner)}
+    for name in names:
+        if name not in values:
+            raise ModelError(f"graph '{model.graph.name or ''}': no activation named '{name}' to capture")
+    return {name: values[name] for name in names}
+
+
+def _float_values(model: ir.Model, names: Collection[str]) -> set[str]:
+    """The wanted float32 values that are computed; where the graph tells no type, onnxruntime does."""
+    found = _find(model, names)
+    computed = {name: value for name, value in found.items() if value not in model.graph.inputs}
+    floats = {name for name, value in computed.items() if value.dtype == ir.DataType.FLOAT}
+    untyped = [name for name, value in computed.items() if value.type is None]
+    if untyped:
+        session = make_session(_cut(model, untyped, ()), threads=1, optimise=False)
+        floats |= {node.name for node in session.get_outputs() if node.type == "tensor(float)"}
+    return floats
+
+
+_Layout = tuple[np.dtype[Any], tuple[int, ...], bool]
+"""Element type, shape, and whether the first axis is the sample."""
+
+
+def _declared(model: ir.Model, values: Mapping[str, ir.Value]) -> dict[str, _Layout]:
+    first = next((value.shape[0] for value in model.graph.inputs if value.shape), None)
+    layouts = {}
+    for name, value in values.items():
+        shape = value.shape
+        if value.dtype is None or shape is None or any(not isinstance(size, int) for size in shape[1:]):
+            raise ModelError(
+                f"value '{name}': the graph does not tell its shape; a batch is needed to estimate its size"
+            )
+        rows = bool(shape) and (not isinstance(shape[0], int) or shape[0] == first)
+        sizes = tuple(size if isinstance(size, int) else 1 for size in shape)
+        layouts[name] = (value.dtype.numpy(), sizes, rows)
+    return layouts
+
+
+def _measured(model: ir.Model, values: Mapping[str, ir.Value], batch: Batch) -> dict[str, _Layout]:
+    tap = _Tap(model, values, (), threads=None, device="cpu")
+    rows = tap.count(batch)
+    return {
+        name: (value.dtype, value.shape, _has_rows(value, rows))
+        for name, value in tap.run(batch, 0).items()
+        if isinstance(value, np.ndarray)
+    }
+
+
+def _has_rows(value: Array, rows: int) -> bool:
+    return value.ndim > 0 and len(value) == rows
+
+
+def _same(one: Array, other: Array) -> bool:
+    return one.shape == other.shape and np.ascontiguousarray(one).tobytes() == np.ascontiguousarray(other).tobytes()
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype.name}{value.shape}"
+    return type(value).__name__

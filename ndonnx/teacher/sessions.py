@@ -1,0 +1,125 @@
+"""How a model becomes an onnxruntime session: quiet, on the cores we may use, on the device asked for.
+
+Everything in this package that runs a model goes through `make_session`, so that a model
+that is too large for one protobuf, or that onnxruntime refuses, is met in one place.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import onnx_ir as ir
+import onnxruntime as ort
+from onnxruntime.capi import onnxruntime_pybind11_state as _ort
+
+from ndonnx.errors import ModelError, UsageError
+from ndonnx.machine import usable_cores
+
+OrtError: tuple[type[Exception], ...] = (
+    _ort.EPFail,
+    _ort.Fail,
+    _ort.InvalidArgument,
+    _ort.InvalidGraph,
+    _ort.InvalidProtobuf,
+    _ort.NoModel,
+    _ort.NoSuchFile,
+    _ort.NotImplemented,
+    _ort.RuntimeException,
+)
+"""What onnxruntime raises when it refuses a model or fails in a run; they share no base class."""
+
+PROTOBUF_LIMIT = 1_900_000_000
+"""Bytes of tensors above which a model goes through external data (protobuf ends at 2 GiB)."""
+
+_FATAL = 4
+_PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
+
+
+def make_session(
+    model: ir.Model | bytes | Path | str,
+    *,
+    threads: int | None = None,
+    device: str = "cpu",
+    optimise: bool = True,
+    spin: bool = True,
+) -> ort.InferenceSession:
+    """Open a model in onnxruntime.
+
+    Args:
+        model: an IR model, a serialised one, or the path of a file (external data beside it is found).
+        threads: threads inside one operator; None takes the cores of the process's affinity.
+        device: `cpu` or `cuda`.
+        optimise: False turns every graph optimisation off.
+        spin: False lets idle threads sleep, for when other work shares the cores.
+
+    Raises:
+        ModelError: onnxruntime refuses the model, or its file cannot be read.
+        UsageError: the device is unknown, or onnxruntime cannot use it.
+    """
+    providers = _providers(device)
+    options = _options(threads, optimise, spin)
+    if isinstance(model, ir.Model):
+        name = f"graph '{model.graph.name or ''}'"
+        session = _open_ir(model, name, options, providers)
+    elif isinstance(model, bytes):
+        session = _open(model, "model", options, providers)
+    else:
+        session = _open(str(model), str(model), options, providers)
+    if device == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
+        raise UsageError("device 'cuda': onnxruntime could not start CUDA on this machine; use --device cpu")
+    return session
+
+
+def first_line(error: Exception) -> str:
+    """The first line of onnxruntime's message, without its own prefix."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].removeprefix("[ONNXRuntimeError] : ")
+
+
+def _providers(device: str) -> list[str]:
+    if device not in _PROVIDERS:
+        raise UsageError(f"device '{device}': expected one of {', '.join(_PROVIDERS)}")
+    wanted = _PROVIDERS[device]
+    if wanted[0] not in ort.get_available_providers():
+        raise UsageError(
+            f"device '{device}': this onnxruntime was built without {wanted[0]}; "
+            "install onnxruntime-gpu or use --device cpu"
+        )
+    return wanted
+
+
+def _options(threads: int | None, optimise: bool, spin: bool) -> ort.SessionOptions:
+    ort.set_default_logger_severity(_FATAL)  # a CUDA library that fails to load is told by us, on one line
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = usable_cores() if threads is None else threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = _FATAL
+    if not spin:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if not optimise:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return options
+
+
+def _open(model: bytes | str, name: str, options: ort.SessionOptions, providers: list[str]) -> ort.InferenceSession:
+    try:
+        return ort.InferenceSession(model, options, providers=providers)
+    except OrtError as error:
+        raise ModelError(f"{name}: onnxruntime cannot open the model: {first_line(error)}") from error
+
+
+def _open_ir(model: ir.Model, name: str, options: ort.SessionOptions, providers: list[str]) -> ort.InferenceSession:
+    tensors = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
+    external = any(isinstance(tensor, ir.ExternalTensor) for tensor in tensors)
+    if not external and sum(tensor.nbytes for tensor in tensors) <= PROTOBUF_LIMIT:
+        return _open(ir.to_proto(model).SerializeToString(), name, options, providers)
+    # A serialised model would point at external files by a path that onnxruntime cannot resolve
+    # without the model's own folder, so the weights are written once more, into a folder of ours.
+    with tempfile.TemporaryDirectory(prefix="ndonnx-", ignore_cleanup_errors=True) as folder:
+        path = Path(folder, "model.onnx")
+        try:
+            ir.save(model.clone(), path, external_data="model.data")
+        except OSError as error:
+            raise ModelError(f"{name}: cannot write the model to {folder}: {error.strerror or error}") from error
+        return _open(str(path), name, options, providers)

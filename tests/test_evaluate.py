@@ -1,0 +1,201 @@
+"""Evaluation: the measures against direct computation, and models that do not fit."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from ndonnx.data import DataSource, InputSpec, input_specs, open_source
+from ndonnx.errors import DataError, ModelError
+from ndonnx.evaluate import evaluate
+from ndonnx.progress import Silent
+from ndonnx.recipe import DataRecipe
+from ndonnx.teacher.sessions import make_session
+
+X = InputSpec("x", np.dtype(np.float32), ("N", 4))
+EYE = np.eye(4, dtype=np.float32)
+
+
+def linear(weight: NDArray[np.generic], batch: int | str = "N", tail: str | None = None) -> ir.Model:
+    """`logits = x @ weight`, and `tail(logits)` as a further output."""
+    weight = np.asarray(weight, np.float32)
+    shape = [batch, weight.shape[1]]
+    outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, shape)]
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["logits"])]
+    if tail is not None:
+        nodes.append(helper.make_node(tail, ["logits"], ["tail"]))
+        outputs.append(helper.make_tensor_value_info("tail", TensorProto.FLOAT, None))
+    graph = helper.make_graph(
+        nodes,
+        "linear",
+        [
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, weight.shape[0]]),
+            helper.make_tensor_value_info("w", TensorProto.FLOAT, weight.shape),
+        ],
+        outputs,
+        [numpy_helper.from_array(weight, "w")],
+    )
+    return ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
+
+
+def source(path: Path, x: NDArray[np.generic], label: NDArray[np.int64] | None = None) -> DataSource:
+    labels: dict[str, Any] = {} if label is None else {"label": label}
+    np.savez(path / "d.npz", x=x, **labels)
+    return open_source(str(path / "d.npz"), [X], DataRecipe())
+
+
+def normal(count: int, seed: int = 0) -> NDArray[np.float32]:
+    return np.random.default_rng(seed).standard_normal((count, 4), np.float32)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 256])
+@pytest.mark.parametrize("batch", ["N", 5])
+def test_measures_equal_direct_computation(tmp_path: Path, batch_size: int, batch: int | str) -> None:
+    x, weight = normal(23), normal(4, seed=1)
+    label = np.random.default_rng(2).integers(0, 4, 23)
+    result = evaluate(
+        linear(weight, batch), source(tmp_path, x, label), teacher=linear(EYE), batch_size=batch_size, threads=1
+    )
+    wanted, found = x.astype(np.float64), (x @ weight).astype(np.float64)
+    p, q = (np.exp(v) / np.exp(v).sum(1, keepdims=True) for v in (wanted, found))
+    assert result.samples == 23
+    assert result.accuracy == np.mean(found.argmax(1) == label)
+    assert result.agreement == np.mean(found.argmax(1) == wanted.argmax(1))
+    assert result.nmse == pytest.approx(np.mean((found - wanted) ** 2) / wanted.var(), rel=1e-5)
+    assert result.max_error == pytest.approx(np.abs(found - wanted).max(), rel=1e-5)
+    assert result.kl == pytest.approx(np.mean(np.sum(p * np.log(p / q), axis=1)), rel=1e-5)
+
+
+@settings(max_examples=20, deadline=None)
+@given(shift=st.floats(-1e4, 1e4), size=st.integers(1, 9))
+def test_a_shifted_output_keeps_its_variance(tmp_path_factory: pytest.TempPathFactory, shift: float, size: int) -> None:
+    x = (normal(20) + shift).astype(np.float32)
+    data = source(tmp_path_factory.mktemp("shift"), x)
+    result = evaluate(linear(EYE * 2), data, teacher=linear(EYE), batch_size=size, threads=1)
+    wanted = x.astype(np.float64)
+    assert result.nmse == pytest.approx(np.mean(wanted**2) / wanted.var(), rel=1e-6)
+
+
+def test_a_model_against_itself_from_a_file(tmp_path: Path) -> None:
+    model = linear(normal(4))
+    onnx.save(ir.to_proto(model), tmp_path / "m.onnx")
+    result = evaluate(tmp_path / "m.onnx", source(tmp_path, normal(9)), teacher=model, threads=1)
+    assert (result.accuracy, result.agreement, result.nmse, result.max_error) == (None, 1.0, 0.0, 0.0)
+    assert result.kl == pytest.approx(0, abs=1e-12)
+
+
+def test_without_labels_or_teacher_there_are_only_samples(tmp_path: Path) -> None:
+    result = evaluate(linear(EYE), source(tmp_path, normal(3)), threads=1)
+    assert json.loads(json.dumps(result.to_json())) == {
+        "samples": 3, "accuracy": None, "agreement": None, "nmse": None, "max_error": None, "kl": None,
+    }  # fmt: skip
+
+
+def test_a_single_score_is_no_class(tmp_path: Path) -> None:
+    result = evaluate(linear(EYE[:, :1]), source(tmp_path, normal(3), np.zeros(3, np.int64)), threads=1)
+    assert result.accuracy is None
+
+
+def test_error_is_pooled_over_all_outputs_each_around_its_own_mean(tmp_path: Path) -> None:
+    x = normal(12)
+    result = evaluate(linear(EYE * 2, tail="Exp"), source(tmp_path, x), teacher=linear(EYE, tail="Exp"), threads=1)
+    pairs = [(x, 2 * x), (np.exp(x), np.exp(2 * x))]
+    error = sum(np.sum((found - wanted) ** 2) for wanted, found in pairs)
+    assert result.nmse == pytest.approx(error / sum(wanted.size * wanted.var() for wanted, _ in pairs), rel=1e-4)
+
+
+def test_probabilities_are_not_put_through_a_softmax_again(tmp_path: Path) -> None:
+    x = np.full((6, 4), 0.25, np.float32)
+    mixing = np.array([[0.7, 0.1, 0.1, 0.1]] * 4)
+    result = evaluate(linear(mixing), source(tmp_path, x), teacher=linear(np.full((4, 4), 0.25)), threads=1)
+    assert result.kl == pytest.approx(0.25 * np.log(0.25 / np.array([0.7, 0.1, 0.1, 0.1])).sum(), rel=1e-5)
+
+
+def test_a_broken_student_is_infinitely_wrong_and_never_right(tmp_path: Path) -> None:
+    data = source(tmp_path, normal(5), np.zeros(5, np.int64))
+    result = evaluate(linear(EYE * np.nan), data, teacher=linear(EYE), threads=1)
+    assert (result.accuracy, result.agreement) == (0.0, 0.0)
+    assert (result.nmse, result.max_error, result.kl) == (math.inf, math.inf, math.inf)
+    assert result.to_json()["nmse"] is None
+
+
+def test_a_constant_teacher_output(tmp_path: Path) -> None:
+    data, constant = source(tmp_path, normal(5)), linear(EYE * 0)
+    assert evaluate(constant, data, teacher=constant, threads=1).nmse == 0
+    assert evaluate(linear(EYE), data, teacher=constant, threads=1).nmse == math.inf
+
+
+def test_values_that_the_teacher_masks_are_not_compared(tmp_path: Path) -> None:
+    x = np.abs(normal(6))
+    x[:, 3] = 0  # Log gives -inf here, in teacher and student alike
+    result = evaluate(linear(EYE, tail="Log"), source(tmp_path, x), teacher=linear(EYE, tail="Log"), threads=1)
+    assert (result.nmse, result.max_error) == (0, 0)
+
+
+@pytest.mark.parametrize("label", [-1, 4])
+def test_labels_that_are_no_class_are_named(tmp_path: Path, label: int) -> None:
+    labels = np.zeros(7, np.int64)
+    labels[5] = label
+    with pytest.raises(DataError, match=f"sample 5: label {label} is no class .* expected 0 to 3"):
+        evaluate(linear(EYE), source(tmp_path, normal(7), labels), batch_size=2, threads=1)
+
+
+def test_broken_models_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "m.onnx").write_bytes(b"not a model")
+    for path in (tmp_path / "m.onnx", tmp_path / "missing.onnx"):
+        with pytest.raises(ModelError, match=path.name) as caught:
+            evaluate(path, source(tmp_path, normal(2)), threads=1)
+        assert "\n" not in str(caught.value)
+
+
+def test_models_that_do_not_match(tmp_path: Path) -> None:
+    data = source(tmp_path, normal(4))
+    with pytest.raises(ModelError, match=r"expected the outputs of .*\['logits', 'tail'\], found \['logits'\]"):
+        evaluate(linear(EYE), data, teacher=linear(EYE, tail="Exp"), threads=1)
+    with pytest.raises(ModelError, match=r"expected the teacher's shape \[4, 3\], found \[4, 4\]"):
+        evaluate(linear(EYE), data, teacher=linear(EYE[:, :3]), threads=1)
+    with pytest.raises(ModelError, match="expected the batch size 3"):
+        evaluate(linear(EYE, 2), data, teacher=linear(EYE, 3), threads=1)
+
+
+def test_specs_leave_initializers_out_and_mark_unknown_dimensions() -> None:
+    specs = input_specs(make_session(linear(EYE), threads=1))
+    assert specs == [InputSpec("x", np.dtype(np.float32), ("N", 4))]
+    graph = helper.make_graph(
+        [helper.make_node("Identity", ["x"], ["y"])],
+        "strings",
+        [helper.make_tensor_value_info("x", TensorProto.STRING, [None])],
+        [helper.make_tensor_value_info("y", TensorProto.STRING, [None])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    with pytest.raises(ModelError, match=r"input 'x': tensor\(string\) cannot be fed"):
+        input_specs(make_session(model.SerializeToString(), threads=1))
+
+
+class Counting(Silent):
+    def __init__(self) -> None:
+        self.stages: list[tuple[str, int | None]] = []
+        self.done = 0
+
+    def stage(self, name: str, total: int | None = None, unit: str = "") -> None:
+        self.stages.append((name, total))
+
+    def advance(self, amount: int = 1) -> None:
+        self.done += amount
+
+
+def test_progress_counts_samples(tmp_path: Path) -> None:
+    progress = Counting()
+    evaluate(linear(EYE, 2), source(tmp_path, normal(7)), batch_size=3, threads=1, progress=progress)
+    assert (progress.stages, progress.done) == ([("evaluate", 7)], 7)

@@ -1,0 +1,405 @@
+"""The executors: every job ends in an outcome, every worker ends with its run."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+from ndonnx.errors import RecipeError, RunDirError, TrainingError
+from ndonnx.executor import Executor, Job, OnStep, Outcome, ProcessExecutor, SerialExecutor, make_executor
+from ndonnx.executor.base import STEP_INTERVAL, throttled
+
+posix = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+@dataclass(frozen=True)
+class Double:
+    name: str
+    number: int
+
+    def __call__(self, on_step: OnStep) -> int:
+        on_step(1, 2, 0.5)
+        on_step(2, 2, 0.25)
+        return 2 * self.number
+
+
+@dataclass(frozen=True)
+class Fail:
+    """Raises what it is given."""
+
+    name: str
+    error: BaseException
+
+    def __call__(self, on_step: OnStep) -> NoReturn:
+        raise self.error
+
+
+@dataclass(frozen=True)
+class Stay:
+    """Tells its process id as its step, then works on; says so if nothing has stopped it."""
+
+    name: str = "stay"
+
+    def __call__(self, on_step: OnStep) -> None:
+        on_step(os.getpid(), 10**9, 1.0)
+        time.sleep(60)
+        print("survived", file=sys.stderr)
+
+
+@dataclass(frozen=True)
+class Die:
+    name: str
+    signal: int
+
+    def __call__(self, on_step: OnStep) -> None:
+        os.kill(os.getpid(), self.signal)
+
+
+@dataclass(frozen=True)
+class DieSpeaking:
+    """Is killed while it sends a result larger than any pipe's buffer."""
+
+    name: str
+
+    def __call__(self, on_step: OnStep) -> bytes:
+        on_step(os.getpid(), os.getpid(), 1.0)
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        return bytes(50_000_000)
+
+
+@dataclass(frozen=True)
+class Allocate:
+    name: str
+    size: int
+
+    def __call__(self, on_step: OnStep) -> int:
+        return len(bytearray(b"x") * self.size)
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    name: str = "surroundings"
+
+    def __call__(self, on_step: OnStep) -> dict[str, Any]:
+        return {
+            "threads": [os.environ[f"{library}_NUM_THREADS"] for library in ("OMP", "MKL", "OPENBLAS")],
+            "heavy": [name for name in ("torch", "onnxruntime", "numpy", "onnx") if name in sys.modules],
+            "ignores_interrupt": signal.getsignal(signal.SIGINT) is signal.SIG_IGN,
+        }
+
+
+@dataclass(frozen=True)
+class Unpicklable:
+    name: str = "unpicklable"
+
+    def __call__(self, on_step: OnStep) -> object:
+        return lambda: None
+
+
+@dataclass(frozen=True)
+class Say:
+    name: str = "say"
+
+    def __call__(self, on_step: OnStep) -> str:
+        print("noise", flush=True)
+        return "said"
+
+
+class Awkward(Exception):
+    """Cannot be unpickled, as many library errors cannot."""
+
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__(f"awkward {one} {two}")
+
+
+def silent(name: str, step: int, steps: int, nmse: float) -> None:
+    pass
+
+
+def by_name(outcomes: Iterator[Outcome]) -> dict[str, Outcome]:
+    return {outcome.name: outcome for outcome in outcomes}
+
+
+def doubles(count: int) -> list[Job]:
+    return [Double(f"n{number}", number) for number in range(count)]
+
+
+@pytest.fixture(params=["serial", "process"])
+def executor(request: pytest.FixtureRequest) -> Executor:
+    return make_executor(request.param, 2)
+
+
+@pytest.fixture(autouse=True)
+def nobody_stays_behind() -> Iterator[None]:
+    yield
+    assert multiprocessing.active_children() == []
+
+
+# Both executors
+
+
+def test_every_job_has_its_outcome(executor: Executor) -> None:
+    outcomes = list(executor.run(doubles(5), silent))
+    assert sorted(outcomes, key=lambda outcome: outcome.name) == [
+        Outcome(f"n{number}", 2 * number, None) for number in range(5)
+    ]
+
+
+def test_serial_keeps_the_order() -> None:
+    assert [outcome.name for outcome in SerialExecutor().run(doubles(3), silent)] == ["n0", "n1", "n2"]
+
+
+def test_a_bad_slice_does_not_stop_the_others(executor: Executor) -> None:
+    jobs = [Fail("bad", TrainingError("loss became NaN at step 3")), Fail("big", MemoryError()), *doubles(2)]
+    outcomes = by_name(executor.run(jobs, silent))
+    assert outcomes["bad"] == Outcome("bad", None, "loss became NaN at step 3")
+    assert outcomes["big"].error is not None and outcomes["big"].error.startswith("out of memory; use fewer --workers")
+    assert outcomes["n1"].result == 2
+
+
+def test_errors_that_are_not_the_slices_keep_their_type(executor: Executor) -> None:
+    with pytest.raises(RunDirError, match="the disk is full"):
+        list(executor.run([Fail("bad", RunDirError("the disk is full")), *doubles(3)], silent))
+
+
+def test_progress_comes_in_the_callers_thread(executor: Executor) -> None:
+    events = []
+
+    def on_step(name: str, step: int, steps: int, nmse: float) -> None:
+        assert threading.current_thread() is threading.main_thread()
+        events.append((name, step, steps, nmse))
+
+    list(executor.run(doubles(2), on_step))
+    assert sorted(events) == [("n0", 1, 2, 0.5), ("n0", 2, 2, 0.25), ("n1", 1, 2, 0.5), ("n1", 2, 2, 0.25)]
+
+
+def test_jobs_are_taken_only_when_they_can_start() -> None:
+    for executor, ahead in ((SerialExecutor(), 0), (ProcessExecutor(1), 1)):
+        taken: list[str] = []
+
+        def jobs(taken: list[str] = taken) -> Iterator[Job]:
+            for job in doubles(5):
+                taken.append(job.name)
+                yield job
+
+        for done, _ in enumerate(executor.run(jobs(), silent), start=1):
+            assert len(taken) <= done + ahead
+        assert len(taken) == 5
+
+
+def test_no_jobs(executor: Executor) -> None:
+    assert list(executor.run([], silent)) == []
+    assert executor.peak_rss_bytes == 0
+
+
+def test_an_error_in_the_list_of_jobs_passes_through(executor: Executor) -> None:
+    def jobs() -> Iterator[Job]:
+        yield Double("n0", 0)
+        raise KeyError("capture failed")
+
+    with pytest.raises(KeyError, match="capture failed"):
+        list(executor.run(jobs(), silent))
+
+
+def test_an_executor_runs_more_than_once(executor: Executor) -> None:
+    for _ in range(2):
+        assert {outcome.result for outcome in executor.run(doubles(2), silent)} == {0, 2}
+
+
+def test_throttling_keeps_the_first_the_last_and_five_a_second() -> None:
+    now = 100.0
+    seen = []
+    on_step = throttled(lambda step, steps, nmse: seen.append(step), clock=lambda: now)
+    for step in range(1, 1001):
+        on_step(step, 1000, 0.0)
+        now += STEP_INTERVAL / 50
+    assert seen[0] == 1
+    assert seen[-1] == 1000
+    assert 18 <= len(seen) <= 22
+
+
+@pytest.mark.parametrize(("kind", "workers"), [("serial", 0), ("process", 0), ("process", -1), ("cloud", 1)])
+def test_a_wrong_executor_is_refused(kind: Any, workers: int) -> None:
+    with pytest.raises(RecipeError, match=r"at least 1|choose serial or process"):
+        make_executor(kind, workers)
+
+
+# Processes
+
+
+def test_a_bug_carries_the_workers_traceback_and_stops_the_others() -> None:
+    with pytest.raises(ZeroDivisionError) as caught:
+        list(ProcessExecutor(2).run([Stay(), Fail("bad", ZeroDivisionError("no such thing"))], silent))
+    cause = str(caught.value.__cause__)
+    assert "job 'bad'" in cause
+    assert "raise self.error" in cause
+    assert "ZeroDivisionError: no such thing" in cause
+
+
+@pytest.mark.parametrize(
+    ("job", "message"),
+    [(Fail("bad", pickle.PicklingError("x")), "x"), (Unpicklable(), "lambda"), (Unpicklable("a"), "pickle")],
+)
+def test_what_cannot_be_sent_back_is_a_bug(job: Job, message: str) -> None:
+    with pytest.raises((pickle.PicklingError, AttributeError), match=message):
+        list(ProcessExecutor(1).run([job], silent))
+
+
+@dataclass(frozen=True)
+class FailAwkwardly:
+    name: str = "awkward"
+
+    def __call__(self, on_step: OnStep) -> NoReturn:
+        raise Awkward(1, 2)
+
+
+def test_an_error_that_cannot_be_pickled_still_tells() -> None:
+    with pytest.raises(RuntimeError, match="Awkward: awkward 1 2") as caught:
+        list(ProcessExecutor(1).run([FailAwkwardly()], silent))
+    assert "raise Awkward(1, 2)" in str(caught.value.__cause__)
+
+
+def test_a_job_that_cannot_be_pickled_is_a_bug() -> None:
+    with pytest.raises((pickle.PicklingError, AttributeError)):
+        list(ProcessExecutor(2).run([Stay(), Fail("bad", ValueError(lambda: None))], silent))
+
+
+@posix
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_killed_worker_costs_only_its_job(workers: int) -> None:
+    jobs = [Die("killed", signal.SIGKILL), *doubles(2), Die("ended", signal.SIGTERM), Double("last", 9)]
+    outcomes = by_name(ProcessExecutor(workers).run(jobs, silent))
+    assert len(outcomes) == 5
+    assert "died (signal 9), perhaps out of memory; use fewer --workers" in str(outcomes["killed"].error)
+    assert "died (signal 15)" in str(outcomes["ended"].error)
+    assert [outcomes[name].result for name in ("n0", "n1", "last")] == [0, 2, 18]
+
+
+@linux
+def test_a_worker_killed_while_it_speaks_spoils_nothing() -> None:
+    def wait_for_its_death(name: str, step: int, steps: int, nmse: float) -> None:
+        if name == "speaking":
+            os.waitid(os.P_PID, step, os.WEXITED | os.WNOWAIT)
+
+    outcomes = by_name(ProcessExecutor(1).run([DieSpeaking("speaking"), Double("next", 4)], wait_for_its_death))
+    assert "signal 9" in str(outcomes["speaking"].error)
+    assert outcomes["next"].result == 8
+
+
+def test_a_job_that_leaves_the_process_costs_only_itself() -> None:
+    outcomes = by_name(ProcessExecutor(1).run([Fail("leaver", SystemExit(3)), Double("next", 4)], silent))
+    assert "exit code 3" in str(outcomes["leaver"].error)
+    assert outcomes["next"].result == 8
+
+
+def test_closing_early_stops_the_workers() -> None:
+    outcomes = ProcessExecutor(2).run([Double("n0", 0), Stay(), Stay("later")], silent)
+    assert next(outcomes).name == "n0"
+    assert len(multiprocessing.active_children()) == 2
+    outcomes.close()  # type: ignore[attr-defined]
+    assert multiprocessing.active_children() == []
+
+
+def test_an_error_of_the_listener_stops_the_workers() -> None:
+    def on_step(name: str, step: int, steps: int, nmse: float) -> NoReturn:
+        raise BrokenPipeError("the terminal has gone")
+
+    with pytest.raises(BrokenPipeError):
+        list(ProcessExecutor(2).run([Stay(), Stay("too")], on_step))
+
+
+def test_workers_are_light_quiet_and_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # fewer than its share: the user's wish holds
+    monkeypatch.setenv("MKL_NUM_THREADS", "100000")
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "many")
+    for workers in (1, cores + 1):
+        (outcome,) = ProcessExecutor(workers).run([Surroundings()], silent)
+        share = str(max(1, cores // workers))
+        assert outcome.result == {"threads": ["1", share, share], "heavy": [], "ignores_interrupt": True}
+
+
+@linux
+def test_peak_memory_is_the_workers_own() -> None:
+    ours = bytearray(b"x") * 300_000_000
+    executor = ProcessExecutor(1)
+    list(executor.run([Double("small", 1)], silent))
+    assert 5_000_000 < executor.peak_rss_bytes < 150_000_000
+    list(executor.run([Allocate("large", 150_000_000)], silent))
+    assert 150_000_000 < executor.peak_rss_bytes < 300_000_000
+    executor = ProcessExecutor(2)
+    list(executor.run([Allocate("one", 150_000_000), Allocate("two", 150_000_000)], silent))
+    assert 300_000_000 < executor.peak_rss_bytes < 500_000_000
+    assert len(ours) == 300_000_000
+
+
+# A whole program around the executor
+
+
+def start(tmp_path: Path, body: str) -> subprocess.Popen[str]:
+    """A script without a main guard, in a process group of its own."""
+    script = tmp_path / "script.py"
+    script.write_text(f"from {__name__} import *\nimport os, sys\n{body}", encoding="utf-8")
+    return subprocess.Popen(
+        [sys.executable, str(script)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
+        start_new_session=True,
+    )
+
+
+BUSY = """
+def on_step(name, step, steps, nmse):
+    print(name, flush=True)
+
+for outcome in ProcessExecutor(2).run([Stay("one"), Stay("two")], on_step):
+    print(outcome)
+"""
+
+
+def test_a_script_without_a_main_guard_runs_once_and_owns_its_stdout(tmp_path: Path) -> None:
+    body = 'print("begin", flush=True)\nprint([o.result for o in ProcessExecutor(2).run([Say()], silent)])'
+    out, err = start(tmp_path, body).communicate()
+    assert out == "begin\n['said']\n"
+    assert err == "noise\n"
+
+
+@posix
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_workers_do_not_outlive_a_killed_main_process(tmp_path: Path, how: signal.Signals) -> None:
+    process = start(tmp_path, BUSY)
+    assert process.stdout is not None
+    assert {process.stdout.readline(), process.stdout.readline()} == {"one\n", "two\n"}
+    process.send_signal(how)
+    out, err = process.communicate()  # returns when the last holder of its streams has ended
+    assert process.returncode == -how
+    assert out == ""
+    assert "survived" not in err
+
+
+@posix
+def test_ctrl_c_ends_everything_with_one_traceback(tmp_path: Path) -> None:
+    process = start(tmp_path, BUSY)
+    assert process.stdout is not None
+    assert {process.stdout.readline(), process.stdout.readline()} == {"one\n", "two\n"}
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate()
+    assert process.returncode == -signal.SIGINT
+    assert out == ""
+    assert err.count("Traceback") == 1
+    assert err.endswith("KeyboardInterrupt\n")

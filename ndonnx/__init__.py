@@ -9,29 +9,71 @@ Names are imported when first used, so that `import ndonnx` costs nothing.
 from __future__ import annotations
 
 import importlib
+import sys
 from importlib.metadata import version
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ndonnx.api import evaluate, partition
+    from ndonnx.api import Speed, benchmark, evaluate, inspect, partition
+    from ndonnx.evaluate import Evaluation
     from ndonnx.graph.load import load
     from ndonnx.pipeline import CompressResult, compress
     from ndonnx.recipe import DataRecipe, Recipe, load_recipe
+    from ndonnx.report import CompressReport
+    from ndonnx.report.inspection import Inspection
 
     __version__: str
 
-__all__ = ["CompressResult", "DataRecipe", "Recipe", "compress", "evaluate", "load", "load_recipe", "partition"]
+__all__ = [
+    "CompressReport",
+    "CompressResult",
+    "DataRecipe",
+    "Evaluation",
+    "Inspection",
+    "Recipe",
+    "Speed",
+    "benchmark",
+    "compress",
+    "evaluate",
+    "inspect",
+    "load",
+    "load_recipe",
+    "partition",
+]
 
 _HOMES = {
+    "CompressReport": "ndonnx.report",
     "CompressResult": "ndonnx.pipeline",
     "DataRecipe": "ndonnx.recipe",
+    "Evaluation": "ndonnx.evaluate",
+    "Inspection": "ndonnx.report.inspection",
     "Recipe": "ndonnx.recipe",
+    "Speed": "ndonnx.api",
+    "benchmark": "ndonnx.api",
     "compress": "ndonnx.pipeline",
     "evaluate": "ndonnx.api",
+    "inspect": "ndonnx.api",
     "load": "ndonnx.graph.load",
     "load_recipe": "ndonnx.recipe",
     "partition": "ndonnx.api",
 }
+
+
+class _Package(ModuleType):
+    """Keeps a public name for its function where a module is called the same (`evaluate`, `partition`).
+
+    The import system sets an imported sub-module as an attribute of its package; without this,
+    `ndonnx.evaluate` would be the function before something imports that module, and the module
+    afterwards. `from ndonnx.evaluate import ...` finds the module either way.
+    """
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

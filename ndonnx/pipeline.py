@@ -229,7 +229,7 @@ class _Run:
         return self.run.entry("students", f"{neighbourhood.name}-{key}")
 
     def _waves(self) -> tuple[int, list[list[Neighbourhood]]]:
-        """Neighbourhoods in order, as many together as the cache budget holds, and how many samples that allows.
+        """Neighbourhoods in order, in as few and as even waves as the cache budget allows, and the samples it holds.
 
         Depends on the recipe alone, not on what is done, so that a continued run captures the same.
         """
@@ -243,13 +243,20 @@ class _Run:
                 f"the cache budget of {_gb(budget)} holds {samples} of {self.samples} samples of the largest "
                 f"neighbourhood; raise --cache-budget to use them all"
             )
+        fewest = self._fill(open_, budget // samples)
+        limits = sorted({self._bytes(open_[i:j]) for i in range(len(open_)) for j in range(i + 1, len(open_) + 1)})
+        even = next((limit for limit in limits if len(self._fill(open_, limit)) == len(fewest)), 0)
+        return samples, self._fill(open_, even)
+
+    def _fill(self, neighbourhoods: list[Neighbourhood], limit: int) -> list[list[Neighbourhood]]:
+        """Runs of neighbours whose boundaries take at most `limit` bytes a sample."""
         waves: list[list[Neighbourhood]] = []
-        for neighbourhood in open_:
-            if waves and self._bytes([*waves[-1], neighbourhood]) * samples <= budget:
+        for neighbourhood in neighbourhoods:
+            if waves and self._bytes([*waves[-1], neighbourhood]) <= limit:
                 waves[-1].append(neighbourhood)
             else:
                 waves.append([neighbourhood])
-        return samples, waves
+        return waves
 
     def _bytes(self, neighbourhoods: list[Neighbourhood]) -> int:
         """Bytes that one sample of these neighbourhoods' boundaries takes in the store."""
@@ -330,7 +337,7 @@ class _Run:
             groups=neighbourhood.groups,
             inputs=tuple(value.name or "" for value in model.graph.inputs),
             target=neighbourhood.exit.name or "",
-            store_path=store.directory,
+            store_path=store.path,
             entry=entry,
             method=method_of(self.recipe),
             plan=self._plan(),
@@ -381,7 +388,7 @@ def _count_samples(source: DataSource, wanted: int) -> int:
     available = source.length
     if available is None:
         available = sum(len(batch) for batch in source.batches(_CAPTURE_BATCH, samples=wanted))
-    if available < 2:  # noqa: PLR2004 - one to train on and one to hold out
+    if available < 2:
         raise DataError(f"{source.spec}: holds {available} samples; at least 2 are needed, better some hundreds")
     return min(available, wanted)
 
@@ -427,6 +434,4 @@ def _peak_rss() -> int:
 
 
 def _gb(count: float) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"  # noqa: PLR2004
-
-
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

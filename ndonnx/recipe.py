@@ -78,12 +78,12 @@ class Recipe(_Section):
     """Starting weights of a student."""
 
     # How to train it
-    steps: int = Field(1000, ge=0)
+    steps: int = Field(2000, ge=0)
     """Optimiser steps per neighbourhood."""
-    batch_size: int = Field(256, ge=1)
+    batch_size: int = Field(64, ge=1)
     """Samples per optimiser step."""
-    lr: float = Field(1e-2, gt=0)
-    """Peak learning rate of Adam."""
+    lr: float = Field(0.1, gt=0)
+    """Peak step of Adam, relative to the root mean square of each weight."""
     warmup: float = Field(0.05, ge=0, le=1)
     """Part of the steps over which the learning rate rises linearly."""
     holdout: float = Field(0.05, gt=0, lt=1)
@@ -134,5 +134,7 @@ def make_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             section = DataRecipe if first["loc"][0] == "data" else Recipe
-            raise RecipeError(f"{where}: unknown key '{key}'; known keys: {', '.join(sorted(section.model_fields))}") from error
+            raise RecipeError(
+                f"{where}: unknown key '{key}'; known keys: {', '.join(sorted(section.model_fields))}"
+            ) from error
         raise RecipeError(f"{where}: '{key}' = {first['input']!r}: {first['msg']}") from error

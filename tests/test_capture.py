@@ -142,7 +142,6 @@ def test_a_value_that_overflows_half_is_stored_in_full(tmp_path: Path, row: int)
     assert store.array("small").dtype == np.float16
     assert store.nonfinite == ()
     assert sum(counts) == 50
-    assert {path.stat().st_size - store.array("big").nbytes > 0 for path in tmp_path.glob("*.npy")} <= {True, False}
     assert len(list(tmp_path.glob("*.npy"))) == 2
 
 
@@ -284,6 +283,11 @@ def test_what_fails_names_its_cause_and_leaves_nothing(
     assert not (tmp_path / "store").exists()
 
 
+def test_a_batch_without_a_second_input_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="input 'm', only x"):
+        capture(masked([1, 4]), ["y"], batched(2, x=np.ones((4, 4), np.float32)), tmp_path, samples=4)
+
+
 def test_an_error_of_the_source_or_the_writer_ends_the_sweep(tmp_path: Path, x: np.ndarray) -> None:
     def torn() -> Iterator[dict[str, np.ndarray]]:
         yield {"x": x}
@@ -293,7 +297,7 @@ def test_an_error_of_the_source_or_the_writer_ends_the_sweep(tmp_path: Path, x: 
         capture(chain(), ["y"], torn, tmp_path / "torn", samples=100)
     assert not (tmp_path / "torn").exists()
 
-    with pytest.raises(RunDirError, match="full|cannot write"):  # 2**48 samples do not fit on any disk
+    with pytest.raises(RunDirError, match=r"full|cannot write"):  # 2**48 samples do not fit on any disk
         capture(chain(), ["y"], batched(16, x=x), tmp_path / "full", samples=2**48)
     assert not (tmp_path / "full").exists()
 
@@ -318,7 +322,7 @@ def test_memory_does_not_grow_with_the_samples(tmp_path: Path) -> None:
 
 def test_the_estimate_asks_for_a_batch_when_shapes_are_unknown(tmp_path: Path, x: np.ndarray) -> None:
     model, names = chain(infer=False), ["x", "hidden", "positive"]
-    with pytest.raises(ModelError, match="'hidden'.*a batch is needed"):
+    with pytest.raises(ModelError, match=r"'hidden'.*a batch is needed"):
         capture_bytes(model, names, 50)
     estimate = capture_bytes(model, names, 50, batch={"x": x[:3]})
     assert estimate == capture(model, names, batched(16, x=x), tmp_path, samples=50).nbytes

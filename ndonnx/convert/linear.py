@@ -68,7 +68,9 @@ class Conv(nn.Module):
         if before != behind:
             data = F.pad(data, torch_pads(before, behind))
             before = [0] * rank
-        return _CONV[rank](data, weight, bias, self.window.stride(rank), before, self.window.dilation(rank), self.groups)
+        return _CONV[rank](
+            data, weight, bias, self.window.stride(rank), before, self.window.dilation(rank), self.groups
+        )
 
 
 class ConvTranspose(nn.Module):

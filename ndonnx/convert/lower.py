@@ -51,7 +51,7 @@ def lower(model: ir.Model) -> Lowered:
     weights = [value for value in graph.initializers.values() if is_weight(value) and not _is_static(value)]
     moments = {value.name for value in weights if _is_moment(value)}
     for value in weights:
-        del graph.initializers[value.name]
+        del graph.initializers[value.name or ""]
         graph.inputs.append(value)
         value.const_value = None
     for index, node in enumerate(graph):

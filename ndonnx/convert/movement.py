@@ -36,6 +36,45 @@ class Pad(nn.Module):
         return F.pad(data, torch_pads(before[moved:], behind[moved:]), mode=self.mode)
 
 
+@converts("Slice")
+class Slice(nn.Module):
+    """`Slice` with bounds as attributes (opset 1) or inputs; a negative step reads backwards."""
+
+    def __init__(self, node: OnnxNode) -> None:
+        super().__init__()
+        attributes = node.attributes
+        self.starts: list[int] | None = attributes.get("starts")
+        self.ends: list[int] | None = attributes.get("ends")
+        self.axes: list[int] | None = attributes.get("axes")
+
+    def forward(
+        self,
+        data: Tensor,
+        starts: Tensor | None = None,
+        ends: Tensor | None = None,
+        axes: Tensor | None = None,
+        steps: Tensor | None = None,
+    ) -> Tensor:
+        first, last = self.starts or _numbers(starts), self.ends or _numbers(ends)
+        along = self.axes or (list(range(len(first))) if axes is None else _numbers(axes))
+        stride = [1] * len(first) if steps is None else _numbers(steps)
+        index = [slice(None)] * data.ndim
+        for axis, start, end, step in zip(along, first, last, stride, strict=True):
+            # Negative bounds count from the end in ONNX as in Python; torch cannot step backwards.
+            if step > 0:
+                index[axis] = slice(start, end, step)
+            else:
+                data = data.flip(axis)
+                behind = data.shape[axis] - 1
+                head, tail, _ = slice(start, end, step).indices(behind + 1)
+                index[axis] = slice(behind - head, behind - tail, -step)
+        return data[tuple(index)]
+
+
+def _numbers(tensor: Tensor | None) -> list[int]:
+    return [] if tensor is None else [int(number) for number in tensor.tolist()]
+
+
 @converts("AveragePool")
 class AveragePool(nn.Module):
     """`AveragePool` without dilation; ceil mode only where torch counts the last window alike."""

@@ -16,10 +16,10 @@ from torch import nn
 
 # onnx2torch imports torchvision, whose builds for CUDA do not load beside a CPU-only torch
 # unless these two operators are at least declared. Nothing of torchvision is used.
-_TORCHVISION = torch.library.Library("torchvision", "FRAGMENT")
+_TORCHVISION = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
 for _schema in ("nms", "qnms"):
     try:
-        _TORCHVISION.define(f"{_schema}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _TORCHVISION.define(f"{_schema}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")  # type: ignore[no-untyped-call]
     except RuntimeError as _error:
         if "multiple times" not in str(_error) and "already" not in str(_error):
             raise

@@ -115,7 +115,9 @@ def check_parity(module: TorchSlice, inputs: list[np.ndarray], expected: np.ndar
         raise ParityError(f"the converted slice answers with shape {answer.shape}, onnxruntime with {expected.shape}")
     error = relative_error(answer, expected)
     if not error <= tolerance:
-        raise ParityError(f"the converted slice differs from onnxruntime by {error:.2g} of its scale (at most {tolerance:g})")
+        raise ParityError(
+            f"the converted slice differs from onnxruntime by {error:.2g} of its scale (at most {tolerance:g})"
+        )
     return error
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,7 +24,7 @@ _PROBE = 16
 """Samples on which torch and onnxruntime are compared."""
 _SHAPING_SAMPLES = 1024
 """Most samples that a method sees when it shapes and initialises a candidate."""
-_SHAPING_BYTES = 128 * 2**20
+_SHAPING_BYTES = 32 * 2**20
 """Most bytes of them, as float32, inputs and target together."""
 
 STUDENT_FILE = "student.onnx"
@@ -120,5 +119,3 @@ def read_result(entry: Entry) -> DistilResult:
 def load_student(entry: Entry) -> ir.Model:
     """The student slice of a job that is done."""
     return load(entry.path / STUDENT_FILE)
-
-

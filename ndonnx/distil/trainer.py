@@ -23,6 +23,8 @@ _EVALUATIONS = 20
 _HOLDOUT_BYTES = 64 * 2**20
 """Most bytes of held-out samples that are kept in memory, as float32."""
 _EVALUATION_BATCH = 64
+_SMALLEST_SCALE = 1e-2
+"""Scale of weights that are all (nearly) zero."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Plan:
     steps: int
     batch_size: int
     lr: float
+    """Peak step of Adam, relative to each weight's root mean square."""
     warmup: float
     seed: int
     device: str = "cpu"
@@ -50,7 +53,7 @@ class Training:
 
 
 def learning_rate(step: int, plan: Plan) -> float:
-    """Linear warm-up, then half a cosine down to zero; `step` counts from 0."""
+    """Relative step size: linear warm-up, then half a cosine down to zero; `step` counts from 0."""
     warmup = max(1, round(plan.warmup * plan.steps))
     rise = min(1.0, (step + 1) / warmup)
     fall = 0.5 * (1.0 + math.cos(math.pi * step / max(1, plan.steps)))
@@ -90,12 +93,12 @@ def _descend(
 ) -> Iterator[tuple[int, float]]:
     """Run the steps; yield the step and the held-out error whenever it is measured."""
     device = torch.device(plan.device)
-    optimiser = torch.optim.Adam(weights, lr=plan.lr, fused=True)
+    optimiser = torch.optim.Adam([{"params": [w], "scale": _scale(w)} for w in weights], lr=plan.lr, fused=True)
     every = max(1, plan.steps // _EVALUATIONS)
     half = torch.autocast(device.type, torch.bfloat16, enabled=plan.bf16)
     for step, rows in enumerate(_batches(samples, plan)):
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate(step, plan)
+            group["lr"] = learning_rate(step, plan) * group["scale"]
         inputs, target = samples.batch(rows)
         with half:
             answer = module(*(_to_float(tensor, device, plan.bf16) for tensor in inputs))
@@ -121,6 +124,15 @@ def _batches(samples: SliceSamples, plan: Plan) -> Iterator[np.ndarray]:
             order, position = first + rng.permutation(last - first), 0
         yield np.sort(order[position : position + size])
         position += size
+
+
+def _scale(weight: Tensor) -> float:
+    """Root mean square of a weight, by which its steps are scaled.
+
+    Students begin near their end, with weights of very different size from one slice to the
+    next; a step of so many per cent suits them all, where no absolute learning rate does.
+    """
+    return max(float(weight.detach().double().square().mean().sqrt()), _SMALLEST_SCALE)
 
 
 class _Judge:

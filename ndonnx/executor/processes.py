@@ -7,7 +7,6 @@ is left. A worker that dies takes its job with it, and the next job gets a fresh
 
 from __future__ import annotations
 
-import os
 import pickle
 import signal
 import sys

@@ -8,7 +8,7 @@ sample for the usual dynamic batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -32,8 +32,16 @@ class Cost:
 def cost_of(nodes: Iterable[ir.Node]) -> Cost:
     """Cost of a set of nodes of one graph; a weight that several of them share counts once."""
     nodes = list(nodes)
-    weights = {value: None for node in nodes for value in reads(node) if is_weight(value)}
+    weights = {value: None for node in _with_inner(nodes) for value in reads(node) if is_weight(value)}
     return Cost(sum(_size(value) for value in weights), sum(macs_of(node) for node in nodes))
+
+
+def _with_inner(nodes: Iterable[ir.Node]) -> Iterator[ir.Node]:
+    """The nodes, and those of their sub-graphs."""
+    for node in nodes:
+        yield node
+        for graph in sub_graphs(node):
+            yield from _with_inner(graph)
 
 
 def slice_cost(model: ir.Model) -> Cost:

@@ -16,6 +16,9 @@ import onnx_ir as ir
 
 _SHAPE_OPS = {"Shape", "Size"}
 _RANDOM_OPS = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"}
+_SEQUENCE_OPS = {"SequenceEmpty", "SequenceConstruct", "SplitToSequence", "Optional"}
+
+STANDARD_DOMAINS = {"", "ai.onnx"}
 
 SOURCE = "<source>"
 """Virtual value in front of the stream inputs."""
@@ -105,13 +108,20 @@ def _classify(graph: ir.Graph, stream: set[str]) -> dict[ir.Value, Kind]:
 
 def _kind_of(node: ir.Node, inputs: Iterable[Kind]) -> Kind:
     seen = set(inputs)
-    if node.op_type in _RANDOM_OPS:
+    if not _recomputable(node):
         return Kind.STREAM if Kind.STREAM in seen else Kind.CONTEXT
     if seen <= {Kind.CONSTANT}:
         return Kind.CONSTANT
     if seen <= {Kind.CONSTANT, Kind.METADATA} or node.op_type in _SHAPE_OPS:
         return Kind.METADATA
     return Kind.STREAM if Kind.STREAM in seen else Kind.CONTEXT
+
+
+def _recomputable(node: ir.Node) -> bool:
+    """Whether a node answers the same each time, with a tensor, and onnxruntime is sure to know it."""
+    if node.domain not in STANDARD_DOMAINS or node.op_type in _RANDOM_OPS | _SEQUENCE_OPS:
+        return False
+    return all(_recomputable(inner) for graph in sub_graphs(node) for inner in graph)
 
 
 def _flow(graph: ir.Graph, kinds: dict[ir.Value, Kind]) -> nx.DiGraph:

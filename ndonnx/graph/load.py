@@ -14,6 +14,7 @@ from google.protobuf.message import DecodeError
 from onnx_ir.passes.common import InlinePass, ShapeInferencePass
 
 from ndonnx.errors import ModelError, RunDirError
+from ndonnx.graph.dataflow import sub_graphs
 
 PROTOBUF_LIMIT = 1_900_000_000
 """Bytes of tensors above which a model is written with external data (protobuf stops at 2 GB)."""
@@ -29,7 +30,7 @@ def load(path: str | Path) -> ir.Model:
     """
     path = Path(path)
     try:
-        proto = onnx.load(path, load_external_data=False)
+        proto = onnx.load(path, format="protobuf", load_external_data=False)
     except FileNotFoundError as error:
         raise ModelError(f"{path}: no such file") from error
     except OSError as error:
@@ -42,12 +43,12 @@ def load(path: str | Path) -> ir.Model:
         raise ModelError(f"{path}: the model states no opset for the ONNX operators; export it again")
     try:
         model = ir.from_proto(proto)
+        if model.functions:
+            model = InlinePass()(model).model
     except Exception as error:  # whatever a hostile graph provokes in the deserialiser is the file's fault
-        raise ModelError(f"{path}: the graph is malformed: {_first_line(error)}") from error
+        raise ModelError(f"{path}: the graph is malformed: {_first_line(_root(error))}") from error
     _resolve_external_data(model, path)
-    _check_names(model, path)
-    if model.functions:
-        model = InlinePass()(model).model
+    _check_names(model.graph, set(), path)
     return infer_shapes(model)
 
 
@@ -63,8 +64,11 @@ def infer_shapes(model: ir.Model) -> ir.Model:
 
 
 def serialise(model: ir.Model) -> bytes:
-    """The model as the bytes of one `.onnx` file."""
-    return ir.to_proto(model).SerializeToString(deterministic=True)
+    """The model as the bytes of one `.onnx` file, with the tensors that were kept beside it inside."""
+    if _external_tensors(model):
+        model = ir.external_data.load_to_model(model.clone())
+    data: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
+    return data
 
 
 def save(model: ir.Model, path: str | Path) -> None:
@@ -111,7 +115,9 @@ def check_writable(path: str | Path) -> None:
 
 def tensor_bytes(model: ir.Model) -> int:
     """Bytes of all initializers, without reading those kept in external data."""
-    return sum(tensor.nbytes for value in model.graph.initializers.values() if (tensor := value.const_value) is not None)
+    values = (value for graph in model.graphs() for value in graph.initializers.values())
+    tensors = (tensor for value in values if (tensor := value.const_value) is not None)
+    return sum(tensor.nbytes for tensor in tensors if tensor.dtype is not ir.DataType.STRING)
 
 
 def _resolve_external_data(model: ir.Model, path: Path) -> None:
@@ -119,17 +125,23 @@ def _resolve_external_data(model: ir.Model, path: Path) -> None:
     folder = path.parent.resolve()
     for tensor in _external_tensors(model):
         location = Path(tensor.location)
-        target = (folder / location).resolve()
+        try:
+            target = (folder / location).resolve()
+            size = target.stat().st_size if target.is_file() else None
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{path}: tensor '{tensor.name}' names no usable file: {_first_line(error)}") from error
         if location.is_absolute() or not target.is_relative_to(folder):
             raise ModelError(
                 f"{path}: tensor '{tensor.name}' keeps its data in '{tensor.location}', outside the model's folder"
             )
-        if not target.is_file():
-            raise ModelError(f"{path}: tensor '{tensor.name}' needs the missing file '{tensor.location}' beside the model")
-        end = (tensor.offset or 0) + tensor.nbytes
-        if target.stat().st_size < end:
+        if size is None:
             raise ModelError(
-                f"{path}: tensor '{tensor.name}' needs {end} bytes of '{tensor.location}', which has {target.stat().st_size}"
+                f"{path}: tensor '{tensor.name}' needs the missing file '{tensor.location}' beside the model"
+            )
+        end = (tensor.offset or 0) + tensor.nbytes
+        if size < end:
+            raise ModelError(
+                f"{path}: tensor '{tensor.name}' needs {end} bytes of '{tensor.location}', which has {size}"
             )
         tensor.base_dir = str(folder)
 
@@ -145,18 +157,29 @@ def _external_tensors(model: ir.Model) -> list[ir.ExternalTensor]:
     return found
 
 
-def _check_names(model: ir.Model, path: Path) -> None:
+def _check_names(graph: ir.Graph, outer: set[str | None], path: Path) -> None:
     """Refuse a graph that reads a value which nothing produces, or reads it before it is there."""
-    known = {value.name for value in model.graph.inputs} | set(model.graph.initializers)
-    for node in model.graph:
+    known = outer | {value.name for value in graph.inputs} | set(graph.initializers)
+    for node in graph:
         for value in node.inputs:
             if value is not None and value.name not in known:
-                raise ModelError(f"{path}: node '{node.name or node.op_type}' reads '{value.name}' before anything makes it")
+                raise ModelError(
+                    f"{path}: node '{node.name or node.op_type}' reads '{value.name}' before anything makes it"
+                )
+        for inner in sub_graphs(node):
+            _check_names(inner, known, path)
         known |= {value.name for value in node.outputs}
-    for value in model.graph.outputs:
+    for value in graph.outputs:
         if value.name not in known:
             raise ModelError(f"{path}: the output '{value.name}' is made by no node")
 
 
-def _first_line(error: Exception) -> str:
+def _root(error: BaseException) -> BaseException:
+    """What an error goes back to."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
+from ndonnx.errors import ModelError
+from ndonnx.graph.costs import dims
 from ndonnx.graph.dataflow import Dataflow, Kind
-from ndonnx.graph.load import serialise
+from ndonnx.graph.load import serialise, tensor_bytes
 
 FOLD_LIMIT = 256 * 2**20
-"""Largest constant, in bytes, that is computed ahead (a `ConstantOfShape` can ask for anything)."""
+"""Bytes that one constant may always take (a `ConstantOfShape` can ask for anything); more if the model itself does."""
 
 
 def fold_constants(model: ir.Model) -> ir.Model:
@@ -18,6 +22,9 @@ def fold_constants(model: ir.Model) -> ir.Model:
 
     Works in place on a slice and returns it. Nodes that became dead go; initializers that
     nothing reads any more go with them. Initializers are taken off the inputs.
+
+    Raises:
+        ModelError: a constant cannot be computed, or is far larger than the model.
     """
     graph = model.graph
     _take_initializers_off_inputs(graph)
@@ -27,13 +34,15 @@ def fold_constants(model: ir.Model) -> ir.Model:
         for node in graph
         if flow.kinds[node.outputs[0]] is Kind.CONSTANT
         for value in node.outputs
-        if value.is_graph_output() or any(flow.kinds[user.outputs[0]] is not Kind.CONSTANT for user in value.consumers())
+        if value.is_graph_output()
+        or any(flow.kinds.get(user.outputs[0]) is not Kind.CONSTANT for user in value.consumers())
     ]
     for value, array in zip(wanted, _evaluate(model, wanted), strict=True):
         name = value.name
-        replacement = ir.Value(name=name, const_value=ir.tensor(array, name=name))
-        replacement.shape = ir.Shape(array.shape)
-        replacement.dtype = replacement.const_value.dtype if replacement.const_value is not None else None
+        tensor = ir.tensor(array, name=name)
+        replacement = ir.Value(
+            name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype)
+        )
         value.name = f"{name}/folded"
         value.replace_all_uses_with(replacement, replace_graph_outputs=True)
         graph.register_initializer(replacement)
@@ -48,16 +57,36 @@ def _take_initializers_off_inputs(graph: ir.Graph) -> None:
 
 def _evaluate(model: ir.Model, wanted: list[ir.Value]) -> list[np.ndarray]:
     """Values of constants, small ones read off, the rest computed by onnxruntime without inputs."""
-    ready = {value: tensor.numpy() for value in wanted if (tensor := ir.convenience.get_const_tensor(value)) is not None}
+    ready = {
+        value: tensor.numpy() for value in wanted if (tensor := ir.convenience.get_const_tensor(value)) is not None
+    }
     rest = [value for value in wanted if value not in ready]
     if rest:
         part = ir.Model(ir.convenience.extract(model.graph, [], rest), ir_version=model.ir_version)
+        _check_sizes(part.graph, max(FOLD_LIMIT, tensor_bytes(model)))
         options = ort.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = 1
-        session = ort.InferenceSession(serialise(part), options, providers=["CPUExecutionProvider"])
-        ready |= dict(zip(rest, session.run([value.name for value in rest], {}), strict=True))
+        try:
+            session = ort.InferenceSession(serialise(part), options, providers=["CPUExecutionProvider"])
+            ready |= dict(zip(rest, session.run([value.name for value in rest], {}), strict=True))
+        except Exception as error:  # onnxruntime's errors share no base class; all mean that the graph is at fault
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ModelError(
+                f"the model's constant part, up to '{rest[0].name}', cannot be computed: {reason}"
+            ) from error
     return [ready[value] for value in wanted]
+
+
+def _check_sizes(graph: ir.Graph, limit: int) -> None:
+    for node in graph:
+        for value in node.outputs:
+            shape = dims(value)
+            size = math.prod(shape) * (value.dtype.itemsize if value.dtype is not None else 1) if shape else 0
+            if size > limit:
+                raise ModelError(
+                    f"the constant '{value.name}' would take {size:.2g} bytes; at most {limit:.2g} are allowed"
+                )
 
 
 def _drop_dead(graph: ir.Graph) -> None:

@@ -11,13 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 
 import onnx_ir as ir
 
 from ndonnx.errors import UsageError
 from ndonnx.graph.costs import Cost, cost_of, is_weight
-from ndonnx.graph.dataflow import Dataflow, Kind, real_inputs, reads
+from ndonnx.graph.dataflow import Dataflow, Kind, reads, real_inputs
 from ndonnx.partition.groups import ChannelGroups, find_groups
 from ndonnx.partition.regions import Atom, Chain, find_chains
 from ndonnx.partition.slices import extract, is_opaque, region_nodes
@@ -32,12 +31,11 @@ _COVER_TO_ENTER = 0.9
 whole atom: enough to open a U-Net, too much to lose the value projection of an attention."""
 
 _TRAILING_OPS = {
-    # fmt: off
     "BatchNormalization", "Celu", "Clip", "Elu", "Gelu", "GroupNormalization", "HardSigmoid", "HardSwish",
     "InstanceNormalization", "LayerNormalization", "LeakyRelu", "Mish", "PRelu", "RMSNormalization", "Relu",
-    "Selu", "Sigmoid", "SimplifiedLayerNormalization", "Softplus", "Softsign", "Swish", "Tanh", "ThresholdedRelu",
-    # fmt: on
-}
+    "Selu", "Sigmoid", "SimplifiedLayerNormalization", "Softplus", "Softsign", "Swish", "Tanh",
+    "ThresholdedRelu",
+}  # fmt: skip
 """Operators that join the neighbourhood before them: its error is then measured behind them."""
 
 
@@ -119,9 +117,10 @@ def partition(
     for name in (*cut, *freeze):
         if name not in by_name:
             raise UsageError(f"value '{name}' (cut or freeze) is not in the model; `ndonnx inspect` lists the names")
-    chooser = _Chooser(flow, frozenset(by_name[name] for name in cut))
+    cuts, frozen = (frozenset(by_name[name] for name in names) for names in (cut, freeze))
+    chooser = _Chooser(flow, cuts)
     runs = [run for chain in find_chains(flow) for run in chooser.best(chain).runs]
-    return Partition(model, flow, tuple(_name(_with_rest(flow, runs, {by_name[name] for name in freeze}))))
+    return Partition(model, flow, tuple(_name(_with_rest(flow, runs, cuts, frozen))))
 
 
 def _choose_stream(model: ir.Model) -> Dataflow:
@@ -178,11 +177,20 @@ class _Chooser:
 
     def best(self, chain: Chain) -> _Choice:
         """The best choice of runs along a chain and inside its atoms."""
+        outer_first = [chain]
+        for found in outer_first:
+            outer_first.extend(nested for atom in found.atoms for nested in atom.nested)
+        choices: dict[Chain, _Choice] = {}
+        for found in reversed(outer_first):
+            choices[found] = self._along(found, choices)
+        return choices[chain]
+
+    def _along(self, chain: Chain, inner: dict[Chain, _Choice]) -> _Choice:
         runs = self._runs(chain.atoms)
         best = [_Choice()]
         arriving: list[list[_Choice]] = [[] for _ in range(len(chain.atoms) + 1)]
         for i, atom in enumerate(chain.atoms):
-            entered = sum((self.best(nested) for nested in atom.nested), _Choice())
+            entered = sum((inner[nested] for nested in atom.nested), _Choice())
             whole = runs[i].pop(i + 1, None)
             step = entered if whole is None or entered.opens(whole) else whole
             arriving[i + 1].append(best[i] + step)
@@ -231,7 +239,7 @@ class _Chooser:
     def _worth(self, atoms: list[Atom]) -> _Choice | None:
         entry, exit_ = atoms[0].entry, atoms[-1].exit
         nodes, _ = region_nodes(self.flow, entry, exit_)
-        if self._leaks(nodes, exit_):
+        if any(is_opaque(node) for node in nodes) or self._leaks(nodes, exit_):
             return None
         groups = find_groups(nodes, exit_)
         if not groups.groups:
@@ -251,7 +259,7 @@ class _Chooser:
             for value in node.outputs:
                 if value is not exit_ and self.flow.is_stream(value):
                     for user in value.consumers():
-                        if user not in own and self.flow.kinds[user.outputs[0]] is Kind.METADATA:
+                        if user not in own and self.flow.kinds.get(user.outputs[0]) is Kind.METADATA:
                             return True
         return False
 
@@ -272,29 +280,35 @@ _LONGEST_RUN = 256
 """Atoms after which a run is given up."""
 
 
-def _with_rest(flow: Dataflow, runs: list[_Run], frozen: set[ir.Value]) -> list[Neighbourhood]:
+def _with_rest(
+    flow: Dataflow, runs: list[_Run], cuts: frozenset[ir.Value], frozen: frozenset[ir.Value]
+) -> list[Neighbourhood]:
     """Join trailing operators to the runs, and gather all other nodes into kept pieces."""
     found: list[Neighbourhood] = []
     taken: set[ir.Node] = set()
-    entries = {run.entry for run in runs}
+    barriers = cuts | {run.entry for run in runs}
     for run in runs:
-        exit_ = _extend(flow, run.exit, entries)
+        exit_ = _extend(flow, run.exit, barriers)
         nodes, context = region_nodes(flow, run.entry, exit_)
-        held = {value for node in nodes for value in node.outputs}
-        reason = f"frozen: it makes '{hit.pop().name}'" if (hit := frozen & held) else None
+        made = (value for node in nodes for value in node.outputs)
+        hit = next((value for value in made if value in frozen), None)
+        reason = f"frozen: it makes '{hit.name}'" if hit is not None else None
         groups = find_groups(nodes, exit_)
         found.append(Neighbourhood("", run.entry, exit_, tuple(context), tuple(nodes), groups, reason))
+        assert not any(node in taken and flow.is_stream(node.outputs[0]) for node in nodes)
         taken.update(nodes)
     rest = [n for n in flow.graph if n not in taken and flow.kinds[n.outputs[0]] not in (Kind.METADATA, Kind.CONSTANT)]
     pieces = [_kept(flow, piece) for piece in _connected(rest)]
     return sorted(found + pieces, key=lambda n: flow.order[n.nodes[0]])
 
 
-def _extend(flow: Dataflow, exit_: ir.Value, entries: set[ir.Value]) -> ir.Value:
-    """Move an exit behind the activations and norms that alone read it."""
-    while exit_ not in entries and not exit_.is_graph_output():
-        users = [user for user in exit_.consumers() if flow.kinds[user.outputs[0]] is not Kind.METADATA]
+def _extend(flow: Dataflow, exit_: ir.Value, barriers: frozenset[ir.Value]) -> ir.Value:
+    """Move an exit behind the activations and norms that alone read it, up to a value that must be a boundary."""
+    while exit_ not in barriers and not exit_.is_graph_output():
+        users = [user for user in exit_.consumers() if flow.kinds.get(user.outputs[0]) is not Kind.METADATA]
         if len(users) != 1 or len(exit_.consumers()) != 1 or users[0].op_type not in _TRAILING_OPS:
+            break
+        if is_opaque(users[0]) or users[0] not in flow.order:
             break
         if flow.stream_reads(users[0]) != [exit_] or sum(1 for v in users[0].outputs if v.uses()) > 1:
             break
@@ -341,9 +355,7 @@ def _why_kept(nodes: list[ir.Node]) -> str:
 def _name(neighbourhoods: list[Neighbourhood]) -> list[Neighbourhood]:
     """Number them in order, so that the same teacher always gets the same names."""
     digits = max(2, len(str(len(neighbourhoods))))
-    named = [
+    return [
         Neighbourhood(f"n{i:0{digits}d}", n.entry, n.exit, n.context, n.nodes, n.groups, n.reason)
         for i, n in enumerate(neighbourhoods, 1)
     ]
-    assert all(set(a.nodes).isdisjoint(b.nodes) or not (a.distillable and b.distillable) for a, b in pairwise(named))
-    return named

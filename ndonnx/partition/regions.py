@@ -124,7 +124,8 @@ def _link(atoms: dict[ir.Value, Atom], post_dominator: dict[Hashable, Hashable])
         return next((other for other in starting.get(atom.exit, ()) if other.exit is ahead), None)
 
     after = {atom: successor for atom in atoms.values() if (successor := following(atom)) is not None}
-    heads = [atom for atom in atoms.values() if atom not in set(after.values())]
+    followers = set(after.values())
+    heads = [atom for atom in atoms.values() if atom not in followers]
     return [Chain(list(_walk(head, after))) for head in heads]
 
 

@@ -42,8 +42,12 @@ class Tracker:
     edits: list[tuple[ir.Node, str, Labels]] = field(default_factory=list)
 
     def labels(self, value: ir.Value | None) -> Labels | None:
-        """Labels of an activation; None when it is not followed."""
-        return self.values.get(value) if value is not None else None
+        """Labels of an activation; None when it is not followed.
+
+        A lone channel is not: beside other lengths it would be taken for an axis that broadcasts.
+        """
+        labels = self.values.get(value) if value is not None else None
+        return labels if labels is not None and labels.size > 1 else None
 
     def freeze(self, value: ir.Value | None) -> None:
         """Let all channels of an activation stay."""
@@ -97,7 +101,7 @@ def _conv(tracker: Tracker, node: ir.Node) -> bool:
     shape, out = dims(weight), node.outputs[0]
     labels = tracker.labels(data)
     channels = axis_labels(labels, 1)
-    if shape is None or constant_of(weight) is None or (labels is not None and channels is None):
+    if shape is None or not _constant(node.inputs[1:]) or (labels is not None and channels is None):
         return False
     groups = _int(node, "group", 1)
     if groups == 1:
@@ -122,7 +126,7 @@ def _gemm(tracker: Tracker, node: ir.Node) -> bool:
     data, weight, *bias = node.inputs
     shape, out = dims(weight), node.outputs[0]
     channels = axis_labels(tracker.labels(data), 1)
-    if shape is None or constant_of(weight) is None or _int(node, "transA", 0):
+    if shape is None or not _constant(node.inputs[1:]) or _int(node, "transA", 0):
         return False
     if tracker.labels(data) is not None and channels is None:
         return False
@@ -134,8 +138,6 @@ def _gemm(tracker: Tracker, node: ir.Node) -> bool:
     for value in bias:
         if value is not None and (size := dims(value)) and size[-1] == made.size:
             tracker.label_weight(node, value, -1, made, "out")
-        elif value is not None and constant_of(value) is None:
-            tracker.freeze(out)
     return True
 
 
@@ -180,7 +182,7 @@ def _normalisation(tracker: Tracker, node: ir.Node) -> bool:
     """BatchNormalization and InstanceNormalization: one scale and one bias per channel."""
     labels = tracker.labels(node.inputs[0])
     channels = axis_labels(labels, 1)
-    if labels is not None and channels is None:
+    if not _constant(node.inputs[1:]) or (labels is not None and channels is None):
         return False
     for value in node.inputs[1:]:
         tracker.label_weight(node, value, 0, channels, "out")
@@ -232,7 +234,7 @@ def _pad(tracker: Tracker, node: ir.Node) -> bool:
         return True
     pads = _ints(node, "pads", 1)
     rank = labels.ndim
-    if pads is None or len(pads) != 2 * rank or len(node.inputs) > 3:  # noqa: PLR2004 - explicit axes
+    if pads is None or len(pads) != 2 * rank or len(node.inputs) > 3:
         return False
     widths = [(pads[a], pads[a + rank]) if labels.shape[a] > 1 else (0, 0) for a in range(rank)]
     if any(low < 0 or high < 0 for low, high in widths):
@@ -284,6 +286,10 @@ def _transpose(tracker: Tracker, node: ir.Node) -> bool:
     return True
 
 
+def _constant(values: Iterable[ir.Value | None]) -> bool:
+    return all(value is None or constant_of(value) is not None for value in values)
+
+
 def _int(node: ir.Node, name: str, default: int) -> int:
     attribute = node.attributes.get(name)
     return attribute.as_int() if attribute is not None else default
@@ -304,6 +310,12 @@ def _same(rule: Rule, names: Iterable[str]) -> dict[str, Rule]:
     return dict.fromkeys(names, rule)
 
 
+_ONE_TO_ONE = (
+    "Abs", "Cast", "Ceil", "Celu", "Clip", "Dropout", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid",
+    "HardSwish", "Identity", "LeakyRelu", "Log", "Mish", "Neg", "Reciprocal", "Relu", "Round", "Selu",
+    "Sigmoid", "Softplus", "Softsign", "Sqrt", "Swish", "Tanh", "ThresholdedRelu",
+)  # fmt: skip
+
 _RULES: dict[str, Rule] = {
     "Conv": _conv,
     "Gemm": _gemm,
@@ -315,12 +327,5 @@ _RULES: dict[str, Rule] = {
     **_same(_normalisation, ("BatchNormalization", "InstanceNormalization")),
     **_same(_spatial, ("MaxPool", "AveragePool", "LpPool", "GlobalAveragePool", "GlobalMaxPool")),
     **_same(_elementwise, ("Add", "Sub", "Mul", "Div", "Pow", "Min", "Max", "Sum", "Mean", "PRelu", "Where")),
-    **_same(
-        _pass,
-        # fmt: off
-        ("Abs", "Cast", "Ceil", "Celu", "Clip", "Dropout", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid",
-         "HardSwish", "Identity", "LeakyRelu", "Log", "Mish", "Neg", "Reciprocal", "Relu", "Round", "Selu",
-         "Sigmoid", "Softplus", "Softsign", "Sqrt", "Swish", "Tanh", "ThresholdedRelu"),
-        # fmt: on
-    ),
+    **_same(_pass, _ONE_TO_ONE),
 }

@@ -6,13 +6,15 @@ from collections.abc import Collection, Iterable, Sequence
 
 import onnx_ir as ir
 
-from ndonnx.graph.dataflow import Dataflow, Kind, reads, sub_graphs
-
-STANDARD_DOMAINS = {"", "ai.onnx"}
+from ndonnx.graph.dataflow import SOURCE, STANDARD_DOMAINS, Dataflow, Kind, reads, sub_graphs
 
 
 def region_nodes(flow: Dataflow, entry: ir.Value, exit_: ir.Value) -> tuple[list[ir.Node], list[ir.Value]]:
-    """Nodes between entry and exit in order, with the metadata they need, and the context they read."""
+    """Nodes between entry and exit in order, with the metadata they need, and the context they read.
+
+    A stream value from elsewhere, of which only the shape is read, is context too.
+    """
+    inside = _between(flow, entry, exit_)
     nodes: set[ir.Node] = set()
     context: dict[ir.Value, None] = {}
     stack = [exit_]
@@ -21,12 +23,25 @@ def region_nodes(flow: Dataflow, entry: ir.Value, exit_: ir.Value) -> tuple[list
         producer = value.producer()
         if value is entry or flow.kinds[value] is Kind.CONSTANT or producer in nodes:
             continue
-        if flow.kinds[value] is Kind.CONTEXT or producer is None:
+        elsewhere = flow.is_stream(value) and value in flow.flow and value not in inside
+        if flow.kinds[value] is Kind.CONTEXT or producer is None or elsewhere:
             context[value] = None
             continue
         nodes.add(producer)
         stack.extend(reads(producer))
     return sorted(nodes, key=flow.order.__getitem__), sorted(context, key=lambda value: value.name or "")
+
+
+def _between(flow: Dataflow, entry: ir.Value, exit_: ir.Value) -> set[ir.Value]:
+    """The exit, and the stream values on the way to it from the entry."""
+    inside = {exit_}
+    stack = [exit_]
+    while stack:
+        for value in flow.flow.predecessors(stack.pop()):
+            if value is not entry and value is not SOURCE and value not in inside:
+                inside.add(value)
+                stack.append(value)
+    return inside
 
 
 def is_opaque(node: ir.Node) -> bool:

@@ -67,7 +67,7 @@ def linear_readers(model: ir.Model, groups: ChannelGroups) -> list[LinearReader]
     for node in model.graph:
         if not _is_plain(node) or (name := node.inputs[1].name if node.inputs[1] is not None else None) not in units:
             continue
-        data, bias = node.inputs[0], node.inputs[2] if len(node.inputs) > 2 else None  # noqa: PLR2004
+        data, bias = node.inputs[0], node.inputs[2] if len(node.inputs) > 2 else None
         assert data is not None and data.name and name
         fitting = bias is not None and constant_of(bias) is not None and len(node.outputs) == 1
         found.append(
@@ -81,24 +81,28 @@ def linear_readers(model: ir.Model, groups: ChannelGroups) -> list[LinearReader]
 def _is_plain(node: ir.Node) -> bool:
     attributes = node.attributes
     if node.op_type == "Conv":
-        return ("group" not in attributes or attributes["group"].as_int() == 1) and len(node.inputs[1].shape or ()) == 4  # type: ignore[union-attr]  # noqa: PLR2004
+        return ("group" not in attributes or attributes["group"].as_int() == 1) and len(node.inputs[1].shape or ()) == 4  # type: ignore[union-attr]
     if node.op_type == "Gemm":
         plain = all(attributes[name].as_float() == 1.0 for name in ("alpha", "beta") if name in attributes)
         return plain and ("transA" not in attributes or attributes["transA"].as_int() == 0)
-    return node.op_type == "MatMul" and len(node.inputs[1].shape or ()) == 2  # type: ignore[union-attr]  # noqa: PLR2004
+    return node.op_type == "MatMul" and len(node.inputs[1].shape or ()) == 2  # type: ignore[union-attr]
 
 
 def as_matrix(node: ir.Node, weight: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """A node's weight as (features, outputs)."""
     if node.op_type == "Conv":
         return weight.reshape(len(weight), -1).T
-    transposed = node.op_type == "Gemm" and "transB" in node.attributes and node.attributes["transB"].as_int() == 1
-    return weight.T if transposed else weight
+    return weight.T if _is_transposed(node) else weight
+
+
+def _is_transposed(node: ir.Node) -> bool:
+    return node.op_type == "Gemm" and "transB" in node.attributes and node.attributes["transB"].as_int() == 1
 
 
 def from_matrix(node: ir.Node, matrix: Matrix, shape: tuple[int, ...]) -> npt.NDArray[np.float64]:
     """The inverse of `as_matrix` for a weight of this shape."""
-    return np.ascontiguousarray(as_matrix(node, matrix).reshape(shape) if node.op_type != "Conv" else matrix.T.reshape(shape))  # type: ignore[arg-type]
+    by_output = matrix.T if node.op_type == "Conv" or _is_transposed(node) else matrix
+    return np.ascontiguousarray(by_output.reshape(shape))
 
 
 def features(node: ir.Node, data: npt.NDArray[np.float32], kernel: tuple[int, ...]) -> torch.Tensor:
@@ -152,7 +156,7 @@ def _thinned(data: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 def _rows(data: npt.NDArray[np.float32]) -> int:
     """Rows that one sample brings: spatial positions of an image, positions of a sequence."""
-    shape = data.shape[2:] if data.ndim == 4 else data.shape[1:-1]  # noqa: PLR2004 - images are (N, C, H, W)
+    shape = data.shape[2:] if data.ndim == 4 else data.shape[1:-1]
     return int(np.prod(shape, dtype=np.int64))
 
 

@@ -76,13 +76,14 @@ class ActivationStore:
     """Captured values of one model on the same samples, opened for reading.
 
     Attributes:
+        path: the store's folder.
         samples: how many samples every value holds, but for the constant ones.
         nonfinite: values that hold an Inf or a NaN.
         unstorable: values that were asked for and could not be stored, with the reason.
     """
 
     def __init__(self, path: Path, manifest: _Manifest) -> None:
-        self.directory = directory
+        self.path = path
         self._manifest = manifest
         self._maps: dict[str, mmap.mmap] = {}
         self._arrays: dict[str, Array] = {}
@@ -146,12 +147,12 @@ class ActivationStore:
         """
         if name not in self._arrays:
             entry = self._entry(name)
-            path = self.directory / entry.file
+            file_path = self.path / entry.file
             try:
-                with path.open("rb") as file:
+                with file_path.open("rb") as file:
                     mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             except OSError as error:
-                raise RunDirError(f"{path}: cannot map value '{name}': {error.strerror}") from error
+                raise RunDirError(f"{file_path}: cannot map value '{name}': {error.strerror}") from error
             self._maps[name] = mapped
             self._arrays[name] = np.ndarray(
                 tuple(entry.shape), np.dtype(entry.dtype), buffer=mapped, offset=len(entry.header)
@@ -177,10 +178,10 @@ class ActivationStore:
             block = array if entry.constant else array[start:stop]
             if checksum(block, start) != expected:
                 raise RunDirError(
-                    f"{self.directory / entry.file}: value '{name}' is damaged in samples {start} to {stop}; "
+                    f"{self.path / entry.file}: value '{name}' is damaged in samples {start} to {stop}; "
                     "delete this folder and capture again"
                 )
-        self.release()
+            self.release()
 
     def release(self) -> None:
         """Give the mapped pages back, so that resident memory does not grow with what was read."""
@@ -194,22 +195,22 @@ class ActivationStore:
         del self._manifest.values[name]
         self._arrays.pop(name, None)
         self._maps.pop(name, None)
-        _write_manifest(self.directory / MANIFEST, self._manifest)
-        _unlink(self.directory / entry.file)
+        _write_manifest(self.path / MANIFEST, self._manifest)
+        _unlink(self.path / entry.file)
 
     def remove(self) -> None:
         """Delete the store, and its folder when nothing else lies in it."""
         self._arrays.clear()
         self._maps.clear()
         self._manifest.values.clear()
-        _clear(self.directory)
-        _rmdir_if_empty(self.directory)
+        _clear(self.path)
+        _rmdir_if_empty(self.path)
 
     def _entry(self, name: str) -> _Entry:
         entry = self._manifest.values.get(name)
         if entry is None:
             reason = self._manifest.unstorable.get(name, "it was not captured, or was dropped")
-            raise RunDirError(f"{self.directory}: no value '{name}' in this store: {reason}")
+            raise RunDirError(f"{self.path}: no value '{name}' in this store: {reason}")
         return entry
 
 

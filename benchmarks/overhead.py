@@ -1,0 +1,353 @@
+"""Overhead: what the SDK costs on top of the work that cannot be avoided.
+
+    python -m benchmarks.overhead MODEL --data SRC [--recipe FILE] [--out FILE]
+    python -m benchmarks.overhead --demo
+
+Three measurements; --only takes a choice of them. In each, both ways are run in turn, the order changing from one
+repetition to the next, and the ratio is the median of the ratios of neighbouring runs.
+
+distil   A distil job, run by the serial executor, against the barest training loop of the same slice: the same
+         candidate, steps, batch size, precision and threads. The job's time is all of it: reading the slice,
+         shrinking and its closed-form start, both parity gates, batches from the memory map, held-out evaluation,
+         checks, writing. The loop has its activations in memory as float32 tensors before the clock starts, draws
+         its batches with `index_select`, and does forward (autocast), MSE, backward and a fused Adam, nothing else.
+         Ratio of times, SDK over loop, for each slice and for all together: at most 1.15. The job's fixed part
+         weighs less the more --steps there are; a run has 1000 by default.
+capture  `ndonnx.teacher.capture` of all values between neighbourhoods, against an onnxruntime session that computes
+         the same values as float32 and drops them. Both are fed the same batches, decoded and in memory; both times
+         hold the opening of the session; capture's hold the halving, checksums, writing and closing of the store.
+         Ratio of throughputs, capture over session: at least 0.85.
+workers  The distil jobs of all slices, by two worker processes with one thread each against one worker process with
+         one thread: the wall time of the stage, with the start of the processes. Ratio of times, one worker over
+         two: at least 1.6. It needs two cores.
+
+The floor is the time of the loop, of the session, and half the time of one worker. --out writes it all as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import onnx_ir as ir
+import onnxruntime as ort
+import torch
+import torch.nn.functional as F
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from benchmarks import common
+from benchmarks.common import Notes, Slice, Stopwatch, Subject
+from ndonnx.convert import to_torch
+from ndonnx.distil import DistilJob, Plan
+from ndonnx.errors import ShrinkError, UsageError
+from ndonnx.executor import Executor, ProcessExecutor, SerialExecutor
+from ndonnx.graph import save, serialise
+from ndonnx.machine import pick_device, usable_cores
+from ndonnx.partition import Partition
+from ndonnx.pipeline import method_of
+from ndonnx.rundir import RunDir
+from ndonnx.teacher import ActivationStore, capture
+
+MEASUREMENTS = ("distil", "capture", "workers")
+AT_MOST = {"distil": 1.15}
+AT_LEAST = {"capture": 0.85, "workers": 1.6}
+WORKERS = 2
+WARM_UP = 2
+"""Steps of the bare loop before a slice's first measured run: libraries prepare their kernels for its shapes."""
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+_COLUMNS = ("measurement", "SDK s", "floor s", "ratio", "target", "met")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One line of the table: medians of the seconds, and of the paired ratios."""
+
+    measurement: str
+    part: str
+    """A slice's name; `all` where there are no parts, or for their sum."""
+    sdk_seconds: float
+    floor_seconds: float
+    ratio: float
+    ratios: tuple[float, ...]
+    """Of every repetition."""
+    target: str
+
+    @property
+    def met(self) -> bool:
+        """Whether the ratio is what was asked for."""
+        if self.measurement in AT_MOST:
+            return self.ratio <= AT_MOST[self.measurement]
+        return self.ratio >= AT_LEAST[self.measurement]
+
+    def row(self) -> tuple[str, ...]:
+        """As the table prints it."""
+        name = f"{self.measurement} {self.part}" if self.part != "all" else self.measurement
+        met = "yes" if self.met else "no"
+        return name, f"{self.sdk_seconds:.2f}", f"{self.floor_seconds:.2f}", f"{self.ratio:.3f}", self.target, met
+
+
+class Bench:
+    """A teacher partitioned, its data in memory and its activations captured."""
+
+    def __init__(self, subject: Subject, folder: Path) -> None:
+        self.subject = subject
+        self.folder = folder
+        self.parts: Partition = subject.partition()
+        self.device = pick_device(subject.recipe.device)
+        source = subject.open(subject.data)
+        self.samples = common.count_samples(source, subject.recipe.samples)
+        if self.samples < 2:
+            raise UsageError(f"{subject.data}: holds {self.samples} samples; at least 2 are needed")
+        size, seed = common.capture_batch(self.parts.model), subject.recipe.seed
+        self.batches = [batch.inputs for batch in source.batches(size, samples=self.samples, seed=seed)]
+        self.values = common.boundary(self.parts.distillable)
+        self.store = self.capture(folder / "store")
+
+    def capture(self, folder: Path) -> ActivationStore:
+        """The SDK's sweep."""
+        return capture(
+            self.parts.model, self.values, lambda: self.batches, folder, samples=self.samples, device=self.device
+        )
+
+    def slices(self) -> list[Slice]:
+        """Those that can be shrunk, the largest activations first, as the pipeline starts them."""
+        holdout = self.subject.recipe.holdout
+        slices = [Slice.of(self.parts, n, self.store, holdout) for n in self.parts.distillable]
+        return sorted(slices, key=lambda part: -part.samples.bytes_per_sample())
+
+    def job(self, part: Slice, run: RunDir, threads: int) -> DistilJob:
+        """The job that the pipeline would make of a slice."""
+        recipe, name = self.subject.recipe, part.neighbourhood.name
+        path = self.folder / f"{name}.onnx"
+        save(part.model, path)
+        assert part.neighbourhood.groups is not None
+        bf16 = common.in_bf16(recipe)
+        return DistilJob(
+            name=name,
+            slice_path=path,
+            groups=part.neighbourhood.groups,
+            inputs=part.samples.inputs,
+            target=part.samples.target,
+            store_path=self.folder / "store",
+            entry=run.entry("students", name),
+            method=method_of(recipe),
+            plan=Plan(recipe.steps, recipe.batch_size, recipe.lr, recipe.warmup, recipe.seed, self.device, bf16),
+            holdout=recipe.holdout,
+            parity=recipe.parity,
+            threads=threads,
+        )
+
+
+def measure_distil(bench: Bench, repeat: int) -> list[Measured]:
+    """Each job against its bare loop, and the sums."""
+    threads = usable_cores()
+    times: dict[str, list[tuple[float, float]]] = {}
+    with RunDir(bench.folder / "distil") as run:
+        for part in bench.slices():
+            name = part.neighbourhood.name
+            bare = bare_loop(bench, part, threads)
+            if bare is None:
+                continue
+            job = bench.job(part, run, threads)
+            bare(WARM_UP)
+            times[name] = paired(
+                partial(run_jobs, SerialExecutor(), [job]), partial(bare, bench.subject.recipe.steps), repeat
+            )
+            Notes().note(f"distil {name}: {_times(times[name])}")
+    if not times:
+        raise UsageError(f"{bench.subject.model}: no neighbourhood could be shrunk, there is nothing to measure")
+    sums = [(sum(sdk for sdk, _ in turn), sum(bare for _, bare in turn)) for turn in zip(*times.values(), strict=True)]
+    lines = [*times.items(), ("all", sums)]
+    return [_measured("distil", name, pairs, [sdk / bare for sdk, bare in pairs]) for name, pairs in lines]
+
+
+def bare_loop(bench: Bench, part: Slice, threads: int) -> Callable[[int], float] | None:
+    """Seconds by steps of training the slice's candidate with nothing around; None where there is no candidate."""
+    recipe, device = bench.subject.recipe, torch.device(bench.device)
+    try:
+        candidate = part.candidate(recipe, part.samples.blocks.holdout)
+    except ShrinkError as error:
+        Notes().note(f"{part.neighbourhood.name} is left out: {error}")
+        return None
+    bf16 = common.in_bf16(recipe)
+
+    def loop(steps: int) -> float:
+        torch.set_num_threads(threads)
+        torch.manual_seed(recipe.seed)
+        module = to_torch(candidate.model).to(device)
+        arrays = part.samples.arrays(part.samples.blocks.holdout, part.samples.blocks.samples)
+        *inputs, target = (torch.from_numpy(array).to(device) for array in arrays.values())
+        weights = [p for p in module.parameters() if p.requires_grad]
+        size = min(recipe.batch_size, len(target))
+        clock = Stopwatch()
+        optimiser = torch.optim.Adam(weights, lr=recipe.lr, fused=True)
+        for _ in range(steps):
+            rows = torch.randint(len(target), (size,), device=device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                answer = module(*(t.index_select(0, rows) if len(t) == len(target) else t for t in inputs))
+            loss = F.mse_loss(answer.float(), target.index_select(0, rows))
+            optimiser.zero_grad(set_to_none=True)
+            torch.autograd.backward(loss)
+            optimiser.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return clock.seconds
+
+    return loop
+
+
+def run_jobs(executor: Executor, jobs: Sequence[DistilJob]) -> float:
+    """Seconds of the stage.
+
+    Raises:
+        UsageError: a job failed, so its time means nothing.
+    """
+    clock = Stopwatch()
+    outcomes = list(executor.run(jobs, lambda name, step, steps, nmse: None))
+    seconds = clock.seconds
+    for outcome in outcomes:
+        if outcome.error is not None:
+            raise UsageError(f"{outcome.name} cannot be distilled: {outcome.error}; leave it out with `freeze`")
+    return seconds
+
+
+def measure_capture(bench: Bench, repeat: int) -> list[Measured]:
+    """Capture against bare runs of a session; the first turn of each warms up and is not counted."""
+    target = bench.folder / "again"
+
+    def sdk() -> float:
+        clock = Stopwatch()
+        bench.capture(target)
+        seconds = clock.seconds
+        shutil.rmtree(target)
+        return seconds
+
+    pairs = paired(sdk, lambda: bare_sweep(bench), repeat + 1)[1:]
+    Notes().note(f"capture: {_times(pairs)}")
+    return [_measured("capture", "all", pairs, [bare / sdk for sdk, bare in pairs])]
+
+
+def bare_sweep(bench: Bench) -> float:
+    """Seconds of onnxruntime alone for the captured values."""
+    model = bench.parts.model.clone()
+    inputs = {value.name for value in model.graph.inputs}
+    values = ir.convenience.create_value_mapping(model.graph)
+    wanted = [name for name in bench.values if name not in inputs]
+    model.graph.outputs[:] = [values[name] for name in wanted]
+    RemoveUnusedNodesPass()(model)
+    whole = serialise(model)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = usable_cores()
+    gpu = ["CUDAExecutionProvider"] if bench.device == "cuda" else []
+    clock = Stopwatch()
+    session = ort.InferenceSession(whole, options, providers=[*gpu, "CPUExecutionProvider"])
+    fed = [value.name for value in session.get_inputs()]
+    for batch in bench.batches:
+        session.run(wanted, {name: batch[name] for name in fed})
+    return clock.seconds
+
+
+def measure_workers(bench: Bench, repeat: int) -> list[Measured]:
+    """The whole stage with two workers against one; nothing on a machine with one core."""
+    if usable_cores() < WORKERS:
+        Notes().note(f"workers: not measured, this process may use {usable_cores()} core")
+        return []
+    with RunDir(bench.folder / "workers") as run, one_thread():
+        jobs = [bench.job(part, run, threads=1) for part in bench.slices()]
+        pairs = paired(
+            lambda: run_jobs(ProcessExecutor(WORKERS), jobs), lambda: run_jobs(ProcessExecutor(1), jobs), repeat
+        )
+    Notes().note(f"workers: {_times(pairs)}")
+    floors = [(two, one / WORKERS) for two, one in pairs]
+    return [_measured("workers", "all", floors, [one / two for two, one in pairs])]
+
+
+def paired(sdk: Callable[[], float], floor: Callable[[], float], repeat: int) -> list[tuple[float, float]]:
+    """Seconds of both ways, in turn; which goes first alternates."""
+    pairs = []
+    for turn in range(repeat):
+        if turn % 2:
+            bare = floor()
+            pairs.append((sdk(), bare))
+        else:
+            pairs.append((sdk(), floor()))
+    return pairs
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Worker processes started inside have one thread in every numerical library, however few they are."""
+    before = {name: os.environ.get(name) for name in _THREAD_VARIABLES}
+    os.environ.update(dict.fromkeys(_THREAD_VARIABLES, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+_MEASURES = {"distil": measure_distil, "capture": measure_capture, "workers": measure_workers}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print the table, write the JSON."""
+    options = _parser().parse_args(arguments)
+    subject = common.subject_of(options, judged=False, steps=options.steps, samples=options.samples)
+    machine = common.machine(subject.recipe)
+    print(common.machine_line(machine), flush=True)
+    with tempfile.TemporaryDirectory(prefix="ndonnx-", dir=options.work) as folder:
+        bench = Bench(subject, Path(folder))
+        measured = [line for name in options.only or MEASUREMENTS for line in _MEASURES[name](bench, options.repeat)]
+        samples = bench.samples
+    recipe = subject.recipe
+    title = f"Overhead: {recipe.steps} steps of {recipe.batch_size}, {samples} samples, median of {options.repeat}"
+    common.print_table(title, _COLUMNS, [line.row() for line in measured])
+    if options.out is not None:
+        common.write_json(
+            options.out,
+            {
+                "machine": machine,
+                "model": subject.model.name,
+                "recipe": recipe.model_dump(mode="json"),
+                "samples": samples,
+                "repeat": options.repeat,
+                "measured": [{**asdict(line), "met": line.met} for line in measured],
+            },
+        )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = common.make_parser(__doc__)
+    add = parser.add_argument
+    add("--steps", type=common.positive, default=200, help="optimiser steps of each slice (default: %(default)s)")
+    add("--samples", type=common.positive, default=2000, help="samples captured (default: %(default)s)")
+    add("--repeat", type=common.positive, default=3, help="times that both ways are run (default: %(default)s)")
+    add("--only", choices=MEASUREMENTS, action="append", help="measure only this; may be given again")
+    add("--out", type=Path, metavar="FILE", help="where the JSON goes")
+    add("--work", type=Path, metavar="DIR", help="where scratch files go (default: the system's temporary folder)")
+    return parser
+
+
+def _measured(measurement: str, part: str, pairs: Sequence[tuple[float, float]], ratios: Sequence[float]) -> Measured:
+    sdk, floor = (statistics.median(side) for side in zip(*pairs, strict=True))
+    limit = f"<= {AT_MOST[measurement]}" if measurement in AT_MOST else f">= {AT_LEAST[measurement]}"
+    return Measured(measurement, part, sdk, floor, statistics.median(ratios), tuple(ratios), limit)
+
+
+def _times(pairs: Sequence[tuple[float, float]]) -> str:
+    return ", ".join(f"{sdk:.2f} s against {bare:.2f} s" for sdk, bare in pairs)
+
+
+if __name__ == "__main__":
+    common.run(main)

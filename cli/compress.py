@@ -1,0 +1,87 @@
+"""`ndonnx compress`: the main job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import ndonnx
+from ndonnx.errors import UsageError
+
+from . import options
+from .outcome import interruptible, results_only, verdict
+
+
+def compress(
+    model: options.Model,
+    data: options.Data = None,
+    eval_data: options.Eval = None,
+    output: Annotated[str | None, options.output("MODEL-student.onnx in this folder")] = None,
+    recipe: options.RecipeFile = None,
+    method: options.Method = None,
+    keep: options.Keep = None,
+    round_to: options.RoundTo = None,
+    granularity: options.Granularity = None,
+    cut: options.Cut = None,
+    freeze: options.Freeze = None,
+    init: options.Init = None,
+    steps: options.Steps = None,
+    batch_size: options.BatchSize = None,
+    lr: options.Lr = None,
+    warmup: options.Warmup = None,
+    holdout: options.Holdout = None,
+    samples: options.Samples = None,
+    parity: options.Parity = None,
+    seed: options.Seed = None,
+    workers: options.Workers = None,
+    executor: options.Executor = None,
+    device: options.Device = None,
+    precision: options.Precision = None,
+    cache_budget: options.CacheBudget = None,
+    run_dir: options.RunDir = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> int:
+    """Write a smaller student of MODEL, distilled neighbourhood by neighbourhood."""
+    settings = ndonnx.load_recipe(
+        recipe,
+        method=method,
+        keep=keep,
+        round_to=round_to,
+        granularity=granularity,
+        cut=cut or None,
+        freeze=freeze or None,
+        init=init,
+        steps=steps,
+        batch_size=batch_size,
+        lr=lr,
+        warmup=warmup,
+        holdout=holdout,
+        samples=samples,
+        parity=parity,
+        seed=seed,
+        workers=workers,
+        executor=executor,
+        device=device,
+        precision=precision,
+        cache_budget=cache_budget,
+    )
+    if data is None:
+        raise UsageError(f"--data is missing: give {options.SOURCES}; --data gaussian works without data")
+    target = Path(output) if output is not None else Path(f"{Path(model).stem}-student.onnx")
+    folder = Path(run_dir) if run_dir is not None else target.with_suffix(".run")
+
+    from .progress import telling  # noqa: PLC0415 - rich's bars are not for `--help`
+    from .tables import print_json, print_report  # noqa: PLC0415
+
+    with interruptible(folder), results_only(), telling(quiet, verbose) as progress:
+        progress.stage("start")  # what is imported now takes seconds
+        report = ndonnx.compress(
+            model, data=data, recipe=settings, output=target, eval_data=eval_data, run_dir=folder, progress=progress
+        ).report
+    if json:
+        print_json(report.to_json())
+    else:
+        print_report(report)
+    return verdict(report)

@@ -1,0 +1,38 @@
+"""`ndonnx evaluate`: how good a model is, alone or beside a teacher."""
+
+from __future__ import annotations
+
+import ndonnx
+from ndonnx.errors import UsageError
+
+from . import options
+from .outcome import DONE, interruptible, results_only
+
+
+def evaluate(
+    model: options.Model,
+    data: options.Data = None,
+    teacher: options.Teacher = None,
+    recipe: options.RecipeFile = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> int:
+    """Measure the accuracy of MODEL on labelled data, or how far it is from a teacher on any data."""
+    settings = ndonnx.load_recipe(recipe)
+    if data is None:
+        raise UsageError(
+            f"--data is missing: give {options.SOURCES}; --data gaussian with a --teacher works without data"
+        )
+
+    from .progress import telling  # noqa: PLC0415 - rich and pydantic are not for `--help`
+    from .tables import print_evaluation, print_json  # noqa: PLC0415
+
+    with interruptible(), results_only(), telling(quiet, verbose) as progress:
+        progress.stage("start")  # what is imported now takes seconds
+        found = ndonnx.evaluate(model, data, teacher=teacher, recipe=settings, progress=progress)
+    if json:
+        print_json({"model": model, "teacher": teacher, "data": data, "metrics": found.to_json()})
+    else:
+        print_evaluation(model, found)
+    return DONE

@@ -1,0 +1,70 @@
+"""The command `ndonnx`: its sub-commands, and what becomes of their errors."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+from typer.main import get_command
+
+import ndonnx
+from ndonnx.errors import NdonnxError, UsageError
+
+from .compress import compress
+from .demo import demo
+from .evaluate import evaluate
+from .inspect import inspect
+from .outcome import BAD_INPUT, BUG, DONE, INTERRUPTED, Interrupted
+
+app = typer.Typer(
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    invoke_without_command=True,
+)
+app.command()(compress)
+app.command()(inspect)
+app.command()(evaluate)
+app.command()(demo)
+
+
+@app.callback()
+def _start(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> int:
+    """Make a trained ONNX model smaller and faster without its training code, by neighbourhood distillation."""
+    if version:
+        print(f"ndonnx {ndonnx.__version__}")
+        raise typer.Exit(DONE)
+    if context.invoked_subcommand is None:
+        print(context.get_help(), file=sys.stderr)
+        raise typer.Exit(BAD_INPUT)
+    return DONE
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code; only a bug leaves with an exception."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name must not end a run because a terminal lacks a letter
+    try:
+        return get_command(app).main(arguments, prog_name="ndonnx", standalone_mode=False) or DONE
+    except typer.TyperException as error:
+        return _fail(f"{error.format_message()} (see --help)", BAD_INPUT)
+    except UsageError as error:
+        return _fail(str(error), BAD_INPUT)
+    except NdonnxError as error:
+        return _fail(str(error), BUG)
+    except Interrupted as interruption:
+        print(interruption, file=sys.stderr)
+        return INTERRUPTED
+
+
+def _fail(message: str, code: int) -> int:
+    line = " ".join(message.split())
+    # What a hostile file holds must not reach the terminal as a control sequence.
+    print("error: " + "".join(c if c.isprintable() else repr(c)[1:-1] for c in line), file=sys.stderr)
+    return code

@@ -1,0 +1,121 @@
+"""Every flag, declared once: its name, its metavar and its line of help."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+_TRAIN = "How to train it"
+_RUN = "How to run it"
+_TELL = "What it tells"
+
+SOURCES = "a .npz, .npy or .parquet file, a directory of images, or module:function"
+
+
+def _flag(name: str, metavar: str, text: str, default: str, panel: str | None = None) -> Any:
+    """An option whose own default is None: the recipe holds the real one, and the help tells it.
+
+    To ask the recipe for it would cost an import of pydantic, so a test keeps the two equal.
+    """
+    return typer.Option(name, metavar=metavar, help=f"{text} (default: {default})", rich_help_panel=panel)
+
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="The ONNX file; never modified.", show_default=False)]
+
+# What goes in and out
+Data = Annotated[
+    str | None, typer.Option("--data", metavar="SRC", help=f"Inputs to run on: {SOURCES}; gaussian needs no data.")
+]
+Eval = Annotated[
+    str | None,
+    _flag("--eval", "SRC", "Data for the final comparison; labels give accuracy.", "part of --data"),
+]
+Teacher = Annotated[
+    str | None, typer.Option("--teacher", metavar="FILE.onnx", help="Also measure agreement with it, and the error.")
+]
+RecipeFile = Annotated[
+    str | None, typer.Option("--recipe", metavar="FILE.toml", help="Recipe; a flag goes before what it says.")
+]
+Svg = Annotated[str | None, typer.Option("--svg", metavar="FILE.svg", help="Also draw it, from top to bottom.")]
+
+# What to build
+Method = Annotated[str | None, _flag("--method", "width", "How a neighbourhood is shrunk.", "width")]
+Keep = Annotated[float | None, _flag("--keep", "K", "Part of the inner channels that is kept, above 0 to 1.", "0.5")]
+RoundTo = Annotated[
+    int | None,
+    _flag("--round-to", "N", "Kept widths become multiples of N.", "8 where the width is at least 64, else 1"),
+]
+Granularity = Annotated[str | None, _flag("--granularity", "block", "How finely the model is partitioned.", "block")]
+Cut = Annotated[
+    list[str] | None,
+    _flag("--cut", "VALUE", "Value that must be a boundary between neighbourhoods; repeatable.", "none"),
+]
+Freeze = Annotated[
+    list[str] | None,
+    _flag("--freeze", "VALUE", "Value whose neighbourhood stays as the teacher has it; repeatable.", "none"),
+]
+Init = Annotated[
+    str | None,
+    _flag("--init", "START", "Starting weights: teacher, least-squares or random.", "least-squares"),
+]
+
+# How to train it
+Steps = Annotated[int | None, _flag("--steps", "N", "Optimiser steps per neighbourhood.", "1000", _TRAIN)]
+BatchSize = Annotated[int | None, _flag("--batch-size", "N", "Samples per optimiser step.", "256", _TRAIN)]
+Lr = Annotated[float | None, _flag("--lr", "RATE", "Peak learning rate of Adam.", "0.01", _TRAIN)]
+Warmup = Annotated[
+    float | None,
+    _flag("--warmup", "PART", "Part of the steps over which the learning rate rises.", "0.05", _TRAIN),
+]
+Holdout = Annotated[
+    float | None,
+    _flag("--holdout", "PART", "Part of the samples set aside to choose the best state.", "0.05", _TRAIN),
+]
+Samples = Annotated[int | None, _flag("--samples", "N", "Most samples taken from the data.", "20000", _TRAIN)]
+Parity = Annotated[
+    float | None,
+    _flag("--parity", "ERROR", "Largest relative error of a slice converted to torch.", "0.0001", _TRAIN),
+]
+Seed = Annotated[int | None, _flag("--seed", "N", "Of everything that is drawn at random.", "0", _TRAIN)]
+
+# How to run it
+Workers = Annotated[
+    int | None,
+    _flag(
+        "--workers",
+        "N",
+        "Neighbourhoods trained at the same time.",
+        "one per core, fewer for few neighbourhoods",
+        _RUN,
+    ),
+]
+Executor = Annotated[str | None, _flag("--executor", "serial|process", "Where they are trained.", "process", _RUN)]
+Device = Annotated[str | None, _flag("--device", "auto|cpu|cuda", "What computes.", "auto", _RUN)]
+Precision = Annotated[
+    str | None,
+    _flag("--precision", "auto|fp32|bf16", "Of training; auto is bf16 where the machine computes in it.", "auto", _RUN),
+]
+CacheBudget = Annotated[
+    str | None,
+    _flag("--cache-budget", "SIZE", "Most disk that captured activations may take (4GB, 512MiB).", "4GB", _RUN),
+]
+RunDir = Annotated[
+    str | None,
+    _flag("--run-dir", "DIR", "Where the run keeps its state, to continue from.", "beside the output", _RUN),
+]
+
+# What it tells
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.", rich_help_panel=_TELL)]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.", rich_help_panel=_TELL)]
+Verbose = Annotated[
+    bool,
+    typer.Option("--verbose", "-v", help="Also tell how long each stage took, and more steps.", rich_help_panel=_TELL),
+]
+
+
+def output(default: str) -> Any:
+    """`-o FILE.onnx`, where the student goes."""
+    return typer.Option(
+        "--output", "-o", metavar="FILE.onnx", help=f"Where the student is written. (default: {default})"
+    )

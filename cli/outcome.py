@@ -1,0 +1,50 @@
+"""How a command ends: its exit code, an interruption, and a standard output that is kept for results."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ndonnx import CompressReport
+
+DONE = 0
+BUG = 1
+BAD_INPUT = 2
+TARGET_MISSED = 3
+"""Finished, and what was made is saved, but it is not what was asked for."""
+INTERRUPTED = 130
+"""As a shell reports a program that SIGINT ended."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C, with one line that says what it means for the work done so far."""
+
+
+@contextmanager
+def interruptible(run_dir: Path | None = None) -> Iterator[None]:
+    """Turn Ctrl-C into `Interrupted`; `run_dir` is where the work done so far is kept."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if run_dir is None or not run_dir.is_dir():
+            raise Interrupted("interrupted") from error
+        raise Interrupted(
+            f"interrupted; the same command continues where it stopped (run directory {run_dir})"
+        ) from error
+
+
+@contextmanager
+def results_only() -> Iterator[None]:
+    """Send to stderr whatever a data source or a library prints, so that stdout holds the results alone."""
+    with redirect_stdout(sys.stderr):
+        yield
+
+
+def verdict(report: CompressReport) -> int:
+    """The exit code of a finished run: a student that is all teacher is not what was asked for."""
+    made = any(neighbourhood.status != "kept" for neighbourhood in report.neighbourhoods)
+    return DONE if made else TARGET_MISSED

@@ -1,0 +1,219 @@
+"""Results on stdout: tables for people, one JSON document for programs."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+import ndonnx
+
+_UNBOUNDED = 10_000
+"""Columns of a console that is no terminal: rows are not folded for a program that reads them."""
+
+
+class _PatientConsole(Console):
+    """Goes on in silence when its reader has gone: a run must not die because `head` had enough."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.file.fileno())
+        os.close(nowhere)
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """A console that shows names as they are: no markup, no emoji, no colour by guess."""
+    console = _PatientConsole(stderr=stderr, markup=False, emoji=False, highlight=False)
+    if not console.is_terminal:
+        console.width = _UNBOUNDED
+    return console
+
+
+def plain(text: str) -> str:
+    """The text on one line and without control characters, which a terminal would obey."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def count_text(value: float) -> str:
+    """`156,210`, and from ten million on `11.7 M`."""
+    for unit, scale in (("G", 1e9), ("M", 1e6)):
+        if value >= 10 * scale:
+            return f"{value / scale:,.1f} {unit}"
+    return f"{value:,.0f}"
+
+
+def bytes_text(value: float) -> str:
+    """`626.4 kB`."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= scale:
+            return f"{value / scale:,.1f} {unit}"
+    return f"{value:,.0f} B"
+
+
+def seconds_text(value: float) -> str:
+    """`0.4 s`, `12 s`, `3 min 05 s`, `2 h 10 min`."""
+    if value < 10:
+        return f"{value:.1f} s"
+    minutes, seconds = divmod(round(value), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"
+
+
+def part_text(value: float) -> str:
+    """A part of one, as `99.6%`."""
+    return f"{value:.1%}"
+
+
+def nmse_text(value: float) -> str:
+    """Three digits that count."""
+    return f"{value:.3g}"
+
+
+def milliseconds_text(value: float) -> str:
+    """`0.731 ms`."""
+    return f"{value:.3g} ms"
+
+
+def print_json(document: Mapping[str, Any]) -> None:
+    """Exactly one JSON document; ASCII, so that no encoding can spoil it."""
+    _print(json.dumps(document, indent=2, allow_nan=False))
+
+
+def print_report(report: ndonnx.CompressReport) -> None:
+    """What became of the model, of each neighbourhood, and where everything lies."""
+    _print(_comparison(report))
+    _print(_neighbourhoods(report))
+    if all(neighbourhood.status == "kept" for neighbourhood in report.neighbourhoods):
+        _print("nothing was distilled: the student is the teacher; the reasons stand above")
+    spent = f"{seconds_text(report.seconds.total)}, peak memory {bytes_text(report.peak_rss_bytes)}"
+    _print(f"student written to {report.student.path}\nrun directory {report.run_dir}\ntook {spent}")
+
+
+def print_demo(report: ndonnx.CompressReport, speed: ndonnx.Speed, output: str | None) -> None:
+    """Teacher against student, with the measured latency."""
+    table = _comparison(report)
+    if speed.against is not None and speed.ratio is not None:
+        table.add_row(
+            f"onnxruntime p50, batch {speed.batch_size}",
+            milliseconds_text(speed.against.p50_ms),
+            milliseconds_text(speed.model.p50_ms),
+            f"{speed.ratio.median:.2f} ({speed.ratio.low:.2f} to {speed.ratio.high:.2f})",
+        )
+    _print(table)
+    _print(_neighbourhoods(report))
+    _print(f"student written to {output}" if output else "keep the student with: ndonnx demo -o student.onnx")
+    _print("compress your own: ndonnx compress MODEL --data SRC")
+
+
+def print_inspection(inspection: ndonnx.Inspection) -> None:
+    """The model in one line, then its neighbourhoods in order."""
+    coverage = inspection.coverage
+    _print(
+        f"{inspection.model}: opset {inspection.opset}, {count_text(inspection.parameters)} parameters, "
+        f"{count_text(inspection.macs)} MACs; distillable: {part_text(coverage.parameters)} of the parameters, "
+        f"{part_text(coverage.macs)} of the MACs"
+    )
+    columns = ("name", "input → output", "context", ">nodes", ">parameters", ">MACs", "widths", "status", "reason")
+    rows = (
+        (
+            piece.name,
+            f"{piece.input or '-'} → {piece.output or '-'}",
+            ", ".join(piece.context),
+            str(piece.nodes),
+            count_text(piece.parameters),
+            count_text(piece.macs),
+            _widths(piece.widths),
+            piece.status,
+            piece.reason or "",
+        )
+        for piece in inspection.neighbourhoods
+    )
+    _print(_table(columns, rows))
+
+
+def print_evaluation(model: str, found: ndonnx.Evaluation) -> None:
+    """Whatever could be measured."""
+    rows = [("samples", count_text(found.samples)), *_measured(found)]
+    _print(_table(("", f">{model}"), rows))
+
+
+def _comparison(report: ndonnx.CompressReport) -> Table:
+    teacher, student = report.teacher, report.student
+    table = _table(("", ">teacher", ">student", ">student / teacher"), ())
+    for name, before, after, text in (
+        ("parameters", teacher.parameters, student.parameters, count_text),
+        ("MACs per sample", teacher.macs, student.macs, count_text),
+        ("file size", teacher.bytes, student.bytes, bytes_text),
+    ):
+        if before is not None and after is not None:
+            table.add_row(name, text(before), text(after), f"{after / before:.2f}" if before else "")
+    before_metrics = dict(_measured(report.metrics["teacher"]))
+    for name, value in _measured(report.metrics["student"]):
+        table.add_row(name, before_metrics.get(name, ""), value, "")
+    return table
+
+
+def _measured(found: ndonnx.Evaluation) -> list[tuple[str, str]]:
+    values = (
+        (f"accuracy on {count_text(found.samples)} samples", found.accuracy, part_text),
+        ("agreement with the teacher", found.agreement, part_text),
+        ("NMSE of the outputs", found.nmse, nmse_text),
+        ("largest error of an output", found.max_error, nmse_text),
+        ("KL divergence, nats", found.kl, nmse_text),
+    )
+    return [(name, text(value)) for name, value, text in values if value is not None]
+
+
+def _neighbourhoods(report: ndonnx.CompressReport) -> Table:
+    columns = ("neighbourhood", "candidate", "status", ">NMSE start → end", ">steps", ">time", "reason")
+    rows = (
+        (
+            n.name,
+            n.candidate or "",
+            n.status,
+            "" if n.nmse is None or n.nmse_start is None else f"{nmse_text(n.nmse_start)} → {nmse_text(n.nmse)}",
+            str(n.steps) if n.candidate else "",
+            seconds_text(n.seconds) if n.candidate else "",
+            n.reason or "",
+        )
+        for n in report.neighbourhoods
+    )
+    return _table(columns, rows)
+
+
+def _widths(widths: Sequence[int]) -> str:
+    """Widths in order, with repetitions counted: `24×2, 40`."""
+    runs = [(width, len(list(run))) for width, run in groupby(widths)]
+    return ", ".join(f"{width}×{count}" if count > 1 else str(width) for width, count in runs)
+
+
+def _table(columns: Iterable[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A table; a column whose head begins with `>` stands right, and one without any content is left out."""
+    heads, lines = list(columns), [list(row) for row in rows]
+    used = [i for i, head in enumerate(heads) if not lines or head == "" or any(line[i] for line in lines)]
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for i in used:
+        right = heads[i].startswith(">")
+        table.add_column(plain(heads[i].removeprefix(">")), justify="right" if right else "left", overflow="fold")
+    for line in lines:
+        table.add_row(*(plain(line[i]) for i in used))
+    return table
+
+
+def _print(what: Table | str) -> None:
+    console = make_console()
+    if isinstance(what, Table):
+        with console.capture() as drawn:
+            console.print(what)
+        # A column is padded even where nothing follows it, which helps nobody who reads a file.
+        what = "\n".join(line.rstrip() for line in drawn.get().splitlines()) + "\n"
+    console.out(what, highlight=False)

@@ -11,8 +11,10 @@ distil   A distil job, run by the serial executor, against the barest training l
          shrinking and its closed-form start, both parity gates, batches from the memory map, held-out evaluation,
          checks, writing. The loop has its activations in memory as float32 tensors before the clock starts, draws
          its batches with `index_select`, and does forward (autocast), MSE, backward and a fused Adam, nothing else.
+         --threads is 1 by default, as in a run with a worker for each core; with more, other work on the machine
+         makes the threads of a small slice wait for each other many times longer than they compute.
          Ratio of times, SDK over loop, for each slice and for all together: at most 1.15. The job's fixed part
-         weighs less the more --steps there are; a run has 1000 by default.
+         weighs less the more --steps there are, and the larger the slices.
 capture  `ndonnx.teacher.capture` of all values between neighbourhoods, against an onnxruntime session that computes
          the same values as float32 and drops them. Both are fed the same batches, decoded and in memory; both times
          hold the opening of the session; capture's hold the halving, checksums, writing and closing of the store.
@@ -146,9 +148,8 @@ class Bench:
         )
 
 
-def measure_distil(bench: Bench, repeat: int) -> list[Measured]:
+def measure_distil(bench: Bench, repeat: int, threads: int) -> list[Measured]:
     """Each job against its bare loop, and the sums."""
-    threads = usable_cores()
     times: dict[str, list[tuple[float, float]]] = {}
     with RunDir(bench.folder / "distil") as run:
         for part in bench.slices():
@@ -297,7 +298,14 @@ def one_thread() -> Iterator[None]:
                 os.environ[name] = value
 
 
-_MEASURES = {"distil": measure_distil, "capture": measure_capture, "workers": measure_workers}
+def measure(name: str, bench: Bench, options: argparse.Namespace) -> list[Measured]:
+    """The lines of one measurement."""
+    match name:
+        case "distil":
+            return measure_distil(bench, options.repeat, options.threads)
+        case "capture":
+            return measure_capture(bench, options.repeat)
+    return measure_workers(bench, options.repeat)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -308,7 +316,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(common.machine_line(machine), flush=True)
     with tempfile.TemporaryDirectory(prefix="ndonnx-", dir=options.work) as folder:
         bench = Bench(subject, Path(folder))
-        measured = [line for name in options.only or MEASUREMENTS for line in _MEASURES[name](bench, options.repeat)]
+        measured = [line for name in options.only or MEASUREMENTS for line in measure(name, bench, options)]
         samples = bench.samples
     recipe = subject.recipe
     title = f"Overhead: {recipe.steps} steps of {recipe.batch_size}, {samples} samples, median of {options.repeat}"
@@ -322,6 +330,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "recipe": recipe.model_dump(mode="json"),
                 "samples": samples,
                 "repeat": options.repeat,
+                "distil_threads": options.threads,
                 "measured": [{**asdict(line), "met": line.met} for line in measured],
             },
         )
@@ -330,9 +339,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = common.make_parser(__doc__)
     add = parser.add_argument
-    add("--steps", type=common.positive, default=200, help="optimiser steps of each slice (default: %(default)s)")
+    add("--steps", type=common.positive, help="optimiser steps of each slice (default: the recipe's)")
     add("--samples", type=common.positive, default=2000, help="samples captured (default: %(default)s)")
     add("--repeat", type=common.positive, default=3, help="times that both ways are run (default: %(default)s)")
+    add("--threads", type=common.positive, default=1, help="threads of `distil`'s job and loop (default: %(default)s)")
     add("--only", choices=MEASUREMENTS, action="append", help="measure only this; may be given again")
     add("--out", type=Path, metavar="FILE", help="where the JSON goes")
     add("--work", type=Path, metavar="DIR", help="where scratch files go (default: the system's temporary folder)")

@@ -17,7 +17,6 @@ _ROUND_TO = 8
 """What processors like; it costs no size here, since it rounds both ways."""
 _STEPS = 300
 """Enough for the demo's accuracy, and well under a minute on two cores."""
-_BATCH = 64
 _TIMED_BATCH = 64
 _TIMED_ROUNDS = 100
 
@@ -29,7 +28,7 @@ def demo(
     verbose: options.Verbose = False,
 ) -> int:
     """Compress a small digit classifier that ships with ndonnx, and compare the two: under a minute."""
-    settings = ndonnx.load_recipe(keep=_KEEP, round_to=_ROUND_TO, steps=_STEPS, batch_size=_BATCH)
+    settings = ndonnx.load_recipe(keep=_KEEP, round_to=_ROUND_TO, steps=_STEPS)
 
     from .progress import telling  # noqa: PLC0415 - rich and pydantic are not for `--help`
     from .tables import print_demo, print_json  # noqa: PLC0415
@@ -47,7 +46,7 @@ def demo(
                 run_dir=Path(scratch) / "student.run",
                 progress=progress,
             ).report
-            progress.stage("benchmark", _TIMED_ROUNDS)
+            progress.stage("benchmark")
             speed = ndonnx.benchmark(
                 target,
                 against=teacher_path(),

@@ -61,9 +61,11 @@ Init = Annotated[
 ]
 
 # How to train it
-Steps = Annotated[int | None, _flag("--steps", "N", "Optimiser steps per neighbourhood.", "1000", _TRAIN)]
-BatchSize = Annotated[int | None, _flag("--batch-size", "N", "Samples per optimiser step.", "256", _TRAIN)]
-Lr = Annotated[float | None, _flag("--lr", "RATE", "Peak learning rate of Adam.", "0.01", _TRAIN)]
+Steps = Annotated[int | None, _flag("--steps", "N", "Optimiser steps per neighbourhood.", "2000", _TRAIN)]
+BatchSize = Annotated[int | None, _flag("--batch-size", "N", "Samples per optimiser step.", "64", _TRAIN)]
+Lr = Annotated[
+    float | None, _flag("--lr", "RATE", "Peak step of Adam, relative to the size of each weight.", "0.1", _TRAIN)
+]
 Warmup = Annotated[
     float | None,
     _flag("--warmup", "PART", "Part of the steps over which the learning rate rises.", "0.05", _TRAIN),

@@ -94,6 +94,8 @@ def compress(
         teacher_path = Path(model)
         if output is not None:
             check_writable(output)
+            if Path(output).exists() and Path(output).samefile(teacher_path):
+                raise ModelError(f"{output}: is the teacher itself, which is never modified; choose another output")
         teacher = load(teacher_path)
         specs = input_specs(make_session(teacher_path))
         source = open_source(data, specs, recipe.data, seed=recipe.seed)
@@ -243,19 +245,28 @@ class _Run:
                 f"the cache budget of {_gb(budget)} holds {samples} of {self.samples} samples of the largest "
                 f"neighbourhood; raise --cache-budget to use them all"
             )
-        fewest = self._fill(open_, budget // samples)
-        limits = sorted({self._bytes(open_[i:j]) for i in range(len(open_)) for j in range(i + 1, len(open_) + 1)})
-        even = next((limit for limit in limits if len(self._fill(open_, limit)) == len(fewest)), 0)
-        return samples, self._fill(open_, even)
+        low, high = max(one, default=0), budget // samples
+        fewest = len(self._fill(open_, high))
+        while low < high:  # the smallest limit that needs no more waves makes them even
+            middle = (low + high) // 2
+            if len(self._fill(open_, middle)) == fewest:
+                high = middle
+            else:
+                low = middle + 1
+        return samples, self._fill(open_, low)
 
     def _fill(self, neighbourhoods: list[Neighbourhood], limit: int) -> list[list[Neighbourhood]]:
         """Runs of neighbours whose boundaries take at most `limit` bytes a sample."""
         waves: list[list[Neighbourhood]] = []
+        held: set[str] = set()
         for neighbourhood in neighbourhoods:
-            if waves and self._bytes([*waves[-1], neighbourhood]) <= limit:
+            wanted = held | set(_boundary([neighbourhood]))
+            if waves and sum(self.sizes[name] for name in wanted) <= limit:
                 waves[-1].append(neighbourhood)
+                held = wanted
             else:
                 waves.append([neighbourhood])
+                held = set(_boundary([neighbourhood]))
         return waves
 
     def _bytes(self, neighbourhoods: list[Neighbourhood]) -> int:

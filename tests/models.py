@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,8 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
+
+from ndonnx.graph import load
 
 Array = npt.NDArray[Any]
 Shape = Sequence[int | str]
@@ -50,14 +54,23 @@ class Net:
         self._count += 1
         outputs = [out or f"{op.lower()}_{self._count}"] if isinstance(out, str) else list(out)
         name = f"{op}_{self._count}"
-        self.nodes.append(helper.make_node(op, inputs, outputs, name=name, domain=domain, **attributes))
+        self.nodes.append(helper.make_node(op, inputs, outputs, name=name, domain=domain or None, **attributes))
         return outputs[0]
 
     def relu(self, x: str, out: str = "") -> str:
         return self.op("Relu", x, out=out)
 
     def conv(
-        self, x: str, channels: int, to: int, kernel: int = 3, *, group: int = 1, stride: int = 1, bias: bool = True, out: str = ""
+        self,
+        x: str,
+        channels: int,
+        to: int,
+        kernel: int = 3,
+        *,
+        group: int = 1,
+        stride: int = 1,
+        bias: bool = True,
+        out: str = "",
     ) -> str:
         self._count += 1
         name = out or f"conv_{self._count}"
@@ -108,6 +121,8 @@ class Net:
             [(types or {}).get(name, onnx.ValueInfoProto(name=name)) for name in outputs],
             [numpy_helper.from_array(array, name) for name, array in self.weights.items()],
         )
+        if ir_version < 4:  # where every initializer has to be an input too
+            graph.input.extend(helper.make_tensor_value_info(w.name, w.data_type, w.dims) for w in graph.initializer)
         opsets = [helper.make_opsetid(domain, version) for domain, version in {"": opset, **(domains or {})}.items()]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=ir_version, functions=functions)
         inferred = onnx.shape_inference.infer_shapes(model)
@@ -227,7 +242,9 @@ def transformer(layers: int = 2, width: int = 8, heads: int = 2, **options: Any)
         )
         scores = net.op("Add", net.op("MatMul", q, net.op("Transpose", k, perm=[0, 1, 3, 2])), mask)
         z = net.op("MatMul", net.op("Softmax", scores), v)
-        z = net.op("Reshape", net.op("Transpose", z, perm=[0, 2, 1, 3]), net.op("Concat", lead, net.ints(width), axis=0))
+        z = net.op(
+            "Reshape", net.op("Transpose", z, perm=[0, 2, 1, 3]), net.op("Concat", lead, net.ints(width), axis=0)
+        )
         x = net.op("Add", x, net.matmul(z, width, width, out=f"o{i}"), out=f"attended{i}")
         y = net.op("Erf", net.matmul(_layer_norm(net, x, width), width, 3 * width, out=f"up{i}"))
         x = net.op("Add", x, net.matmul(y, 3 * width, width, out=f"down{i}"), out=f"layer{i}")
@@ -242,17 +259,15 @@ def _layer_norm(net: Net, x: str, width: int) -> str:
 
 def old_style() -> onnx.ModelProto:
     """IR version 3: every initializer is among the inputs too."""
-    model = residual_cnn(2, opset=8, ir_version=3)
-    model.graph.input.extend(
-        helper.make_tensor_value_info(w.name, w.data_type, w.dims) for w in model.graph.initializer
-    )
-    return model
+    return residual_cnn(2, opset=8, ir_version=3)
 
 
 def constant_nodes() -> onnx.ModelProto:
     """Weights in `Constant` nodes, some behind Identity, Transpose or Reshape."""
     net = Net(8)
-    x = net.relu(net.op("MatMul", net.input("x", "N", 6), net.op("Transpose", net.weight("w1", 10, 6), perm=[1, 0], out="w1t")))
+    x = net.relu(
+        net.op("MatMul", net.input("x", "N", 6), net.op("Transpose", net.weight("w1", 10, 6), perm=[1, 0], out="w1t"))
+    )
     net.op("Constant", value=numpy_helper.from_array(net.rng.standard_normal((4, 10)).astype(np.float32)), out="w2")
     x = net.op("Gemm", x, net.op("Identity", "w2", out="w2i"), transB=1)
     net.op("Constant", value_floats=[0.5, -1.0, 2.0, 1.0], out="b2")
@@ -338,18 +353,175 @@ def several_heads() -> onnx.ModelProto:
     return net.proto("feature1", boxes, classes)
 
 
-def resize_to_skip() -> onnx.ModelProto:
-    """A decoder that upsamples to the shape of a value made long before: shapes from outside a region."""
-    net = Net(14)
-    top = net.relu(net.conv(net.input("x", "N", 3, "H", "W"), 3, 6), out="top")
-    x = net.op("MaxPool", top, kernel_shape=[2, 2], strides=[2, 2], out="pooled")
-    x = net.relu(net.conv(x, 6, 8, out="deep1"))
-    size = net.op("Slice", net.op("Shape", top), net.ints(2), net.ints(4))
-    lead = net.op("Slice", net.op("Shape", x), net.ints(0), net.ints(2))
-    x = net.op("Resize", x, "", "", net.op("Concat", lead, size, axis=0), out="resized")
-    x = net.relu(net.conv(x, 8, 6, out="deep2"))
-    x = net.op("Add", x, top, out="joined")
-    return net.proto(net.conv(net.relu(net.conv(x, 6, 6)), 6, 2, out="mask"))
+def shape_from_before() -> onnx.ModelProto:
+    """Units that read the shape of a value made long before them."""
+    return stack(["plain", "early_shape", "residual", "early_shape"])
+
+
+Block = Callable[[Net, str, int], tuple[str, int]]
+"""Adds nodes behind a value of so many channels; returns the new value and its channels."""
+
+
+def _plain(net: Net, x: str, c: int) -> tuple[str, int]:
+    return net.relu(net.conv(x, c, c + 1)), c + 1
+
+
+def _residual(net: Net, x: str, c: int) -> tuple[str, int]:
+    return net.relu(net.op("Add", net.conv(net.relu(net.conv(x, c, 7)), 7, c), x)), c
+
+
+def _pre_activation(net: Net, x: str, c: int) -> tuple[str, int]:
+    y = net.conv(net.relu(net.norm(x, c)), c, 6, bias=False)
+    return net.op("Add", x, net.conv(net.relu(net.norm(y, 6)), 6, c)), c
+
+
+def _squeeze_excite(net: Net, x: str, c: int) -> tuple[str, int]:
+    y = net.op("HardSwish", net.conv(net.relu(net.conv(x, c, 10, 1)), 10, 10, group=10))
+    gate = net.conv(net.relu(net.conv(net.op("GlobalAveragePool", y), 10, 4, 1)), 4, 10, 1)
+    return net.op("Add", net.conv(net.op("Mul", y, net.op("Sigmoid", gate)), 10, c, 1), x), c
+
+
+def _grouped(net: Net, x: str, c: int) -> tuple[str, int]:
+    y = net.relu(net.conv(net.relu(net.conv(x, c, 12, 1)), 12, 6, group=3))
+    return net.op("Add", net.conv(y, 6, c, 1), x), c
+
+
+def _depth_multiplier(net: Net, x: str, c: int) -> tuple[str, int]:
+    y = net.conv(net.relu(net.conv(x, c, 5, 1)), 5, 10, group=5)
+    return net.conv(net.relu(y), 10, c, 1), c
+
+
+def _branches(net: Net, x: str, c: int) -> tuple[str, int]:
+    left = net.relu(net.conv(net.relu(net.conv(x, c, 4, 1)), 4, 3))
+    return net.op("Concat", left, net.conv(net.relu(net.conv(x, c, 5, 1)), 5, 6), axis=1), 9
+
+
+def _dense(net: Net, x: str, c: int) -> tuple[str, int]:
+    y = net.conv(net.relu(net.conv(x, c, 6)), 6, 3)
+    return net.op("Concat", x, y, axis=1), c + 3
+
+
+def _spatial_gate(net: Net, x: str, c: int) -> tuple[str, int]:
+    gate = net.op("Sigmoid", net.conv(x, c, 1, 3))
+    y = net.op("Concat", net.op("Mul", x, gate), net.relu(net.conv(x, c, 6)), axis=1)
+    return net.conv(y, c + 6, c, 1), c
+
+
+def _max_pool(net: Net, x: str, c: int) -> tuple[str, int]:
+    return net.op("MaxPool", x, kernel_shape=[3, 3], pads=[1] * 4), c
+
+
+def _padded_channels(net: Net, x: str, c: int) -> tuple[str, int]:
+    y = net.op("Pad", net.conv(x, c, 6), net.ints(0, 1, 1, 0, 0, 2, 0, 1))
+    return net.conv(net.relu(y), 9, c), c
+
+
+def _learned_slope(net: Net, x: str, c: int) -> tuple[str, int]:
+    slope = net.weight(f"slope{len(net.nodes)}", 6, 1, 1)
+    return net.conv(net.op("PRelu", net.conv(x, c, 6), slope), 6, c), c
+
+
+def _scaled(net: Net, x: str, c: int) -> tuple[str, int]:
+    factor = net.weight(f"factor{len(net.nodes)}", 1, 6, 1, 1)
+    low, high = (net.constant(f"{n}{len(net.nodes)}", np.array(v, np.float32)) for n, v in (("low", -1), ("high", 2)))
+    return net.conv(net.op("Clip", net.op("Mul", factor, net.conv(x, c, 6)), low, high), 6, c), c
+
+
+def _softmax(net: Net, x: str, c: int) -> tuple[str, int]:
+    return net.conv(net.op("Softmax", net.conv(x, c, 6), axis=1), 6, c), c
+
+
+def _instance_norm(net: Net, x: str, c: int) -> tuple[str, int]:
+    scale, bias = net.weight(f"in_s{len(net.nodes)}", 6), net.weight(f"in_b{len(net.nodes)}", 6)
+    return net.conv(net.relu(net.op("InstanceNormalization", net.conv(x, c, 6), scale, bias)), 6, c), c
+
+
+def _height(net: Net, x: str) -> str:
+    return net.op("Cast", net.op("Slice", net.op("Shape", x), net.ints(2), net.ints(3)), to=TensorProto.FLOAT)
+
+
+def _own_shape(net: Net, x: str, c: int) -> tuple[str, int]:
+    y = net.conv(net.relu(net.conv(x, c, 6)), 6, c)
+    return net.op("Add", net.op("Div", y, _height(net, y)), x), c
+
+
+def _early_shape(net: Net, x: str, c: int) -> tuple[str, int]:
+    y = net.conv(net.relu(net.conv(x, c, 6)), 6, c)
+    return net.op("Add", net.op("Div", y, _height(net, "stem")), x), c
+
+
+def _input_shape(net: Net, x: str, c: int) -> tuple[str, int]:
+    y = net.conv(net.relu(net.conv(x, c, 6)), 6, c)
+    return net.op("Add", net.op("Div", y, _height(net, "x")), x), c
+
+
+def _channels_last(net: Net, x: str, c: int) -> tuple[str, int]:
+    y = net.op("Tanh", net.matmul(net.op("Transpose", x, perm=[0, 2, 3, 1]), c, 7))
+    return net.op("Transpose", net.matmul(y, 7, c), perm=[0, 3, 1, 2]), c
+
+
+def _tied(net: Net, x: str, c: int) -> tuple[str, int]:
+    name = f"tied{c}"
+    if name not in net.weights:
+        net.weight(name, c, c, 3, 3)
+    y = net.relu(net.op("Conv", x, name, pads=[1] * 4))
+    return net.op("Add", net.op("Conv", y, name, pads=[1] * 4), x), c
+
+
+def _two_readers(net: Net, x: str, c: int) -> tuple[str, int]:
+    y = net.relu(net.conv(x, c, 6))
+    return net.op("Add", net.conv(y, 6, c), net.conv(net.relu(net.conv(y, 6, 5, 1)), 5, c)), c
+
+
+def _gated_linear(net: Net, x: str, c: int) -> tuple[str, int]:
+    y = net.conv(net.relu(net.conv(x, c, 5)), 5, 2 * c)
+    a, b = f"a{len(net.nodes)}", f"b{len(net.nodes)}"
+    net.op("Split", y, out=[a, b], axis=1, num_outputs=2)
+    return net.op("Mul", a, net.op("Sigmoid", b)), c
+
+
+def _computed_scale(net: Net, x: str, c: int) -> tuple[str, int]:
+    """An InstanceNormalization whose scale is an activation (the mean over the batch)."""
+    y = net.relu(net.conv(x, c, 6))
+    style = net.op("ReduceMean", net.conv(x, c, 6), net.ints(0, 2, 3), keepdims=0)
+    bias = net.weight(f"style_b{len(net.nodes)}", 6)
+    return net.conv(net.relu(net.op("InstanceNormalization", y, style, bias)), 6, c), c
+
+
+BLOCKS: dict[str, Block] = {
+    "plain": _plain,
+    "residual": _residual,
+    "pre_activation": _pre_activation,
+    "squeeze_excite": _squeeze_excite,
+    "grouped": _grouped,
+    "depth_multiplier": _depth_multiplier,
+    "branches": _branches,
+    "dense": _dense,
+    "spatial_gate": _spatial_gate,
+    "max_pool": _max_pool,
+    "padded_channels": _padded_channels,
+    "learned_slope": _learned_slope,
+    "scaled": _scaled,
+    "softmax": _softmax,
+    "instance_norm": _instance_norm,
+    "own_shape": _own_shape,
+    "early_shape": _early_shape,
+    "input_shape": _input_shape,
+    "channels_last": _channels_last,
+    "tied": _tied,
+    "two_readers": _two_readers,
+    "gated_linear": _gated_linear,
+    "computed_scale": _computed_scale,
+}
+
+
+def stack(blocks: Sequence[str]) -> onnx.ModelProto:
+    """A network of these blocks between a stem and a classifier."""
+    net = Net(len(blocks))
+    x, channels = net.relu(net.conv(net.input("x", "N", 3, 6, 6), 3, 5), out="stem"), 5
+    for block in blocks:
+        x, channels = BLOCKS[block](net, x, channels)
+    return net.proto(net.pooled_classifier(x, channels))
 
 
 BUILDERS: dict[str, Callable[[], onnx.ModelProto]] = {
@@ -368,7 +540,7 @@ BUILDERS: dict[str, Callable[[], onnx.ModelProto]] = {
     "with_if": with_if,
     "local_function": local_function,
     "several_heads": several_heads,
-    "resize_to_skip": resize_to_skip,
+    "shape_from_before": shape_from_before,
 }
 """Every model that onnxruntime can run."""
 
@@ -378,16 +550,16 @@ def inputs_of(model: onnx.ModelProto, batch: int = 3, seed: int = 0, size: int =
     rng = np.random.default_rng(seed)
     weights = {weight.name for weight in model.graph.initializer}
     shapes = {
-        value.name: [
-            d.dim_value or (batch if i == 0 else size) for i, d in enumerate(value.type.tensor_type.shape.dim)
-        ]
+        value.name: [d.dim_value or (batch if i == 0 else size) for i, d in enumerate(value.type.tensor_type.shape.dim)]
         for value in model.graph.input
         if value.name not in weights
     }
     return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
 
 
-def run(model: onnx.ModelProto | ir.Model, feed: Mapping[str, Array], wanted: Sequence[str] | None = None) -> dict[str, Array]:
+def run(
+    model: onnx.ModelProto | ir.Model, feed: Mapping[str, Array], wanted: Sequence[str] | None = None
+) -> dict[str, Array]:
     """What onnxruntime computes, without any optimisation of its own, for outputs or inner values."""
     proto = onnx.ModelProto()
     proto.CopyFrom(ir.to_proto(model) if isinstance(model, ir.Model) else model)
@@ -401,5 +573,15 @@ def run(model: onnx.ModelProto | ir.Model, feed: Mapping[str, Array], wanted: Se
     session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
     names = list(wanted) if wanted is not None else [value.name for value in session.get_outputs()]
     fed = {value.name for value in session.get_inputs()}
-    values = dict(zip(names, session.run(names, {name: array for name, array in feed.items() if name in fed}), strict=True))
+    values = dict(
+        zip(names, session.run(names, {name: array for name, array in feed.items() if name in fed}), strict=True)
+    )
     return values
+
+
+def loaded(model: onnx.ModelProto) -> ir.Model:
+    """The model as `load` gives it, by way of a file that is gone afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.onnx")
+        onnx.save(model, path)
+        return load(path)

@@ -113,12 +113,12 @@ def check_parity(module: TorchSlice, inputs: list[np.ndarray], expected: np.ndar
             raise ParityError(f"the converted slice does not run: {type(error).__name__}: {error}") from error
     if answer.shape != expected.shape:
         raise ParityError(f"the converted slice answers with shape {answer.shape}, onnxruntime with {expected.shape}")
-    error = relative_error(answer, expected)
-    if not error <= tolerance:
+    difference = relative_error(answer, expected)
+    if not difference <= tolerance:
         raise ParityError(
-            f"the converted slice differs from onnxruntime by {error:.2g} of its scale (at most {tolerance:g})"
+            f"the converted slice differs from onnxruntime by {difference:.2g} of its scale (at most {tolerance:g})"
         )
-    return error
+    return difference
 
 
 def _tensor(value: ir.Value) -> Tensor:

@@ -176,8 +176,8 @@ def _check_names(graph: ir.Graph, outer: set[str | None], path: Path) -> None:
 
 def _root(error: BaseException) -> BaseException:
     """What an error goes back to."""
-    while error.__cause__ is not None:
-        error = error.__cause__
+    while (before := error.__cause__ or error.__context__) is not None:
+        error = before
     return error
 
 

@@ -82,7 +82,8 @@ def _check_sizes(graph: ir.Graph, limit: int) -> None:
     for node in graph:
         for value in node.outputs:
             shape = dims(value)
-            size = math.prod(shape) * (value.dtype.itemsize if value.dtype is not None else 1) if shape else 0
+            itemsize = value.dtype.itemsize if value.dtype not in (None, ir.DataType.STRING) else 1
+            size = math.prod(shape or (0,)) * itemsize
             if size > limit:
                 raise ModelError(
                     f"the constant '{value.name}' would take {size:.2g} bytes; at most {limit:.2g} are allowed"

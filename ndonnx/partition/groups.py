@@ -36,9 +36,12 @@ class DimensionEdit:
 
     node: str
     """Name of the node's first output."""
-    attribute: str
+    slot: str | int
+    """Name of an attribute, or position of an input."""
+    position: int | None
+    """Index of the number in a list; None for a single number."""
     units: npt.NDArray[np.int64]
-    """The new number is how many of these are kept."""
+    """The new number is how many of these stay (-1 stays always)."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,7 @@ def find_groups(nodes: Iterable[ir.Node], exit_: ir.Value) -> ChannelGroups:
         apply_rule(tracker, node)
     tracker.freeze(exit_)
     _freeze_weights_read_elsewhere(tracker, nodes)
+    _make_rectangular(tracker)
     _freeze_unread(tracker)
     return _assemble(tracker)
 
@@ -129,12 +133,29 @@ def _assemble(tracker: Tracker) -> ChannelGroups:
         for axis, labels in weight.axes.items()
         if ((found := units(labels)) >= 0).any()
     ]
-    edits = [
-        DimensionEdit(node.outputs[0].name or "", attribute, found)
-        for node, attribute, labels in tracker.edits
-        if ((found := units(labels)) >= 0).any()
-    ]
+    edits = []
+    for edit in tracker.edits:
+        along = _varying(tracker.sets.roots(edit.labels), edit.axis)
+        if along is not None and ((found := units(along[: edit.stop])) >= 0).any():
+            edits.append(DimensionEdit(edit.node.outputs[0].name or "", edit.slot, edit.position, found))
     return ChannelGroups(tuple(groups), tuple(axes), tuple(edits))
+
+
+def _make_rectangular(tracker: Tracker) -> None:
+    """Channels that lie along several axes at once can only go row by row: along the longest axis."""
+    for _ in range(2):  # uniting one block may concern an earlier one
+        for block in tracker.blocks:
+            roots = tracker.sets.roots(block)
+            varying = [axis for axis in range(block.ndim) if _varying(roots, axis) is not None]
+            for axis in sorted(varying, key=lambda axis: block.shape[axis])[:-1]:
+                tracker.sets.unite(block, block.take([0], axis=axis))
+
+
+def _varying(roots: Labels, axis: int) -> Labels | None:
+    """Roots along an axis, when they vary along it at all."""
+    if (roots == roots.take([0], axis=axis)).all():
+        return None
+    return np.moveaxis(roots, axis, 0).reshape(roots.shape[axis], -1)[:, 0]
 
 
 def _components(tracker: Tracker) -> list[tuple[str, list[int]]]:

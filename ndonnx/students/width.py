@@ -14,7 +14,8 @@ from ndonnx.convert import relative_error
 from ndonnx.errors import ShrinkError
 from ndonnx.graph.costs import is_weight
 from ndonnx.graph.load import infer_shapes
-from ndonnx.partition import ChannelGroup, ChannelGroups
+from ndonnx.partition import ChannelGroup, ChannelGroups, DimensionEdit
+from ndonnx.partition.sizes import write_number
 from ndonnx.students.base import Candidate, StudentMethod, TeacherSlice
 from ndonnx.students.importance import rank_units
 from ndonnx.students.refit import refit_consumers
@@ -80,14 +81,25 @@ def shrink(model: ir.Model, groups: ChannelGroups, kept: npt.NDArray[np.bool_]) 
         value.shape = ir.Shape(array.shape)
     by_output = {node.outputs[0].name: node for node in graph}
     for edit in groups.edits:
-        count = int(_stays(edit.units, kept).sum())
-        by_output[edit.node].attributes[edit.attribute] = ir.AttrInt64(edit.attribute, count)
+        _write(graph, by_output[edit.node], edit, int(_stays(edit.units, kept).sum()))
     boundary = set(graph.inputs) | set(graph.outputs)
     for node in graph:
         for value in node.outputs:
             if value not in boundary:
                 value.shape = None
     return infer_shapes(copy)
+
+
+def _write(graph: ir.Graph, node: ir.Node, edit: DimensionEdit, number: int) -> None:
+    if isinstance(edit.slot, int):
+        assert edit.position is not None
+        write_number(graph, node, edit.slot, edit.position, number)
+    elif edit.position is None:
+        node.attributes[edit.slot] = ir.AttrInt64(edit.slot, number)
+    else:
+        values = list(node.attributes[edit.slot].as_ints())
+        values[edit.position] = number
+        node.attributes[edit.slot] = ir.AttrInt64s(edit.slot, values)
 
 
 def check_by_zeroing(teacher: TeacherSlice, shrunk: ir.Model, kept: npt.NDArray[np.bool_]) -> None:
@@ -123,15 +135,31 @@ def _stays(units: npt.NDArray[np.int64], kept: npt.NDArray[np.bool_]) -> npt.NDA
 
 
 def _randomise(model: ir.Model, rng: np.random.Generator) -> ir.Model:
-    """Draw every matrix and filter anew (He et al. 2015); vectors (biases, scales) stay."""
+    """Draw the weights of linear operators anew (He et al. 2015); biases, scales and slopes stay."""
     copy = model.clone()
-    for value in copy.graph.initializers.values():
-        if is_weight(value) and value.const_value is not None and len(value.const_value.shape) > 1:
-            shape = tuple(int(d) for d in value.const_value.shape.numpy())
-            fan_in = float(np.prod(shape[1:]))
-            array = rng.normal(0.0, np.sqrt(2.0 / fan_in), shape)
-            value.const_value = ir.tensor(array.astype(value.const_value.dtype.numpy()), name=value.name)
+    drawn: set[ir.Value] = set()
+    for node in copy.graph:
+        value = node.inputs[1] if node.op_type in _LINEAR_OPS and len(node.inputs) > 1 else None
+        if value is None or value in drawn or not is_weight(value) or value.const_value is None:
+            continue
+        drawn.add(value)
+        shape = tuple(int(d) for d in value.const_value.shape.numpy())
+        array = rng.normal(0.0, np.sqrt(2.0 / _fan_in(node, shape)), shape)
+        value.const_value = ir.tensor(array.astype(value.const_value.dtype.numpy()), name=value.name)
     return copy
+
+
+_LINEAR_OPS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
+
+
+def _fan_in(node: ir.Node, shape: tuple[int, ...]) -> int:
+    """Inputs that one output of a linear operator sums over."""
+    if node.op_type == "Conv":
+        return int(np.prod(shape[1:]))
+    if node.op_type == "ConvTranspose":
+        return int(shape[0] * np.prod(shape[2:]))
+    transposed = node.op_type == "Gemm" and "transB" in node.attributes and node.attributes["transB"].as_int() == 1
+    return shape[-1] if transposed else shape[-2] if len(shape) > 1 else shape[0]
 
 
 def widths(groups: tuple[ChannelGroup, ...], kept: npt.NDArray[np.bool_]) -> Mapping[str, int]:

@@ -1,0 +1,32 @@
+"""What each operator does to the channels of its inputs: one rule per operator, one file per family.
+
+A rule labels the weights it understands and the node's output. An operator without a rule,
+or a case that its rule does not know, freezes what it reads: never guessed.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from ndonnx.partition.rules.linear import LINEAR
+from ndonnx.partition.rules.movement import MOVEMENT
+from ndonnx.partition.rules.pointwise import POINTWISE
+from ndonnx.partition.rules.tracker import Edit, Role, Rule, Tracker
+
+__all__ = ["Edit", "Role", "Tracker", "apply_rule"]
+
+_RULES: dict[str, Rule] = {**LINEAR, **MOVEMENT, **POINTWISE}
+
+_READ_SHAPE_ONLY = {"Shape", "Size"}
+"""What they compute follows a changed width by itself."""
+
+
+def apply_rule(tracker: Tracker, node: ir.Node) -> None:
+    """Label the outputs and weights of one node, or freeze what it reads."""
+    if node.op_type in _READ_SHAPE_ONLY:
+        return
+    rule = _RULES.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+    if rule is None or not rule(tracker, node):
+        tracker.freeze_reads(node)
+        for value in node.outputs:
+            tracker.values.pop(value, None)

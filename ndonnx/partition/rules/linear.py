@@ -1,0 +1,183 @@
+"""Linear operators: channels end in a weight's input axis and begin in its output axis."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from ndonnx.graph.costs import constant_of, dims
+from ndonnx.partition.labels import Labels, axis_labels, on_axis
+from ndonnx.partition.rules.tracker import Edit, Rule, Tracker, input_at, int_attribute, rank_of
+
+
+def conv(tracker: Tracker, node: ir.Node) -> bool:
+    """`Conv`, plain, grouped and depthwise."""
+    data, weight, bias = node.inputs[0], node.inputs[1], input_at(node, 2)
+    shape, out = dims(weight), node.outputs[0]
+    labels = tracker.labels(data)
+    channels = axis_labels(labels, 1)
+    if shape is None or constant_of(weight) is None or (labels is not None and channels is None):
+        return False
+    groups = int_attribute(node, "group", 1)
+    if groups == 1:
+        tracker.label_weight(node, weight, 1, channels, "in")
+        made = tracker.make(out, shape[0])
+    else:
+        if channels is None or channels.size % groups or shape[0] % groups:
+            return False
+        # A whole group goes or stays: its inputs and its outputs are one unit.
+        by_group = channels.reshape(groups, -1)
+        tracker.sets.unite(by_group, by_group[:, :1])
+        made = np.repeat(by_group[:, 0], shape[0] // groups)
+        tracker.edits.append(Edit(node, "group", None, by_group[:, 0], 0))
+    tracker.label_weight(node, weight, 0, made, "out")
+    tracker.label_weight(node, bias, 0, made, "out")
+    return tracker.set(out, on_axis(made, 1, len(shape)))
+
+
+def conv_transpose(tracker: Tracker, node: ir.Node) -> bool:
+    """`ConvTranspose` without groups: the weight's axes are (in, out, ...)."""
+    data, weight, bias = node.inputs[0], node.inputs[1], input_at(node, 2)
+    shape, out = dims(weight), node.outputs[0]
+    labels = tracker.labels(data)
+    channels = axis_labels(labels, 1)
+    if shape is None or constant_of(weight) is None or int_attribute(node, "group", 1) != 1:
+        return False
+    if labels is not None and channels is None:
+        return False
+    tracker.label_weight(node, weight, 0, channels, "in")
+    made = tracker.make(out, shape[1])
+    tracker.label_weight(node, weight, 1, made, "out")
+    tracker.label_weight(node, bias, 0, made, "out")
+    return tracker.set(out, on_axis(made, 1, len(shape)))
+
+
+def gemm(tracker: Tracker, node: ir.Node) -> bool:
+    """`Gemm` with a constant B."""
+    data, weight, bias = node.inputs[0], node.inputs[1], input_at(node, 2)
+    shape, out = dims(weight), node.outputs[0]
+    channels = axis_labels(tracker.labels(data), 1)
+    if shape is None or constant_of(weight) is None or int_attribute(node, "transA", 0):
+        return False
+    if tracker.labels(data) is not None and channels is None:
+        return False
+    transposed = bool(int_attribute(node, "transB", 0))
+    made = tracker.make(out, shape[0 if transposed else 1])
+    tracker.label_weight(node, weight, 1 if transposed else 0, channels, "in")
+    tracker.label_weight(node, weight, 0 if transposed else 1, made, "out")
+    tracker.set(out, on_axis(made, 1, 2))
+    if bias is not None and (size := dims(bias)) and size[-1] == made.size:
+        tracker.label_weight(node, bias, -1, made, "out")
+    elif bias is not None and constant_of(bias) is None:
+        tracker.freeze(out)
+    return True
+
+
+def matmul(tracker: Tracker, node: ir.Node) -> bool:
+    """`MatMul`: a constant on either side, or two activations (attention)."""
+    left, right = node.inputs[0], node.inputs[1]
+    if constant_of(right) is not None:
+        return _times_weight(tracker, node, left, right)
+    if constant_of(left) is not None:
+        return _weight_times(tracker, node, left, right)
+    return _product(tracker, node, left, right)
+
+
+def _times_weight(tracker: Tracker, node: ir.Node, data: ir.Value | None, weight: ir.Value | None) -> bool:
+    shape, rank, labels = dims(weight), rank_of(data), tracker.labels(data)
+    channels = axis_labels(labels, -1)
+    if shape is None or len(shape) != 2 or rank is None or (labels is not None and channels is None):
+        return False
+    tracker.label_weight(node, weight, 0, channels, "in")
+    made = tracker.make(node.outputs[0], shape[1])
+    tracker.label_weight(node, weight, 1, made, "out")
+    return tracker.set(node.outputs[0], on_axis(made, -1, rank))
+
+
+def _weight_times(tracker: Tracker, node: ir.Node, weight: ir.Value | None, data: ir.Value | None) -> bool:
+    shape, rank, labels = dims(weight), rank_of(data), tracker.labels(data)
+    channels = axis_labels(labels, -2) if rank is not None and rank > 1 else None
+    if shape is None or len(shape) != 2 or rank is None or rank < 2 or (labels is not None and channels is None):
+        return False
+    tracker.label_weight(node, weight, 1, channels, "in")
+    made = tracker.make(node.outputs[0], shape[0])
+    tracker.label_weight(node, weight, 0, made, "out")
+    return tracker.set(node.outputs[0], on_axis(made, -2, rank))
+
+
+def _product(tracker: Tracker, node: ir.Node, left: ir.Value | None, right: ir.Value | None) -> bool:
+    """Two activations: the contracted axes meet, batch axes (heads) meet, the outer axes go on."""
+    rank = rank_of(left)
+    if rank is None or rank != rank_of(right) or rank < 2:
+        return False
+    a, b = tracker.labels(left), tracker.labels(right)
+    if a is None and b is None:
+        return True
+    a = a if a is not None else np.zeros([1] * rank, dtype=np.int64)
+    b = b if b is not None else np.zeros([1] * rank, dtype=np.int64)
+    met = _meeting(a, left, b, right)
+    if met is None:
+        return False
+    for axis_a, axis_b in met:
+        one, other = _along(a, axis_a), _along(b, axis_b)
+        tracker.sets.unite(one, other)
+    out = [1] * rank
+    parts: list[Labels] = []
+    for labels, drop in ((a, rank - 1), (b, rank - 2)):
+        kept = np.take(labels, [0], axis=drop)
+        if labels.shape[drop] > 1 and kept.size > 1:
+            tracker.sets.unite(labels, kept)  # batch axes and the contracted axis go together
+        if kept.size > 1:
+            parts.append(kept)
+            out = list(np.broadcast_shapes(tuple(out), kept.shape))
+    merged = _merge(tracker, parts)
+    if merged is None:
+        for part in parts:
+            tracker.sets.freeze(part)
+        return True
+    return tracker.set(node.outputs[0], merged if merged.size > 1 else None)
+
+
+def _meeting(a: Labels, left: ir.Value | None, b: Labels, right: ir.Value | None) -> list[tuple[int, int]] | None:
+    """Pairs of axes at which both sides carry channels; None when one side's channels meet something unknown."""
+    rank = a.ndim
+    pairs = [(axis, axis) for axis in range(rank - 2)] + [(rank - 1, rank - 2)]
+    met = []
+    for axis_a, axis_b in pairs:
+        followed_a, followed_b = a.shape[axis_a] > 1, b.shape[axis_b] > 1
+        if followed_a and followed_b:
+            if a.shape[axis_a] != b.shape[axis_b]:
+                return None
+            met.append((axis_a, axis_b))
+        elif followed_a != followed_b:
+            other, axis = (right, axis_b) if followed_a else (left, axis_a)
+            length = other.shape[axis] if other is not None and other.shape is not None else None
+            if length != 1:
+                return None
+    return met
+
+
+def _along(labels: Labels, axis: int) -> Labels:
+    """Labels with `axis` first and all others flattened behind it, one row per position."""
+    rows = np.moveaxis(labels, axis, 0)
+    return rows.reshape(rows.shape[0], -1)[:, :1] if rows.size == rows.shape[0] else rows.reshape(rows.shape[0], -1)
+
+
+def _merge(tracker: Tracker, parts: list[Labels]) -> Labels | None:
+    """Labels of a product: both sides' batch axes are one, and at most one side brings an outer axis."""
+    if not parts:
+        return np.zeros([1], dtype=np.int64)
+    if len(parts) == 1:
+        return parts[0]
+    one, other = parts
+    if one.shape == other.shape:
+        tracker.sets.unite(one, other)
+        return one
+    small, large = sorted(parts, key=lambda part: part.size)
+    if any(s not in (1, full) for s, full in zip(small.shape, large.shape, strict=True)):
+        return None
+    tracker.sets.unite(large, small)
+    return large
+
+
+LINEAR: dict[str, Rule] = {"Conv": conv, "ConvTranspose": conv_transpose, "Gemm": gemm, "MatMul": matmul}

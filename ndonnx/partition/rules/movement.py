@@ -1,0 +1,314 @@
+"""Operators that move channels: their labels are moved as numpy would move the data."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from itertools import accumulate
+
+import numpy as np
+import onnx_ir as ir
+
+from ndonnx.graph.costs import constant_of, dims
+from ndonnx.partition.labels import FROZEN, Labels, on_axis
+from ndonnx.partition.rules.tracker import (
+    Edit,
+    Rule,
+    Tracker,
+    input_at,
+    int_attribute,
+    labelled_axes,
+    numbers,
+    rank_of,
+)
+from ndonnx.partition.sizes import number_source
+
+
+def pad(tracker: Tracker, node: ir.Node) -> bool:
+    """`Pad`; padded channels are zeros that stay."""
+    labels = tracker.labels(node.inputs[0])
+    if labels is None:
+        return True
+    pads = numbers(node, "pads", 1)
+    rank = labels.ndim
+    if pads is None or len(pads) != 2 * rank or input_at(node, 3) is not None:
+        return False
+    widths = [(pads[a], pads[a + rank]) if labels.shape[a] > 1 else (0, 0) for a in range(rank)]
+    if any(low < 0 or high < 0 for low, high in widths):
+        return False
+    return tracker.set(node.outputs[0], np.pad(labels, widths, constant_values=FROZEN))
+
+
+def concat(tracker: Tracker, node: ir.Node) -> bool:
+    """`Concat`; operands that are not followed bring channels that stay."""
+    operands = [value for value in node.inputs if value is not None]
+    followed = [labels for value in operands if (labels := tracker.labels(value)) is not None]
+    if not followed:
+        return True
+    rank = followed[0].ndim
+    axis = int_attribute(node, "axis", 1) % rank
+    if all(labels.shape[axis] == 1 for labels in followed):
+        return _concat_beside(tracker, node, operands)
+    shape = list(np.broadcast_shapes(*(tuple(np.delete(labels.shape, axis)) for labels in followed)))
+    shape.insert(axis, 1)
+    parts = []
+    for value in operands:
+        labels, size = tracker.labels(value), _length(value, axis)
+        if size is None:
+            return False
+        if labels is None or labels.shape[axis] != size:
+            if labels is not None:
+                tracker.sets.freeze(labels)
+            labels = on_axis(np.full(size, FROZEN, dtype=np.int64), axis, rank)
+        target = [size if a == axis else max(shape[a], labels.shape[a]) for a in range(rank)]
+        parts.append(np.broadcast_to(labels, target))
+    return tracker.set(node.outputs[0], np.concatenate(parts, axis=axis))
+
+
+def _concat_beside(tracker: Tracker, node: ir.Node, operands: list[ir.Value]) -> bool:
+    """Joined along an axis without channels: the channels of all operands are one."""
+    labels = [tracker.labels(value) for value in operands]
+    first = next(found for found in labels if found is not None)
+    if any(found is None or found.shape != first.shape for found in labels):
+        return False
+    for found in labels:
+        if found is not None:
+            tracker.sets.unite(first, found)
+    return tracker.set(node.outputs[0], first)
+
+
+def transpose(tracker: Tracker, node: ir.Node) -> bool:
+    """`Transpose`."""
+    labels = tracker.labels(node.inputs[0])
+    return tracker.set(node.outputs[0], None if labels is None else np.transpose(labels, numbers(node, "perm", None)))
+
+
+def squeeze(tracker: Tracker, node: ir.Node) -> bool:
+    """`Squeeze` of named axes."""
+    labels = tracker.labels(node.inputs[0])
+    if labels is None:
+        return True
+    axes = numbers(node, "axes", 1)
+    if axes is None or any(labels.shape[axis] > 1 for axis in axes):
+        return False
+    return tracker.set(node.outputs[0], labels.squeeze(tuple(axis % labels.ndim for axis in axes)))
+
+
+def unsqueeze(tracker: Tracker, node: ir.Node) -> bool:
+    """`Unsqueeze`."""
+    labels = tracker.labels(node.inputs[0])
+    if labels is None:
+        return True
+    axes = numbers(node, "axes", 1)
+    if axes is None:
+        return False
+    rank = labels.ndim + len(axes)
+    return tracker.set(node.outputs[0], np.expand_dims(labels, tuple(axis % rank for axis in axes)))
+
+
+def flatten(tracker: Tracker, node: ir.Node) -> bool:
+    """`Flatten` behind the batch axis."""
+    labels = tracker.labels(node.inputs[0])
+    if labels is None:
+        return True
+    lengths = [_length(node.inputs[0], axis) for axis in range(1, labels.ndim)]
+    if int_attribute(node, "axis", 1) != 1 or labels.shape[0] != 1 or any(length is None for length in lengths):
+        return False
+    whole = np.broadcast_to(labels, (1, *(length or 1 for length in lengths)))
+    return tracker.set(node.outputs[0], whole.reshape(1, -1).copy())
+
+
+def reshape(tracker: Tracker, node: ir.Node) -> bool:
+    """`Reshape` that splits or joins axes; the target's numbers follow the channels that stay."""
+    data, out = node.inputs[0], node.outputs[0]
+    labels = tracker.labels(data)
+    if labels is None:
+        return True
+    before, after = _symbolic(data), _symbolic(out)
+    if before is None or after is None:
+        return False
+    span = _spans(labels, before, after)
+    if span is None:
+        return False
+    (start, stop), (first, last) = span
+    block = np.broadcast_to(labels.reshape(labels.shape[start:stop]), [int(n) for n in before[start:stop]])
+    target = [int(n) for n in after[first:last]]
+    moved = block.reshape(target)
+    result = moved.reshape([1] * first + target + [1] * (len(after) - last))
+    edits = []
+    for axis in range(first, last):
+        source = number_source(node, 1, axis)
+        if source is None:
+            return False
+        if source.number not in (-1, 0) and result.shape[axis] > 1:
+            edits.append(Edit(node, 1, axis, result, axis))
+    tracker.edits += edits
+    return tracker.set(out, result.copy())
+
+
+def _spans(labels: Labels, before: list[int | str], after: list[int | str]) -> tuple[tuple[int, int], ...] | None:
+    """The axes that carry channels on either side of a reshape, wide enough to hold the same elements."""
+    carried = labelled_axes(labels)
+    start, stop = carried[0], carried[-1] + 1
+    while True:
+        inside = before[start:stop]
+        if not all(isinstance(n, int) for n in inside):
+            return None
+        found = _place(math.prod(int(n) for n in inside), before[:start], before[stop:], after)
+        if found is not None:
+            return (start, stop), found
+        # What follows the channels may be joined with them (a flattened feature map).
+        if stop < len(before):
+            stop += 1
+        else:
+            return None
+
+
+def _place(size: int, lead: list[int | str], trail: list[int | str], after: list[int | str]) -> tuple[int, int] | None:
+    """Where in `after` axes of `size` elements stand, by what is before or behind them."""
+    for first in range(len(after)):
+        for last in range(first + 1, len(after) + 1):
+            inside = after[first:last]
+            if not all(isinstance(n, int) for n in inside) or math.prod(int(n) for n in inside) != size:
+                continue
+            if _same(after[last:], trail) or (lead and _same(after[:first], lead)):
+                return first, last
+    return None
+
+
+def _same(one: list[int | str], other: list[int | str]) -> bool:
+    """Whether two stretches of axes hold equally many elements, as far as their names tell."""
+
+    def signature(axes: list[int | str]) -> tuple[int, Counter[str]]:
+        return math.prod(n for n in axes if isinstance(n, int)), Counter(n for n in axes if isinstance(n, str))
+
+    return signature(one) == signature(other)
+
+
+def _symbolic(value: ir.Value | None) -> list[int | str] | None:
+    if value is None or value.shape is None:
+        return None
+    return [d if isinstance(d, int) else str(d) for d in value.shape]
+
+
+def split(tracker: Tracker, node: ir.Node) -> bool:
+    """`Split`: along the channels the sizes follow, or equal parts stay equal."""
+    labels = tracker.labels(node.inputs[0])
+    if labels is None:
+        return True
+    axis = int_attribute(node, "axis", 0) % labels.ndim
+    if labels.shape[axis] == 1:
+        return all(tracker.set(value, labels) for value in node.outputs)
+    sizes = numbers(node, "split", 1)
+    equal = sizes is None
+    if sizes is None:
+        if labels.shape[axis] % len(node.outputs):
+            return False
+        sizes = [labels.shape[axis] // len(node.outputs)] * len(node.outputs)
+    if sum(sizes) != labels.shape[axis] or len(sizes) != len(node.outputs):
+        return False
+    parts = np.split(labels, list(accumulate(sizes))[:-1], axis=axis)
+    slot: str | int = "split" if "split" in node.attributes else 1
+    for position, part in enumerate(parts):
+        if equal:
+            tracker.sets.unite(parts[0], part)
+        else:
+            tracker.edits.append(Edit(node, slot, position, part, axis))
+    return all(tracker.set(value, part) for value, part in zip(node.outputs, parts, strict=True))
+
+
+def slice_(tracker: Tracker, node: ir.Node) -> bool:
+    """`Slice`: across the channels anything, along them a plain stretch whose bounds follow."""
+    labels = tracker.labels(node.inputs[0])
+    if labels is None:
+        return True
+    starts, ends = numbers(node, "starts", 1), numbers(node, "ends", 2)
+    axes = numbers(node, "axes", 3)
+    if axes is None and input_at(node, 3) is None:
+        axes = list(range(len(starts))) if starts is not None else None
+    steps = numbers(node, "steps", 4)
+    if axes is None or (steps is None and input_at(node, 4) is not None):
+        return False
+    along = [i for i, axis in enumerate(axes) if labels.shape[axis % labels.ndim] > 1]
+    if not along:
+        return tracker.set(node.outputs[0], labels)
+    if starts is None or ends is None or (steps is not None and any(steps[i] != 1 for i in along)):
+        return False
+    result = labels
+    for i in along:
+        axis = axes[i] % labels.ndim
+        first, last, _ = slice(starts[i], ends[i]).indices(labels.shape[axis])
+        for slot, name, bound, given in ((1, "starts", first, starts[i]), (2, "ends", last, ends[i])):
+            if given != 0 and not given >= labels.shape[axis]:
+                where: str | int = name if name in node.attributes else slot
+                tracker.edits.append(Edit(node, where, i, labels, axis, bound))
+        result = result.take(range(first, last), axis=axis)
+    return tracker.set(node.outputs[0], result)
+
+
+def gather(tracker: Tracker, node: ir.Node) -> bool:
+    """`Gather` of constant positions on an axis of a split value (query, key or value of a fused projection)."""
+    data, index = node.inputs[0], constant_of(node.inputs[1])
+    labels = tracker.labels(data)
+    if labels is None:
+        return True
+    axis = int_attribute(node, "axis", 0) % labels.ndim
+    if labels.shape[axis] == 1:
+        return index is not None and index.size == 1 and _take_away(tracker, node, labels, axis, index)
+    if index is None or len(labelled_axes(labels)) == 1:
+        return False
+    rest = labels.take([0], axis=axis)
+    picked = labels.take(index.numpy(), axis=axis)
+    # The axis itself must keep its positions: whatever stands on it goes together.
+    tracker.sets.unite(labels, rest)
+    return tracker.set(node.outputs[0], picked)
+
+
+def _take_away(tracker: Tracker, node: ir.Node, labels: Labels, axis: int, index: ir.TensorProtocol) -> bool:
+    scalar = len(index.shape) == 0
+    return tracker.set(node.outputs[0], labels.squeeze(axis) if scalar else labels)
+
+
+def expand(tracker: Tracker, node: ir.Node) -> bool:
+    """`Expand`: repeated heads are the same heads."""
+    labels = tracker.labels(node.inputs[0])
+    if labels is None:
+        return True
+    rank = rank_of(node.outputs[0])
+    after = dims(node.outputs[0])
+    if rank is None or after is None:
+        return False
+    padded = labels.reshape([1] * (rank - labels.ndim) + list(labels.shape))
+    data = dims(node.inputs[0]) or ()
+    given = [1] * (rank - len(data)) + list(data)
+    target = [after[a] if padded.shape[a] > 1 or (given[a] == 1 and after[a] > 1) else 1 for a in range(rank)]
+    result = np.broadcast_to(padded, target).copy()
+    for axis in labelled_axes(padded):
+        source = number_source(node, 1, axis)
+        if source is None:
+            return False
+        if source.number > 1:
+            tracker.edits.append(Edit(node, 1, axis, result, axis))
+    return tracker.set(node.outputs[0], result)
+
+
+def _length(value: ir.Value | None, axis: int) -> int | None:
+    if value is None or value.shape is None or axis >= len(value.shape):
+        return None
+    length = value.shape[axis]
+    return length if isinstance(length, int) else None
+
+
+MOVEMENT: dict[str, Rule] = {
+    "Concat": concat,
+    "Expand": expand,
+    "Flatten": flatten,
+    "Gather": gather,
+    "Pad": pad,
+    "Reshape": reshape,
+    "Slice": slice_,
+    "Split": split,
+    "Squeeze": squeeze,
+    "Transpose": transpose,
+    "Unsqueeze": unsqueeze,
+}

@@ -1,0 +1,167 @@
+"""Operators that treat each channel alone, and those that would mix channels if theirs were labelled."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from ndonnx.graph.costs import constant_of, dims
+from ndonnx.partition.labels import Labels, axis_labels
+from ndonnx.partition.rules.tracker import (
+    Rule,
+    Tracker,
+    extent,
+    input_at,
+    int_attribute,
+    labelled_axes,
+    numbers,
+    rank_of,
+)
+
+
+def one_to_one(tracker: Tracker, node: ir.Node) -> bool:
+    """An element-wise function of the first input."""
+    return tracker.set(node.outputs[0], tracker.labels(node.inputs[0]))
+
+
+def spatial(tracker: Tracker, node: ir.Node) -> bool:
+    """Pooling and its like: every axis but the channel axis (1) may change its length."""
+    labels = tracker.labels(node.inputs[0])
+    if labels is not None and (axis_labels(labels, 1) is None or len(node.outputs) > 1):
+        return False
+    return tracker.set(node.outputs[0], labels)
+
+
+def resize(tracker: Tracker, node: ir.Node) -> bool:
+    """`Resize` and `Upsample`, as long as the channel axis keeps its length."""
+    data, out = node.inputs[0], node.outputs[0]
+    labels = tracker.labels(data)
+    if labels is None:
+        return True
+    scales = next((constant_of(v) for v in node.inputs[1:] if v is not None and _is_float(v)), None)
+    kept = scales is not None and len(scales.numpy()) == labels.ndim and float(scales.numpy()[1]) == 1.0
+    sized = (
+        data is not None and dims(data) is not None and extent(data, 1 - labels.ndim) == extent(out, 1 - labels.ndim)
+    )
+    # A target size given as numbers holds the channel count and would have to be edited.
+    if axis_labels(labels, 1) is None or not (kept or (sized and constant_of(input_at(node, 3)) is None)):
+        return False
+    return tracker.set(out, labels)
+
+
+def _is_float(value: ir.Value) -> bool:
+    tensor = constant_of(value)
+    return tensor is not None and tensor.dtype == ir.DataType.FLOAT and tensor.size > 1
+
+
+def channel_norm(tracker: Tracker, node: ir.Node) -> bool:
+    """BatchNormalization and InstanceNormalization: one scale and one bias per channel."""
+    labels = tracker.labels(node.inputs[0])
+    channels = axis_labels(labels, 1)
+    if labels is not None and channels is None:
+        return False
+    for value in node.inputs[1:]:
+        tracker.label_weight(node, value, 0, channels, "out")
+    return tracker.set(node.outputs[0], labels)
+
+
+def along_axis(tracker: Tracker, node: ir.Node) -> bool:
+    """Softmax, LayerNormalization and the like: channels pass as long as they lie on another axis."""
+    labels = tracker.labels(node.inputs[0])
+    if labels is None:
+        return True
+    default = -1 if node.op_type != "LpNormalization" else 1
+    first = int_attribute(node, "axis", default) % labels.ndim
+    last = first + 1 if node.op_type in ("Softmax", "LogSoftmax", "Hardmax", "LpNormalization") else labels.ndim
+    if any(first <= axis < last for axis in labelled_axes(labels)):
+        # Heads stay possible: a normalised axis must stay whole, the others may lose positions.
+        if len(labelled_axes(labels)) == 1:
+            return False
+        rest = labels.take([0], axis=first)
+        tracker.sets.unite(labels, rest)
+    return tracker.set(node.outputs[0], labels)
+
+
+def reduce(tracker: Tracker, node: ir.Node) -> bool:
+    """`Reduce*` over axes that carry no channels."""
+    labels = tracker.labels(node.inputs[0])
+    if labels is None:
+        return True
+    axes = numbers(node, "axes", 1)
+    if axes is None:
+        return False
+    axes = [axis % labels.ndim for axis in axes]
+    if any(axis in axes for axis in labelled_axes(labels)):
+        return False
+    if int_attribute(node, "keepdims", 1):
+        return tracker.set(node.outputs[0], labels)
+    return tracker.set(node.outputs[0], labels.squeeze(tuple(axes)))
+
+
+def elementwise(tracker: Tracker, node: ir.Node) -> bool:
+    """Several operands with broadcasting: channels that meet are one; constants are labelled."""
+    operands = [value for value in node.inputs if value is not None]
+    if not any(tracker.labels(value) is not None for value in operands):
+        return True
+    if any(dims(value) is None for value in operands):
+        return False
+    rank = max(rank_of(value) or 0 for value in operands)
+    own = {value: _padded(tracker.labels(value), rank) for value in operands}
+    whole = max((labels for labels in own.values() if labels is not None), key=lambda labels: labels.size)
+    axes = labelled_axes(whole)
+    strangers = {axis: _strangers(own, axis, rank) for axis in axes}
+    if any(set(labelled_axes(labels)) - set(axes) for labels in own.values() if labels is not None):
+        return False
+    met = [axis for axis in axes if strangers[axis]]
+    labellable = len(axes) == 1 and all(constant_of(value) is not None for value in strangers[axes[0]])
+    if met == axes and not labellable:
+        return False
+    for labels in own.values():
+        if labels is not None:
+            tracker.sets.unite(whole, labels)
+    for axis in met:
+        if labellable:
+            for value in strangers[axis]:
+                tracker.label_weight(node, value, axis - rank, axis_labels(whole, axis), "out")
+        else:  # an axis that meets something unknown (rotary tables) stays whole; the others may lose positions
+            tracker.sets.unite(whole, whole.take([0], axis=axis))
+    return tracker.set(node.outputs[0], whole)
+
+
+def _padded(labels: Labels | None, rank: int) -> Labels | None:
+    return None if labels is None else labels.reshape([1] * (rank - labels.ndim) + list(labels.shape))
+
+
+def _strangers(own: dict[ir.Value, Labels | None], axis: int, rank: int) -> list[ir.Value]:
+    """Operands that have this axis but no labels along it."""
+    return [
+        value
+        for value, labels in own.items()
+        if (labels is None or labels.shape[axis] == 1) and extent(value, axis - rank) != 1
+    ]
+
+
+_ELEMENTWISE = (
+    "Add", "And", "Div", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Max", "Mean", "Min", "Mod",
+    "Mul", "Or", "PRelu", "Pow", "Sub", "Sum", "Where", "Xor",
+)  # fmt: skip
+_ONE_TO_ONE = (
+    "Abs", "Cast", "Ceil", "Celu", "Clip", "Cos", "Dropout", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid",
+    "HardSwish", "Identity", "LeakyRelu", "Log", "Mish", "Neg", "Not", "Reciprocal", "Relu", "Round", "Selu",
+    "Sigmoid", "Sign", "Sin", "Softplus", "Softsign", "Sqrt", "Swish", "Tanh", "ThresholdedRelu",
+)  # fmt: skip
+_POOLS = ("MaxPool", "AveragePool", "LpPool", "GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool")
+_REDUCTIONS = ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2", "ReduceSumSquare")
+_ALONG_AXIS = (
+    "Softmax", "LogSoftmax", "Hardmax", "LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization",
+    "LpNormalization",
+)  # fmt: skip
+
+POINTWISE: dict[str, Rule] = {
+    **dict.fromkeys(_ONE_TO_ONE, one_to_one),
+    **dict.fromkeys(_ELEMENTWISE, elementwise),
+    **dict.fromkeys(_POOLS, spatial),
+    **dict.fromkeys(_REDUCTIONS, reduce),
+    **dict.fromkeys(_ALONG_AXIS, along_axis),
+    **dict.fromkeys(("BatchNormalization", "InstanceNormalization"), channel_norm),
+    **dict.fromkeys(("Resize", "Upsample"), resize),
+}

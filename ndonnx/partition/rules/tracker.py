@@ -1,0 +1,142 @@
+"""What a walk over a slice knows about its channels, and the helpers that rules share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from ndonnx.graph.costs import constant_of, dims
+from ndonnx.graph.dataflow import reads
+from ndonnx.partition.labels import FROZEN, Labels, LabelSets
+
+Role = Literal["in", "out"]
+"""Whether an axis of a weight is summed over (`in`) or carried on (`out`)."""
+
+
+@dataclass(eq=False)
+class WeightLabels:
+    """Labelled axes of one constant, and the nodes whose rule labelled it."""
+
+    axes: dict[int, Labels] = field(default_factory=dict)
+    roles: dict[int, Role] = field(default_factory=dict)
+    readers: set[ir.Node] = field(default_factory=set)
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """A number held by a node that follows from how many channels stay along an axis."""
+
+    node: ir.Node
+    slot: str | int
+    """Name of an attribute, or position of an input."""
+    position: int | None
+    """Index of the number in a list; None for a single number."""
+    labels: Labels
+    axis: int
+    """The number is the length of this axis of the labels ..."""
+    stop: int | None = None
+    """... or, where given, of its part before this position."""
+
+
+@dataclass(eq=False)
+class Tracker:
+    """What is known so far of a slice's channels."""
+
+    sets: LabelSets = field(default_factory=LabelSets)
+    values: dict[ir.Value, Labels] = field(default_factory=dict)
+    weights: dict[ir.Value, WeightLabels] = field(default_factory=dict)
+    made: dict[str, Labels] = field(default_factory=dict)
+    """Labels by the name of the value in which they were made."""
+    edits: list[Edit] = field(default_factory=list)
+    blocks: list[Labels] = field(default_factory=list)
+    """Labels that vary along several axes at once: what stays of them must be a rectangle."""
+
+    def labels(self, value: ir.Value | None) -> Labels | None:
+        """Labels of an activation; None when it is not followed."""
+        return self.values.get(value) if value is not None else None
+
+    def set(self, value: ir.Value, labels: Labels | None) -> bool:
+        """Let a value carry labels (None: it is not followed); always True, as rules return it."""
+        if labels is not None:
+            self.values[value] = labels
+            if sum(size > 1 for size in labels.shape) > 1:
+                self.blocks.append(labels)
+        return True
+
+    def freeze(self, value: ir.Value | None) -> None:
+        """Let all channels of an activation stay."""
+        self.sets.freeze(self.labels(value))
+
+    def freeze_reads(self, node: ir.Node) -> None:
+        """Let all channels that a node reads stay."""
+        for value in reads(node):
+            self.freeze(value)
+
+    def make(self, value: ir.Value, count: int) -> Labels:
+        """New channels that `value` is the first to carry."""
+        labels = self.sets.fresh(count)
+        self.made[value.name or ""] = labels
+        return labels
+
+    def label_weight(self, node: ir.Node, value: ir.Value | None, axis: int, labels: Labels | None, role: Role) -> None:
+        """Say that along `axis` of a constant stand these channels (None: channels that stay)."""
+        if value is None or (shape := dims(value)) is None:
+            return
+        weight = self.weights.setdefault(value, WeightLabels())
+        weight.readers.add(node)
+        axis %= len(shape)
+        if labels is None:
+            labels = np.full(shape[axis], FROZEN, dtype=np.int64)
+        if axis in weight.axes:
+            self.sets.unite(weight.axes[axis], labels)
+            weight.roles[axis] = "in" if "in" in (role, weight.roles[axis]) else "out"
+        else:
+            weight.axes[axis], weight.roles[axis] = labels, role
+
+
+Rule = Callable[[Tracker, ir.Node], bool]
+"""Returns False when the case is not understood; nothing may have been labelled by then."""
+
+
+def labelled_axes(labels: Labels) -> list[int]:
+    """Axes along which labels vary."""
+    return [axis for axis, size in enumerate(labels.shape) if size > 1]
+
+
+def int_attribute(node: ir.Node, name: str, default: int) -> int:
+    """An integer attribute, or its default."""
+    attribute = node.attributes.get(name)
+    return attribute.as_int() if attribute is not None else default
+
+
+def numbers(node: ir.Node, name: str, position: int | None) -> list[int] | None:
+    """Integers that stand in an attribute (older opsets) or in a constant input (newer ones)."""
+    attribute = node.attributes.get(name)
+    if attribute is not None:
+        return [int(number) for number in attribute.as_ints()]
+    tensor = constant_of(value) if position is not None and (value := input_at(node, position)) is not None else None
+    return [int(number) for number in tensor.numpy().reshape(-1)] if tensor is not None else None
+
+
+def input_at(node: ir.Node, position: int) -> ir.Value | None:
+    """An input by position; None where it is left out."""
+    return node.inputs[position] if position < len(node.inputs) else None
+
+
+def extent(value: ir.Value, axis: int) -> int | None:
+    """Length of an axis counted from the end: 1 where broadcasting adds it, None where it is unknown."""
+    shape = dims(value)
+    if shape is None or -axis > len(shape):
+        return 1 if shape is not None else None
+    length = value.shape[axis] if value.shape is not None else shape[axis]
+    return length if isinstance(length, int) else None
+
+
+def rank_of(value: ir.Value | None) -> int | None:
+    """Number of axes; None where it is unknown."""
+    shape = dims(value)
+    return len(shape) if shape is not None else None

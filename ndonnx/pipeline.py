@@ -6,8 +6,6 @@ was interrupted continues with what is done there, whichever executor did it.
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,8 +21,8 @@ from ndonnx.errors import DataError, ModelError, RunDirError
 from ndonnx.evaluate import Evaluation, evaluate
 from ndonnx.executor import make_executor
 from ndonnx.graph import fold_constants, load, save, slice_cost
-from ndonnx.graph.load import check_writable
-from ndonnx.machine import computes_in_bf16, pick_device, usable_cores
+from ndonnx.graph.load import check_writable, external_tensors
+from ndonnx.machine import computes_in_bf16, peak_rss_bytes, pick_device, usable_cores
 from ndonnx.partition import Neighbourhood, Partition, partition
 from ndonnx.progress import Progress, Silent
 from ndonnx.recipe import Recipe
@@ -36,6 +34,8 @@ from ndonnx.teacher import ActivationStore, capture, capture_bytes, make_session
 from ndonnx.verify import verify
 
 _CAPTURE_BATCH = 64
+_PROBE = 8
+"""Samples on which the finished student is checked."""
 _CHECK_SAMPLES = 2000
 """Samples of the calibration data on which teacher and student are compared without `--eval`."""
 
@@ -110,7 +110,9 @@ def compress(
         outcomes = state.distil()
         with clock.measure("splice"):
             progress.stage("splice")
-            students = {name: load_student(outcome.entry) for name, outcome in outcomes.items() if outcome.entry}
+            # In the teacher's order, not in that of completion: the same students are the same bytes.
+            entries = {n.name: outcomes[n.name].entry for n in parts.neighbourhoods}
+            students = {name: load_student(entry) for name, entry in entries.items() if entry is not None}
             student = splice(teacher, students) if students else teacher.clone()
             verify(teacher, student, parts, students, _probe(source), recipe.parity)
             if output is not None:
@@ -124,7 +126,7 @@ def compress(
             metrics=metrics,
             neighbourhoods=[outcomes[n.name].report(n) for n in parts.neighbourhoods],
             seconds=clock.seconds(),
-            peak_rss_bytes=_peak_rss() + state.workers_rss,
+            peak_rss_bytes=peak_rss_bytes() + state.workers_rss,
             run_dir=str(folder),
         )
         report.write(run.path / "report.json")
@@ -189,7 +191,7 @@ class _Run:
             if not neighbourhood.distillable:
                 self.outcomes[neighbourhood.name] = _Outcome("kept", reason=neighbourhood.reason)
         samples, waves = self._waves()
-        data = (fingerprint_file(self.model_path), self.source.fingerprint(), samples, self.recipe.seed)
+        data = (self._model_fingerprint(), self.source.fingerprint(), samples, self.recipe.seed)
         todo = [[n for n in wave if not self._reuse(n, data)] for wave in waves]
         self._estimate(todo, waves, samples)
         total = sum(map(len, todo))
@@ -207,6 +209,11 @@ class _Run:
             done += len(open_)
             entry.remove()
         return self.outcomes
+
+    def _model_fingerprint(self) -> str:
+        """Of the file and of the weights that it keeps beside it."""
+        beside = sorted({str(tensor.path) for tensor in external_tensors(self.parts.model)})
+        return fingerprint(*map(fingerprint_file, [str(self.model_path), *beside]))
 
     def _reuse(self, neighbourhood: Neighbourhood, data: tuple[object, ...]) -> bool:
         entry = self._entry(neighbourhood, data)
@@ -303,11 +310,10 @@ class _Run:
                 self.progress.note(f"captured activations are damaged and are captured again ({error})")
         folder = entry.begin() / "store"
         self.progress.stage("capture", samples, "samples")
-        batch = _batch_size(self.parts.model, _CAPTURE_BATCH)
         store = capture(
             self.parts.model,
             _boundary(wave),
-            lambda: (b.inputs for b in self.source.batches(batch, samples=samples, seed=self.recipe.seed)),
+            lambda: _whole_batches(self.source, _CAPTURE_BATCH, samples=samples, seed=self.recipe.seed),
             folder,
             samples=samples,
             device=pick_device(self.recipe.device),
@@ -317,9 +323,12 @@ class _Run:
         return store
 
     def _train(self, neighbourhoods: list[Neighbourhood], store: ActivationStore, data: tuple[object, ...]) -> None:
+        # From the recipe and the partition alone: threads decide the last bits, and a continued run has fewer jobs.
         cores = usable_cores()
-        workers = min(self.recipe.workers or cores, len(neighbourhoods)) if self.recipe.executor == "process" else 1
-        threads = max(1, cores // (self.recipe.workers or workers))
+        workers = self.recipe.workers or min(cores, len(self.parts.distillable))
+        if self.recipe.executor == "serial" and self.recipe.workers is None:
+            workers = 1
+        threads = max(1, cores // workers)
         jobs = {n.name: self._job(n, store, self._entry(n, data), threads) for n in neighbourhoods}
         longest_first = sorted(neighbourhoods, key=lambda n: -self._bytes([n]))
         executor = make_executor(self.recipe.executor, workers)
@@ -404,23 +413,22 @@ def _count_samples(source: DataSource, wanted: int) -> int:
     return min(available, wanted)
 
 
-def _batch_size(model: ir.Model, wanted: int) -> int:
-    """The batch size that the model's inputs fix, else the wanted one."""
-    for value in model.graph.inputs:
-        if value.shape is not None and len(value.shape) and isinstance(value.shape[0], int):
-            return value.shape[0]
-    return wanted
+def _whole_batches(
+    source: DataSource, size: int, *, samples: int, seed: int | None = None
+) -> Iterator[Mapping[str, np.ndarray]]:
+    """Batches of about this size; where the model fixes it, of that, the last one filled up with its last sample."""
+    fixed = [spec.shape[0] for spec in source.inputs if spec.shape and isinstance(spec.shape[0], int)]
+    for batch in source.batches(fixed[0] if fixed else size, samples=samples, seed=seed):
+        missing = fixed[0] - len(batch) if fixed else 0
+        yield {
+            name: np.concatenate([rows, np.repeat(rows[-1:], missing, axis=0)]) if missing > 0 else rows
+            for name, rows in batch.inputs.items()
+        }
 
 
 def _probe(source: DataSource) -> Mapping[str, np.ndarray]:
     """A few samples for the last check."""
-    size = _batch_size_of(source)
-    return next(iter(source.batches(size, samples=size))).inputs
-
-
-def _batch_size_of(source: DataSource) -> int:
-    fixed = [spec.shape[0] for spec in source.inputs if spec.shape and isinstance(spec.shape[0], int)]
-    return fixed[0] if fixed else 8
+    return next(_whole_batches(source, _PROBE, samples=_PROBE))
 
 
 def _metrics(
@@ -437,11 +445,6 @@ def _summary(model: ir.Model, path: Path | None) -> ModelSummary:
     if path is not None:
         size = sum(part.stat().st_size for part in (path, path.with_name(f"{path.name}.data")) if part.exists())
     return ModelSummary(path=str(path) if path else None, parameters=cost.parameters, macs=cost.macs, bytes=size)
-
-
-def _peak_rss() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _gb(count: float) -> str:

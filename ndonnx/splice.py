@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 
 import onnx_ir as ir
 
@@ -86,24 +86,40 @@ def _remove_dead(graph: ir.Graph, start: ir.Node, living: set[ir.Value]) -> None
 
 
 def _rename_clashes(graph: ir.Graph, student: ir.Graph, name: str) -> None:
-    """Give the student's values and nodes names that the rest of the model does not use."""
-    values = set(ir.convenience.create_value_mapping(graph))
-    nodes = {node.name for node in graph}
+    """Give the student's values and nodes names that the rest of the model does not use; equal weights become one."""
+    values, own_values = (_names(ir.convenience.create_value_mapping(g).values()) for g in (graph, student))
+    nodes, own_nodes = (_names(g) for g in (graph, student))
     boundary = set(student.inputs) | set(student.outputs)
     for value in list(student.initializers.values()):
-        if value.name in values:
-            value.name = _free(f"{value.name}/{name}", values)
+        held = graph.initializers.get(value.name or "")
+        if held is not None and _equal(held.const_value, value.const_value):
+            value.replace_all_uses_with(held)
+            del student.initializers[value.name or ""]
+        elif value.name in values:
+            value.name = _free(f"{value.name}/{name}", values, own_values)
     for node in student:
         for value in node.outputs:
             if value not in boundary and value.name in values:
-                value.name = _free(f"{value.name}/{name}", values)
+                value.name = _free(f"{value.name}/{name}", values, own_values)
         if node.name and node.name in nodes:
-            node.name = _free(f"{node.name}/{name}", nodes)
+            node.name = _free(f"{node.name}/{name}", nodes, own_nodes)
 
 
-def _free(name: str, taken: Container[str | None]) -> str:
-    while name in taken:
+def _names(named: Iterable[ir.Value | ir.Node]) -> set[str | None]:
+    return {item.name for item in named}
+
+
+def _equal(one: ir.TensorProtocol | None, other: ir.TensorProtocol | None) -> bool:
+    if one is None or other is None or one is other:
+        return one is other
+    return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
+
+
+def _free(name: str, taken: Container[str | None], own: set[str | None]) -> str:
+    """A name that neither side uses; from now on it is the student's."""
+    while name in taken or name in own:
         name += "'"
+    own.add(name)
     return name
 
 

@@ -11,11 +11,15 @@ import onnx
 import onnx_ir as ir
 
 from ndonnx.convert import check_parity, to_torch
-from ndonnx.errors import ParityError, VerificationError
+from ndonnx.errors import ModelError, ParityError, VerificationError
 from ndonnx.graph import save
 from ndonnx.graph.dataflow import real_inputs
 from ndonnx.partition import Partition
 from ndonnx.teacher import make_session
+from ndonnx.teacher.sessions import OrtError, first_line
+
+_REFUSALS: tuple[type[Exception], ...] = (ModelError, *OrtError)
+"""What onnxruntime answers when a model does not suit it."""
 
 
 def verify(
@@ -82,8 +86,13 @@ def _run(student: ir.Model, names: list[str], probe: Mapping[str, np.ndarray]) -
     values = ir.convenience.create_value_mapping(opened.graph)
     outputs = {value.name for value in opened.graph.outputs}
     inputs = {value.name for value in opened.graph.inputs}
+    if missing := [name for name in names if name not in values and name not in inputs]:
+        raise VerificationError(f"the student has no value '{missing[0]}', where a neighbourhood begins or ends")
     opened.graph.outputs.extend(values[name] for name in names if name not in outputs | inputs)
-    session = make_session(opened)
-    wanted = [output.name for output in session.get_outputs()]
-    found = dict(zip(wanted, session.run(wanted, dict(probe)), strict=True))
+    try:
+        session = make_session(opened)
+        wanted = [output.name for output in session.get_outputs()]
+        found = dict(zip(wanted, session.run(wanted, dict(probe)), strict=True))
+    except _REFUSALS as error:
+        raise VerificationError(f"onnxruntime does not run the student: {first_line(error)}") from error
     return found | {name: probe[name] for name in names if name in inputs}

@@ -14,7 +14,8 @@ import onnx_ir as ir
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from ndonnx.graph import load
+from ndonnx.graph import fold_constants, load
+from ndonnx.partition import Neighbourhood, Partition, partition
 
 Array = npt.NDArray[Any]
 Shape = Sequence[int | str]
@@ -412,7 +413,7 @@ def _max_pool(net: Net, x: str, c: int) -> tuple[str, int]:
 
 
 def _padded_channels(net: Net, x: str, c: int) -> tuple[str, int]:
-    y = net.op("Pad", net.conv(x, c, 6), net.ints(0, 1, 1, 0, 0, 2, 0, 1))
+    y = net.op("Pad", net.conv(x, c, 6), net.ints(0, 1, 0, 0, 0, 2, 0, 0))
     return net.conv(net.relu(y), 9, c), c
 
 
@@ -488,6 +489,27 @@ def _computed_scale(net: Net, x: str, c: int) -> tuple[str, int]:
     return net.conv(net.relu(net.op("InstanceNormalization", y, style, bias)), 6, c), c
 
 
+def _channel_shuffle(net: Net, x: str, c: int) -> tuple[str, int]:
+    y = net.op("Reshape", net.relu(net.conv(x, c, 6)), net.ints(-1, 2, 3, 6, 6))
+    y = net.op("Reshape", net.op("Transpose", y, perm=[0, 2, 1, 3, 4]), net.ints(-1, 6, 6, 6))
+    return net.op("Add", net.conv(y, 6, c), x), c
+
+
+def _attention(net: Net, x: str, c: int) -> tuple[str, int]:
+    """Two heads of three channels over the pixels, scaled by the root of a width read off a shape."""
+    tokens = net.op("Transpose", net.op("Reshape", x, net.ints(0, c, 36)), perm=[0, 2, 1])
+    q, k, v = (
+        net.op("Transpose", net.op("Reshape", net.matmul(tokens, c, 6), net.ints(0, 36, 2, 3)), perm=[0, 2, 1, 3])
+        for _ in "qkv"
+    )
+    width = net.op("Slice", net.op("Shape", q), net.ints(3), net.ints(4))
+    q = net.op("Div", q, net.op("Sqrt", net.op("Cast", width, to=TensorProto.FLOAT)))
+    scores = net.op("Softmax", net.op("MatMul", q, net.op("Transpose", k, perm=[0, 1, 3, 2])), axis=-1)
+    z = net.op("Reshape", net.op("Transpose", net.op("MatMul", scores, v), perm=[0, 2, 1, 3]), net.ints(0, 36, 6))
+    z = net.op("Transpose", net.matmul(z, 6, c), perm=[0, 2, 1])
+    return net.op("Add", net.op("Reshape", z, net.ints(0, c, 6, 6)), x), c
+
+
 BLOCKS: dict[str, Block] = {
     "plain": _plain,
     "residual": _residual,
@@ -512,6 +534,8 @@ BLOCKS: dict[str, Block] = {
     "two_readers": _two_readers,
     "gated_linear": _gated_linear,
     "computed_scale": _computed_scale,
+    "channel_shuffle": _channel_shuffle,
+    "attention": _attention,
 }
 
 
@@ -572,6 +596,8 @@ def run(
     options.log_severity_level = 4
     session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
     names = list(wanted) if wanted is not None else [value.name for value in session.get_outputs()]
+    if not names:
+        return {}
     fed = {value.name for value in session.get_inputs()}
     values = dict(
         zip(names, session.run(names, {name: array for name, array in feed.items() if name in fed}), strict=True)
@@ -585,3 +611,15 @@ def loaded(model: onnx.ModelProto) -> ir.Model:
         path = Path(folder, "model.onnx")
         onnx.save(model, path)
         return load(path)
+
+
+def parted(model: onnx.ModelProto, **options: Any) -> tuple[ir.Model, Partition]:
+    """The model as loaded, and the partition of its working copy."""
+    teacher = loaded(model)
+    return teacher, partition(fold_constants(teacher.clone()), **options)
+
+
+def boundary(part: Neighbourhood) -> list[str]:
+    """Names of the entry, the context and the exit."""
+    assert part.entry is not None and part.exit is not None
+    return [str(value.name) for value in (part.entry, *part.context, part.exit)]

@@ -74,7 +74,7 @@ class Conv(nn.Module):
 
 
 class ConvTranspose(nn.Module):
-    """`ConvTranspose` with symmetric padding: data (N, C, ...), weight (C, O/group, ...)."""
+    """`ConvTranspose` with explicit padding: data (N, C, ...), weight (C, O/group, ...)."""
 
     def __init__(self, node: OnnxNode) -> None:
         super().__init__()
@@ -89,12 +89,15 @@ class ConvTranspose(nn.Module):
         rank = weight.ndim - 2
         before, behind = self.window.padding(data.shape[2:], weight.shape[2:])
         extra = self.output_padding or [0] * rank
-        crop = [b - a for a, b in zip(before, behind, strict=True)]
-        # torch pads both sides alike; what ONNX crops beyond that is cropped afterwards.
+        # torch crops both sides alike; what ONNX crops beyond that is cropped afterwards.
+        alike = [min(pair) for pair in zip(before, behind, strict=True)]
         out = _CONV_TRANSPOSE[rank](
-            data, weight, bias, self.window.stride(rank), before, extra, self.groups, self.window.dilation(rank)
+            data, weight, bias, self.window.stride(rank), alike, extra, self.groups, self.window.dilation(rank)
         )
-        return F.pad(out, torch_pads([0] * rank, [-c for c in crop])) if any(crop) else out
+        if before == behind:
+            return out
+        rest = [[c - p for c, p in zip(alike, side, strict=True)] for side in (before, behind)]
+        return F.pad(out, torch_pads(*rest))
 
 
 class Gemm(nn.Module):

@@ -18,18 +18,34 @@ from ndonnx.graph.costs import is_weight
 from ndonnx.graph.load import infer_shapes
 
 _STATIC_INPUTS = {
+    "Attention": {3},
     "Clip": {1, 2},
     "DequantizeLinear": {1, 2},
+    "Dropout": {1},
+    "GridSample": {1},
+    "OneHot": {1, 2},
     "Pad": {2},
     "QuantizeLinear": {1, 2},
     "Range": {0, 1, 2},
     "Resize": {1, 2},
+    "RotaryEmbedding": {1, 2},
     "Upsample": {1},
 }
 """Inputs that configure an operator; floating-point constants there are no weights."""
 
 _MOMENTS = {"BatchNormalization": {3, 4}}
 """Inputs that hold statistics: carried along, never trained."""
+
+_FURTHER_OUTPUTS = {
+    "Attention",
+    "BatchNormalization",
+    "Dropout",
+    "LayerNormalization",
+    "MaxPool",
+    "RMSNormalization",
+    "SimplifiedLayerNormalization",
+}
+"""Operators whose outputs after the first are optional: those that nothing reads are dropped."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +72,7 @@ def lower(model: ir.Model) -> Lowered:
         value.const_value = None
     for index, node in enumerate(graph):
         node.name = f"node_{index}"
+        _drop_unread_outputs(node)
         if node.domain in ("", "ai.onnx") and has_converter(node.op_type):
             node.domain, node.version = DOMAIN, 1
             node.attributes[OPSET_ATTRIBUTE] = ir.AttrInt64(OPSET_ATTRIBUTE, opset)
@@ -71,6 +88,13 @@ def _is_static(value: ir.Value) -> bool:
 
 def _is_moment(value: ir.Value) -> bool:
     return any(index in _MOMENTS.get(node.op_type, ()) for node, index in value.uses())
+
+
+def _drop_unread_outputs(node: ir.Node) -> None:
+    if node.op_type not in _FURTHER_OUTPUTS:
+        return
+    read = [index for index, value in enumerate(node.outputs) if value.uses() or value.is_graph_output()]
+    node.resize_outputs(max(read, default=0) + 1)
 
 
 def _separate_constants(graph: ir.Graph) -> None:

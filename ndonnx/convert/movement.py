@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ndonnx.convert.linear import Window, torch_pads
 from ndonnx.convert.registry import OnnxNode, converts
 
-_PAD_MODES = {"constant": "constant", "reflect": "reflect", "edge": "replicate", "wrap": "circular"}
+_PAD_MODES = ("constant", "reflect", "edge", "wrap")
 
 
 @converts("Pad")
@@ -17,7 +18,9 @@ class Pad(nn.Module):
 
     def __init__(self, node: OnnxNode) -> None:
         super().__init__()
-        self.mode = _PAD_MODES[node.attributes.get("mode", "constant")]
+        self.mode: str = node.attributes.get("mode", "constant")
+        if self.mode not in _PAD_MODES:
+            raise NotImplementedError(f"Pad with mode '{self.mode}'")
         self.pads: list[int] | None = node.attributes.get("pads")
         self.value = float(node.attributes.get("value", 0.0))
 
@@ -32,8 +35,21 @@ class Pad(nn.Module):
             before[axis], behind[axis] = given[i], given[half + i]
         if self.mode == "constant":
             return F.pad(data, torch_pads(before, behind), value=self.value if value is None else value.item())
-        moved = next(axis for axis in range(data.ndim) if before[axis] or behind[axis] or axis == data.ndim - 1)
-        return F.pad(data, torch_pads(before[moved:], behind[moved:]), mode=self.mode)
+        for axis in range(data.ndim):
+            if before[axis] or behind[axis]:
+                places = torch.arange(-before[axis], data.shape[axis] + behind[axis], device=data.device)
+                data = data.index_select(axis, _mirrored(places, data.shape[axis], self.mode))
+        return data
+
+
+def _mirrored(places: Tensor, length: int, mode: str) -> Tensor:
+    """Where along an axis to read what stands at these places, some of them outside. torch pads some axes only."""
+    if mode == "edge":
+        return places.clamp(0, length - 1)
+    if mode == "wrap":
+        return places % length
+    folded = places % max(1, 2 * (length - 1))
+    return torch.minimum(folded, 2 * (length - 1) - folded)
 
 
 @converts("Slice")
@@ -61,14 +77,20 @@ class Slice(nn.Module):
         index = [slice(None)] * data.ndim
         for axis, start, end, step in zip(along, first, last, stride, strict=True):
             # Negative bounds count from the end in ONNX as in Python; torch cannot step backwards.
+            behind = data.shape[axis] - 1
+            stop = None if end in _TO_THE_END else end
             if step > 0:
-                index[axis] = slice(start, end, step)
+                index[axis] = slice(*slice(start, stop, step).indices(behind + 1))
             else:
                 data = data.flip(axis)
-                behind = data.shape[axis] - 1
-                head, tail, _ = slice(start, end, step).indices(behind + 1)
+                # A start before the first element is the first in ONNX, and nowhere in Python.
+                head, tail, _ = slice(max(start, -behind - 1), stop, step).indices(behind + 1)
                 index[axis] = slice(behind - head, behind - tail, -step)
         return data[tuple(index)]
+
+
+_TO_THE_END = (2**31 - 1, 2**63 - 1)
+"""Ends that mean the end in the direction of the step, backwards too."""
 
 
 def _numbers(tensor: Tensor | None) -> list[int]:

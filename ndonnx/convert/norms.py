@@ -36,7 +36,7 @@ class LayerNormalization(nn.Module):
 
     def forward(self, data: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
         shape = data.shape[self.axis :]
-        if scale.shape == shape:
+        if scale.shape == shape and (bias is None or bias.shape == shape):
             return F.layer_norm(data, shape, scale, bias, self.epsilon)
         out = F.layer_norm(data, shape, None, None, self.epsilon) * scale
         return out if bias is None else out + bias

@@ -10,10 +10,23 @@ import torch
 from torch import Tensor, nn
 
 # The families register their converters when imported.
-from ndonnx.convert import linear, movement, norms  # noqa: F401
+from ndonnx.convert import (  # noqa: F401
+    activations,
+    attention,
+    elementwise,
+    indexing,
+    linear,
+    movement,
+    norms,
+    pooling,
+    reductions,
+    resampling,
+    shapes,
+)
 from ndonnx.convert.lower import lower
 from ndonnx.convert.registry import convert
 from ndonnx.errors import ConversionError, ParityError
+from ndonnx.graph.costs import is_weight
 
 
 class TorchSlice(nn.Module):
@@ -53,8 +66,9 @@ def to_torch(model: ir.Model) -> TorchSlice:
     """Convert a slice (constants folded, one output) to torch.
 
     Raises:
-        ConversionError: names the operator that does not convert.
+        ConversionError: names the operator that does not convert, or the value that is no float32.
     """
+    _check_types(model)
     lowered = lower(model)
     try:
         body = convert(lowered.proto)
@@ -119,6 +133,17 @@ def check_parity(module: TorchSlice, inputs: list[np.ndarray], expected: np.ndar
             f"the converted slice differs from onnxruntime by {difference:.2g} of its scale (at most {tolerance:g})"
         )
     return difference
+
+
+def _check_types(model: ir.Model) -> None:
+    """Training is in float32 against onnxruntime's float32: another floating type would not be the teacher's."""
+    values = [*model.graph.inputs, *filter(is_weight, model.graph.initializers.values())]
+    for value in values:
+        if value.dtype is not None and value.dtype.is_floating_point() and value.dtype is not ir.DataType.FLOAT:
+            raise ConversionError(
+                f"does not convert to torch: '{value.name}' is {value.dtype}, only FLOAT is trained; "
+                "export the teacher in float32"
+            )
 
 
 def _tensor(value: ir.Value) -> Tensor:

@@ -54,6 +54,10 @@ class SliceSamples:
         start = self.blocks.holdout
         return self.arrays(start, min(self.blocks.samples, start + count))
 
+    def is_constant(self, name: str) -> bool:
+        """Whether one array serves all samples."""
+        return self._store.is_constant(name)
+
     def batch(self, rows: np.ndarray) -> tuple[list[Tensor], Tensor]:
         """Inputs and target of these rows, in the type in which they are stored."""
         tensors = [torch.from_numpy(np.ascontiguousarray(self._rows(name, rows))) for name in self._maps]
@@ -69,7 +73,7 @@ class SliceSamples:
 
     def _rows(self, name: str, rows: slice | np.ndarray) -> np.ndarray:
         if self._store.is_constant(name):
-            return np.asarray(self._maps[name])
+            return np.array(self._maps[name])  # torch warns of arrays that cannot be written
         return np.asarray(self._maps[name][rows])
 
 

@@ -143,7 +143,7 @@ class _Judge:
         self.device = device
         count = min(samples.blocks.holdout, max(1, _HOLDOUT_BYTES // max(1, samples.bytes_per_sample())))
         arrays = samples.arrays(0, count)
-        self._inputs = [torch.from_numpy(arrays[name]) for name in samples.inputs]
+        self._inputs = [(torch.from_numpy(arrays[name]), samples.is_constant(name)) for name in samples.inputs]
         self._target = torch.from_numpy(arrays[samples.target])
         self._variance = target_variance(self._target if len(self._target) > 1 else self._target.reshape(-1, 1))
 
@@ -154,7 +154,7 @@ class _Judge:
         with torch.no_grad():
             for start in range(0, size, _EVALUATION_BATCH):
                 rows = slice(start, start + _EVALUATION_BATCH)
-                inputs = [t[rows] if len(t) == size else t for t in self._inputs]
+                inputs = [tensor if constant else tensor[rows] for tensor, constant in self._inputs]
                 target = self._target[rows].to(self.device)
                 answer = self.module(*(tensor.to(self.device) for tensor in inputs))
                 total += float(((answer - target).double() ** 2).sum())

@@ -65,7 +65,7 @@ def infer_shapes(model: ir.Model) -> ir.Model:
 
 def serialise(model: ir.Model) -> bytes:
     """The model as the bytes of one `.onnx` file, with the tensors that were kept beside it inside."""
-    if _external_tensors(model):
+    if external_tensors(model):
         model = ir.external_data.load_to_model(model.clone())
     data: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
     return data
@@ -123,7 +123,7 @@ def tensor_bytes(model: ir.Model) -> int:
 def _resolve_external_data(model: ir.Model, path: Path) -> None:
     """Tie each external tensor to a real file inside the model's own folder."""
     folder = path.parent.resolve()
-    for tensor in _external_tensors(model):
+    for tensor in external_tensors(model):
         location = Path(tensor.location)
         try:
             target = (folder / location).resolve()
@@ -144,9 +144,21 @@ def _resolve_external_data(model: ir.Model, path: Path) -> None:
                 f"{path}: tensor '{tensor.name}' needs {end} bytes of '{tensor.location}', which has {size}"
             )
         tensor.base_dir = str(folder)
+    _bring_attributes_in(model)
 
 
-def _external_tensors(model: ir.Model) -> list[ir.ExternalTensor]:
+def _bring_attributes_in(model: ir.Model) -> None:
+    """Read external data of `Constant` nodes: `onnx_ir` and onnxruntime know them of initializers only."""
+    for graph in model.graphs():
+        for node in graph:
+            for name, attribute in node.attributes.items():
+                if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
+                    (tensor,) = ir.external_data.convert_tensors_from_external([attribute.value])
+                    node.attributes[name] = ir.AttrTensor(name, tensor)
+
+
+def external_tensors(model: ir.Model) -> list[ir.ExternalTensor]:
+    """The tensors that are kept in files beside the model, those of sub-graphs among them."""
     found: list[ir.ExternalTensor] = []
     for graph in model.graphs():
         found += [v.const_value for v in graph.initializers.values() if isinstance(v.const_value, ir.ExternalTensor)]

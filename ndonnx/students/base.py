@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
 
-from ndonnx.errors import ShrinkError
+from ndonnx.errors import ModelError, ShrinkError
 from ndonnx.partition import ChannelGroups
-from ndonnx.teacher.sessions import make_session
+from ndonnx.teacher.sessions import OrtError, first_line, make_session
+
+_REFUSALS: tuple[type[Exception], ...] = (ModelError, *OrtError)
+"""What onnxruntime answers when a slice does not suit it."""
 
 
 @dataclass(frozen=True)
@@ -29,15 +32,29 @@ class TeacherSlice:
     samples: Mapping[str, np.ndarray]
     """Captured inputs by name, float32 where floating; first axis is the sample."""
     threads: int = 1
+    constants: frozenset[str] = frozenset()
+    """Inputs without a sample axis: one array for all samples."""
+
+    def first(self, count: int) -> TeacherSlice:
+        """The same slice with at most so many samples."""
+        few = {name: rows if name in self.constants else rows[:count] for name, rows in self.samples.items()}
+        return replace(self, samples=few)
 
     def run(self, model: ir.Model, values: Sequence[str]) -> dict[str, np.ndarray]:
-        """Values inside `model` (the slice or a candidate of it) on the samples, by onnxruntime."""
+        """Values inside `model` (the slice or a candidate of it) on the samples, by onnxruntime.
+
+        Raises:
+            ShrinkError: onnxruntime does not run it.
+        """
         probe = model.clone()
         inner = ir.convenience.create_value_mapping(probe.graph)
         present = {value.name for value in probe.graph.outputs}
         probe.graph.outputs.extend(inner[name] for name in dict.fromkeys(values) if name not in present)
-        session = make_session(probe, threads=self.threads)
-        return dict(zip(values, session.run(list(values), dict(self.samples)), strict=True))
+        try:
+            session = make_session(probe, threads=self.threads)
+            return dict(zip(values, session.run(list(values), dict(self.samples)), strict=True))
+        except _REFUSALS as error:
+            raise ShrinkError(f"{self.name}: onnxruntime does not run the slice: {first_line(error)}") from error
 
 
 @dataclass(frozen=True)

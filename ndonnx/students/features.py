@@ -14,6 +14,7 @@ import onnx_ir as ir
 import torch
 
 from ndonnx.convert.linear import Window, torch_pads
+from ndonnx.errors import ShrinkError
 from ndonnx.graph.costs import constant_of
 from ndonnx.partition import ChannelGroups
 
@@ -140,8 +141,20 @@ def moments(reader: LinearReader, data: npt.NDArray[np.float32]) -> Moments:
     tensor = constant_of(reader.node.inputs[1])
     assert tensor is not None
     rows = features(reader.node, _thinned(data), kernel_of(tuple(int(d) for d in tensor.shape.numpy())))
-    second = (rows.T @ rows).double() / len(rows)
+    second = gram(rows) / len(rows)
     return Moments(rows.double().mean(dim=0).numpy(), second.numpy())
+
+
+def gram(rows: torch.Tensor) -> torch.Tensor:
+    """Inner products of the features over all rows: float64 (features, features).
+
+    Raises:
+        ShrinkError: the features are so large that their squares overflow.
+    """
+    products = (rows.T @ rows).double()
+    if not bool(products.isfinite().all()):
+        raise ShrinkError(f"activations as large as {float(rows.abs().max()):.1g} overflow when they are squared")
+    return products
 
 
 def thin(data: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float32], ...]:

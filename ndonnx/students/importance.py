@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -73,7 +74,9 @@ def _by_surgery(reader: LinearReader, stat: Moments, group: ChannelGroup, keep: 
     """Remove, one after another, the unit whose loss costs least after the others are refitted."""
     gram = stat.covariance() if reader.has_bias else stat.second
     width = gram.shape[0] // len(reader.units)
-    inverse = np.linalg.inv(gram + _RIDGE * np.trace(gram) / len(gram) * np.eye(len(gram)))
+    # Scaled to a mean energy of 1; features that are all dead have none, and any order will do.
+    energy = float(np.trace(gram)) / len(gram)
+    inverse = np.linalg.inv(gram / (energy or 1.0) + _RIDGE * np.eye(len(gram)))
     weight = reader.weight_matrix().astype(np.float64)
     features = {
         unit: np.flatnonzero(np.repeat(reader.units == group.start + unit, width)) for unit in range(group.width)
@@ -92,6 +95,6 @@ def _by_surgery(reader: LinearReader, stat: Moments, group: ChannelGroup, keep: 
     return np.array(alive + removed[::-1], dtype=np.int64)
 
 
-def _loss(inverse: npt.NDArray[np.float64], weight: npt.NDArray[np.float64], block: npt.NDArray[np.int64]) -> float:
+def _loss(inverse: npt.NDArray[Any], weight: npt.NDArray[Any], block: npt.NDArray[np.int64]) -> float:
     rows = weight[block]
     return float((rows * np.linalg.solve(inverse[np.ix_(block, block)], rows)).sum())

@@ -13,7 +13,16 @@ import onnx_ir as ir
 import torch
 
 from ndonnx.students.base import TeacherSlice
-from ndonnx.students.features import LinearReader, features, from_matrix, kernel_of, linear_readers, targets, thin
+from ndonnx.students.features import (
+    LinearReader,
+    features,
+    from_matrix,
+    gram,
+    kernel_of,
+    linear_readers,
+    targets,
+    thin,
+)
 
 _RIDGE = 1e-6
 """Ridge, relative to the mean energy of a feature."""
@@ -22,12 +31,18 @@ _RIDGE = 1e-6
 def refit_consumers(teacher: TeacherSlice, student: ir.Model, kept: npt.NDArray[np.bool_]) -> ir.Model:
     """A copy of the shrunk slice whose readers of shrunk groups are refitted on the samples."""
     copy = student.clone()
-    readers = linear_readers(teacher.model, teacher.groups)
+    # A weight that several operators share cannot suit one of them alone.
+    readers = [reader for reader in linear_readers(teacher.model, teacher.groups) if _is_own(copy, reader)]
     expected = teacher.run(teacher.model, [reader.output for reader in readers])
     for reader in readers:
         given = teacher.run(copy, [reader.data])[reader.data]
         _refit(copy, reader, given, _kept_outputs(teacher, reader, expected[reader.output], kept))
     return copy
+
+
+def _is_own(student: ir.Model, reader: LinearReader) -> bool:
+    weights = (student.graph.initializers[name] for name in (reader.weight, reader.bias) if name is not None)
+    return all(len(value.uses()) == 1 for value in weights)
 
 
 def _kept_outputs(
@@ -61,12 +76,12 @@ def _refit(student: ir.Model, reader: LinearReader, given: np.ndarray, expected:
 
 def solve(x: torch.Tensor, y: torch.Tensor) -> npt.NDArray[np.float64]:
     """Weights (features, outputs) of least squares with a slight ridge, solved in float64."""
-    gram, cross = (x.T @ x).double(), (x.T @ y).double()
-    ridge = _RIDGE * gram.trace() / len(gram)
-    gram.diagonal().add_(ridge + torch.finfo(torch.float64).tiny)
-    factor, failed = torch.linalg.cholesky_ex(gram)
+    square, cross = gram(x), (x.T @ y).double()
+    ridge = _RIDGE * square.trace() / len(square)
+    square.diagonal().add_(ridge + torch.finfo(torch.float64).tiny)
+    factor, failed = torch.linalg.cholesky_ex(square)
     if failed:
-        return np.asarray(torch.linalg.lstsq(gram, cross).solution.numpy())
+        return np.asarray(torch.linalg.lstsq(square, cross).solution.numpy())
     return np.asarray(torch.cholesky_solve(cross, factor).numpy())
 
 

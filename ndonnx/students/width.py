@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +13,7 @@ from ndonnx.convert import relative_error
 from ndonnx.errors import ShrinkError
 from ndonnx.graph.costs import is_weight
 from ndonnx.graph.load import infer_shapes
-from ndonnx.partition import ChannelGroup, ChannelGroups, DimensionEdit
+from ndonnx.partition import ChannelGroups, DimensionEdit
 from ndonnx.partition.sizes import write_number
 from ndonnx.students.base import Candidate, StudentMethod, TeacherSlice
 from ndonnx.students.importance import rank_units
@@ -116,9 +115,7 @@ def check_by_zeroing(teacher: TeacherSlice, shrunk: ir.Model, kept: npt.NDArray[
             array = np.moveaxis(np.array(value.const_value.numpy()), axis.axis, 0)
             array[~_stays(axis.units, kept)] = 0
             value.const_value = ir.tensor(np.ascontiguousarray(np.moveaxis(array, 0, axis.axis)), name=axis.initializer)
-    few = TeacherSlice(
-        teacher.name, zeroed, teacher.groups, {k: v[:_PROBE] for k, v in teacher.samples.items()}, teacher.threads
-    )
+    few = teacher.first(_PROBE)
     exit_ = teacher.model.graph.outputs[0].name or ""
     error = relative_error(few.run(shrunk, [exit_])[exit_], few.run(zeroed, [exit_])[exit_])
     if not error <= _ZEROING_TOLERANCE:
@@ -160,8 +157,3 @@ def _fan_in(node: ir.Node, shape: tuple[int, ...]) -> int:
         return int(shape[0] * np.prod(shape[2:]))
     transposed = node.op_type == "Gemm" and "transB" in node.attributes and node.attributes["transB"].as_int() == 1
     return shape[-1] if transposed else shape[-2] if len(shape) > 1 else shape[0]
-
-
-def widths(groups: tuple[ChannelGroup, ...], kept: npt.NDArray[np.bool_]) -> Mapping[str, int]:
-    """Kept width of each group, by the value in which it is made."""
-    return {group.name: int(kept[group.start : group.stop].sum()) for group in groups}

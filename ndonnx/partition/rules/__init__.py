@@ -11,6 +11,7 @@ import onnx_ir as ir
 from ndonnx.partition.rules.linear import LINEAR
 from ndonnx.partition.rules.movement import MOVEMENT
 from ndonnx.partition.rules.pointwise import POINTWISE
+from ndonnx.partition.rules.shapes import freeze_widths_calculated_with
 from ndonnx.partition.rules.tracker import Edit, Role, Rule, Tracker
 
 __all__ = ["Edit", "Role", "Tracker", "apply_rule"]
@@ -18,13 +19,14 @@ __all__ = ["Edit", "Role", "Tracker", "apply_rule"]
 _RULES: dict[str, Rule] = {**LINEAR, **MOVEMENT, **POINTWISE}
 
 _READ_SHAPE_ONLY = {"Shape", "Size"}
-"""What they compute follows a changed width by itself."""
+"""What they compute follows a changed width by itself (see `shapes.py` for where it must not)."""
 
 
 def apply_rule(tracker: Tracker, node: ir.Node) -> None:
     """Label the outputs and weights of one node, or freeze what it reads."""
     if node.op_type in _READ_SHAPE_ONLY:
         return
+    freeze_widths_calculated_with(tracker, node)
     rule = _RULES.get(node.op_type) if node.domain in ("", "ai.onnx") else None
     if rule is None or not rule(tracker, node):
         tracker.freeze_reads(node)

@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from ndonnx.graph.costs import constant_of, dims
 from ndonnx.partition.labels import Labels, axis_labels, on_axis
-from ndonnx.partition.rules.tracker import Edit, Rule, Tracker, input_at, int_attribute, rank_of
+from ndonnx.partition.rules.tracker import Edit, Rule, Tracker, are_constant, input_at, int_attribute, rank_of
 
 
 def conv(tracker: Tracker, node: ir.Node) -> bool:
@@ -16,7 +16,7 @@ def conv(tracker: Tracker, node: ir.Node) -> bool:
     shape, out = dims(weight), node.outputs[0]
     labels = tracker.labels(data)
     channels = axis_labels(labels, 1)
-    if shape is None or constant_of(weight) is None or (labels is not None and channels is None):
+    if shape is None or not are_constant(node.inputs[1:]) or (labels is not None and channels is None):
         return False
     groups = int_attribute(node, "group", 1)
     if groups == 1:
@@ -41,7 +41,7 @@ def conv_transpose(tracker: Tracker, node: ir.Node) -> bool:
     shape, out = dims(weight), node.outputs[0]
     labels = tracker.labels(data)
     channels = axis_labels(labels, 1)
-    if shape is None or constant_of(weight) is None or int_attribute(node, "group", 1) != 1:
+    if shape is None or not are_constant(node.inputs[1:]) or int_attribute(node, "group", 1) != 1:
         return False
     if labels is not None and channels is None:
         return False
@@ -57,7 +57,7 @@ def gemm(tracker: Tracker, node: ir.Node) -> bool:
     data, weight, bias = node.inputs[0], node.inputs[1], input_at(node, 2)
     shape, out = dims(weight), node.outputs[0]
     channels = axis_labels(tracker.labels(data), 1)
-    if shape is None or constant_of(weight) is None or int_attribute(node, "transA", 0):
+    if shape is None or not are_constant(node.inputs[1:]) or int_attribute(node, "transA", 0):
         return False
     if tracker.labels(data) is not None and channels is None:
         return False
@@ -68,8 +68,6 @@ def gemm(tracker: Tracker, node: ir.Node) -> bool:
     tracker.set(out, on_axis(made, 1, 2))
     if bias is not None and (size := dims(bias)) and size[-1] == made.size:
         tracker.label_weight(node, bias, -1, made, "out")
-    elif bias is not None and constant_of(bias) is None:
-        tracker.freeze(out)
     return True
 
 

@@ -9,6 +9,7 @@ from ndonnx.partition.labels import Labels, axis_labels
 from ndonnx.partition.rules.tracker import (
     Rule,
     Tracker,
+    are_constant,
     extent,
     input_at,
     int_attribute,
@@ -57,7 +58,7 @@ def channel_norm(tracker: Tracker, node: ir.Node) -> bool:
     """BatchNormalization and InstanceNormalization: one scale and one bias per channel."""
     labels = tracker.labels(node.inputs[0])
     channels = axis_labels(labels, 1)
-    if labels is not None and channels is None:
+    if not are_constant(node.inputs[1:]) or (labels is not None and channels is None):
         return False
     for value in node.inputs[1:]:
         tracker.label_weight(node, value, 0, channels, "out")

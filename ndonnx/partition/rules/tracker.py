@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -56,8 +56,12 @@ class Tracker:
     """Labels that vary along several axes at once: what stays of them must be a rectangle."""
 
     def labels(self, value: ir.Value | None) -> Labels | None:
-        """Labels of an activation; None when it is not followed."""
-        return self.values.get(value) if value is not None else None
+        """Labels of an activation; None when it is not followed.
+
+        A lone channel is not: beside other lengths it would be taken for an axis that broadcasts.
+        """
+        labels = self.values.get(value) if value is not None else None
+        return labels if labels is not None and labels.size > 1 else None
 
     def set(self, value: ir.Value, labels: Labels | None) -> bool:
         """Let a value carry labels (None: it is not followed); always True, as rules return it."""
@@ -134,6 +138,11 @@ def extent(value: ir.Value, axis: int) -> int | None:
         return 1 if shape is not None else None
     length = value.shape[axis] if value.shape is not None else shape[axis]
     return length if isinstance(length, int) else None
+
+
+def are_constant(values: Iterable[ir.Value | None]) -> bool:
+    """Whether none of the values is computed; an input that is left out is not."""
+    return all(value is None or constant_of(value) is not None for value in values)
 
 
 def rank_of(value: ir.Value | None) -> int | None:

@@ -119,9 +119,9 @@ def _segmentation(name: str) -> Callable[[], nn.Module]:
 def _small_vit() -> nn.Module:
     from torchvision.models import VisionTransformer  # noqa: PLC0415
 
-    return VisionTransformer(
-        image_size=64, patch_size=16, num_layers=3, num_heads=4, hidden_dim=64, mlp_dim=128, num_classes=10
-    )
+    sizes = {"image_size": 64, "patch_size": 16, "num_layers": 3, "num_heads": 4, "hidden_dim": 64, "mlp_dim": 128}
+    model: nn.Module = VisionTransformer(**sizes, num_classes=10)
+    return model
 
 
 def _pyramid() -> nn.Module:
@@ -222,7 +222,9 @@ CORPUS: dict[str, Specimen] = {
     ),
     "qwen2": Specimen(_transformer("Qwen2ForCausalLM", **_DECODER, num_key_value_heads=2), text()),
     "t5_encoder": Specimen(
-        _transformer("T5EncoderModel", vocab_size=_VOCABULARY, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4),
+        _transformer(
+            "T5EncoderModel", vocab_size=_VOCABULARY, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4
+        ),
         text(),
     ),
     "hf_vit": Specimen(_transformer("ViTModel", **_VIT), {"pixel_values": Feed((3, 32, 32))}),
@@ -264,7 +266,7 @@ def export(name: str, exporter: Exporter, folder: Path) -> Path:
     rng = np.random.default_rng(_SEED)
     samples = {key: feed.draw(SAMPLES, rng) for key, feed in zip(names, specimen.feeds.values(), strict=True)}
     path = folder / f"{name}.{exporter}.onnx"
-    np.savez(path.with_suffix(".npz"), **samples)
+    np.savez(path.with_suffix(".npz"), allow_pickle=False, **samples)
     inputs = tuple(torch.from_numpy(array[:_TRACED_BATCH]) for array in samples.values())
     axes = [_dynamic(feed) for feed in specimen.feeds.values()]
     shared: dict[str, Any] = {"opset_version": OPSETS[exporter], "input_names": names}

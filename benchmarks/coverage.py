@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -39,11 +40,12 @@ from ndonnx.errors import NdonnxError, SliceError, UsageError, VerificationError
 from ndonnx.graph import load, save, slice_cost
 from ndonnx.graph.costs import constant_of, is_weight
 from ndonnx.graph.dataflow import reads
-from ndonnx.partition import Neighbourhood, Partition
+from ndonnx.partition import ChannelGroups, Neighbourhood, Partition
 from ndonnx.pipeline import compress, partition_model
 from ndonnx.recipe import Recipe
 from ndonnx.splice import splice
-from ndonnx.students import TeacherSlice, Width
+from ndonnx.students import TeacherSlice
+from ndonnx.students.width import check_by_zeroing, kept_width, shrink
 from ndonnx.teacher import make_session
 from ndonnx.verify import verify
 
@@ -113,9 +115,12 @@ class Coverage:
 
     def fail(self, stage: str, where: str, reason: object, nodes: Iterable[ir.Node] = ()) -> None:
         """Take note of something that did not work."""
-        text = f"{type(reason).__name__}: {reason}" if isinstance(reason, Exception) else str(reason)
-        if isinstance(reason, NdonnxError):
-            text = str(reason)
+        text = str(reason)
+        if isinstance(reason, Exception) and not isinstance(reason, NdonnxError):
+            last = traceback.extract_tb(reason.__traceback__)[-1:]
+            ours = [frame for frame in traceback.extract_tb(reason.__traceback__) if "/ndonnx/" in frame.filename]
+            at = "".join(f" ({Path(frame.filename).name}:{frame.lineno})" for frame in ours[-1:] or last)
+            text = f"{type(reason).__name__}{at}: {reason}"
         self.failures.append(Failure(stage, where, " ".join(text.split())[:400], _operators(nodes)))
 
 
@@ -263,11 +268,11 @@ def _converts(found: Coverage, neighbourhood: Neighbourhood, model: ir.Model, ca
         return False
     try:
         module = to_torch(model)
-        error = check_parity(module, inputs, expected, PARITY)
+        difference = check_parity(module, inputs, expected, PARITY)
     except SliceError as refused:
         found.fail("parity", neighbourhood.name, refused, neighbourhood.nodes)
         return False
-    found.worst_error = max(error, found.worst_error or 0.0)
+    found.worst_error = max(difference, found.worst_error or 0.0)
     found.trains += _trains(found, neighbourhood, module, inputs)
     return True
 
@@ -292,7 +297,10 @@ def _shrunk(found: Coverage, neighbourhood: Neighbourhood, model: ir.Model, capt
     samples = {value.name or "": captured[value.name or ""] for value in model.graph.inputs}
     teacher = TeacherSlice(neighbourhood.name, model, neighbourhood.groups, samples)
     try:
-        student = Width(KEEP, None, "teacher").build(teacher, np.random.default_rng(0)).model
+        # Any units will do: ranking them takes longest, and an arbitrary choice tests the groups harder.
+        kept = _any_units(neighbourhood.groups, np.random.default_rng(0))
+        student = shrink(model, neighbourhood.groups, kept)
+        check_by_zeroing(teacher, student, kept)
         expected = make_session(student, threads=1).run(None, dict(samples))[0]
     except Exception as error:  # shrinking works on graphs of any make: whatever it raises is the finding
         found.fail("shrink", neighbourhood.name, error, neighbourhood.nodes)
@@ -304,6 +312,14 @@ def _shrunk(found: Coverage, neighbourhood: Neighbourhood, model: ir.Model, capt
         if not any(f.stage == "parity" and f.where == neighbourhood.name for f in found.failures):
             found.fail("shrunk parity", neighbourhood.name, error, neighbourhood.nodes)
     return student
+
+
+def _any_units(groups: ChannelGroups, rng: np.random.Generator) -> NDArray[np.bool_]:
+    """Half of every group's units, drawn at random."""
+    kept = np.zeros(groups.units, dtype=bool)
+    for group in groups.groups:
+        kept[group.start + rng.permutation(group.width)[: kept_width(group.width, KEEP, None)]] = True
+    return kept
 
 
 def _identity(found: Coverage, teacher: ir.Model, twins: Mapping[str, ir.Model], probe: Arrays) -> None:
@@ -362,7 +378,7 @@ def _student(
 def _compress(found: Coverage, path: Path, samples: Arrays, steps: int) -> None:
     with tempfile.TemporaryDirectory(prefix="ndonnx-") as folder:
         data = Path(folder) / "data.npz"
-        np.savez(data, **{name: np.concatenate([array] * 8) for name, array in samples.items()})
+        np.savez(data, allow_pickle=False, **{name: np.concatenate([array] * 8) for name, array in samples.items()})
         recipe = Recipe(keep=KEEP, steps=steps, executor="serial", batch_size=8, init="teacher", round_to=None)
         try:
             done = compress(path, data=str(data), recipe=recipe, output=Path(folder) / "student.onnx")

@@ -42,6 +42,7 @@ def _replace(model: ir.Model, name: str, student: ir.Model) -> None:
     _adopt_initializers(model, student.graph)
     nodes = list(student.graph)
     output = student.graph.outputs[0]
+    _forget_shapes(nodes, output)
     student.graph.outputs.clear()
     student.graph.remove(nodes)
     graph.insert_before(slot, nodes)
@@ -52,6 +53,14 @@ def _replace(model: ir.Model, name: str, student: ir.Model) -> None:
     graph.remove(slot, safe=True)
     for domain, version in student.opset_imports.items():
         model.opset_imports.setdefault(domain, version)
+
+
+def _forget_shapes(nodes: Iterable[ir.Node], output: ir.Value) -> None:
+    """Drop inferred shapes: their made-up symbols (`unk__1`) mean other sizes than the same ones in the teacher."""
+    for node in nodes:
+        for value in node.outputs:
+            if value is not output:
+                value.shape = None
 
 
 def _detach(graph: ir.Graph, exit_: ir.Value, producer: ir.Node, inputs: set[ir.Value]) -> ir.Node:

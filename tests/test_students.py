@@ -130,7 +130,16 @@ def test_a_kept_width_grows_with_keep(width: int, to: int | None, keeps: list[fl
 
 @pytest.mark.parametrize(
     ("width", "keep", "to", "kept"),
-    [(64, 0.5, None, 32), (64, 0.45, None, 32), (63, 0.45, None, 28), (10, 0.5, 4, 4), (10, 0.01, 4, 4), (3, 0.5, 8, 3), (1, 0.1, None, 1), (100, 0.99, 64, 100)],
+    [
+        (64, 0.5, None, 32),
+        (64, 0.45, None, 32),
+        (63, 0.45, None, 28),
+        (10, 0.5, 4, 4),
+        (10, 0.01, 4, 4),
+        (3, 0.5, 8, 3),
+        (1, 0.1, None, 1),
+        (100, 0.99, 64, 100),
+    ],
 )
 def test_kept_widths(width: int, keep: float, to: int | None, kept: int) -> None:
     assert kept_width(width, keep, to) == kept
@@ -193,7 +202,9 @@ def test_the_group_of_a_convolution_follows(make: Callable[[], TeacherSlice], no
 @pytest.mark.parametrize("name", SLICES)
 def test_least_squares_begins_no_worse_than_the_teachers_weights(name: str, keep: float, seed: int) -> None:
     teacher = SLICES[name](seed)
-    refitted, cut = (error(teacher, build(teacher, Width(keep, None, init)).model) for init in ("least-squares", "teacher"))
+    refitted, cut = (
+        error(teacher, build(teacher, Width(keep, None, init)).model) for init in ("least-squares", "teacher")
+    )
     assert refitted <= cut * (1 + 1e-5) + 1e-9
 
 
@@ -252,6 +263,12 @@ def test_a_refit_without_an_offset_is_the_least_squares_solution_through_zero() 
     np.testing.assert_allclose(weights(build(teacher, Width(0.5)).model)["b.weight"], solution, atol=5e-3)
 
 
+def test_a_weight_that_two_operators_share_is_refitted_for_neither() -> None:
+    teacher = shared()
+    refitted, cut = (weights(build(teacher, Width(0.5, None, init)).model) for init in ("least-squares", "teacher"))
+    assert {name for name in cut if not np.array_equal(refitted[name], cut[name])} == {"b.weight", "b.bias"}
+
+
 # Which channels
 
 
@@ -292,6 +309,17 @@ def test_channels_that_matter_to_nobody_go_first() -> None:
     assert np.flatnonzero(choose_units(teacher, 0.5, None)).tolist() == [0, 2, 3, 7]
 
 
+def test_channels_that_several_operators_read_count_by_what_they_bring_to_all() -> None:
+    net = Net(3)
+    y = net.relu(net.gemm(net.input("x", "N", 6), 6, 8, out="a"))
+    out = net.op("Add", net.gemm(y, 8, 4, out="b"), net.op("Tanh", net.gemm(y, 8, 4, out="c")))
+    net.weights["b.weight"][:, [1, 4, 5, 6, 7]] = 0
+    net.weights["c.weight"][:, [0, 1, 4, 5, 6]] = 0
+    teacher = teacher_of(net, out)
+    assert np.flatnonzero(choose_units(teacher, 0.5, None)).tolist() == [0, 2, 3, 7]
+
+
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("init", ["teacher", "least-squares"])
 def test_a_slice_whose_inner_channels_are_all_dead_still_shrinks(init: str) -> None:
     net = Net(4)

@@ -20,6 +20,8 @@ _RULES: dict[str, Rule] = {**LINEAR, **MOVEMENT, **POINTWISE}
 
 _READ_SHAPE_ONLY = {"Shape", "Size"}
 """What they compute follows a changed width by itself (see `shapes.py` for where it must not)."""
+_KNOW_FOLDED = {"Reshape", "Transpose"}
+"""Operators whose rules follow joined axes; for all others their channels stay."""
 
 
 def apply_rule(tracker: Tracker, node: ir.Node) -> None:
@@ -27,6 +29,9 @@ def apply_rule(tracker: Tracker, node: ir.Node) -> None:
     if node.op_type in _READ_SHAPE_ONLY:
         return
     freeze_widths_calculated_with(tracker, node)
+    if node.op_type not in _KNOW_FOLDED:
+        for value in node.inputs:
+            tracker.sets.freeze(tracker.folded.get(value) if value is not None else None)
     rule = _RULES.get(node.op_type) if node.domain in ("", "ai.onnx") else None
     if rule is None or not rule(tracker, node):
         tracker.freeze_reads(node)

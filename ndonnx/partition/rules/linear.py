@@ -118,6 +118,10 @@ def _product(tracker: Tracker, node: ir.Node, left: ir.Value | None, right: ir.V
         return False
     for axis_a, axis_b in met:
         one, other = _along(a, axis_a), _along(b, axis_b)
+        if 1 != one.shape[1] != other.shape[1] != 1:  # they carry different channels besides: whole rows only
+            tracker.sets.unite(one, one[:, :1])
+            tracker.sets.unite(other, other[:, :1])
+            one, other = one[:, :1], other[:, :1]
         tracker.sets.unite(one, other)
     out = [1] * rank
     parts: list[Labels] = []

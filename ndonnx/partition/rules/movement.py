@@ -79,8 +79,21 @@ def _concat_beside(tracker: Tracker, node: ir.Node, operands: list[ir.Value]) ->
 
 def transpose(tracker: Tracker, node: ir.Node) -> bool:
     """`Transpose`."""
-    labels = tracker.labels(node.inputs[0])
-    return tracker.set(node.outputs[0], None if labels is None else np.transpose(labels, numbers(node, "perm", None)))
+    data, perm = node.inputs[0], numbers(node, "perm", None)
+    if data is not None and data in tracker.folded:
+        return _transpose_folded(tracker, node, tracker.folded[data], perm)
+    labels = tracker.labels(data)
+    return tracker.set(node.outputs[0], None if labels is None else np.transpose(labels, perm))
+
+
+def _transpose_folded(tracker: Tracker, node: ir.Node, labels: Labels, perm: list[int] | None) -> bool:
+    """`Transpose` of joined axes, as long as they stay in front."""
+    if perm is None or perm[0] != 0:
+        return False
+    joined = labels.ndim - len(perm) + 1
+    axes = [*range(joined), *(axis + joined - 1 for axis in perm[1:])]
+    tracker.folded[node.outputs[0]] = np.transpose(labels, axes)
+    return True
 
 
 def squeeze(tracker: Tracker, node: ir.Node) -> bool:
@@ -121,29 +134,82 @@ def flatten(tracker: Tracker, node: ir.Node) -> bool:
 def reshape(tracker: Tracker, node: ir.Node) -> bool:
     """`Reshape` that splits or joins axes; the target's numbers follow the channels that stay."""
     data, out = node.inputs[0], node.outputs[0]
+    if data is not None and data in tracker.folded:
+        return _unfold(tracker, node, tracker.folded[data])
     labels = tracker.labels(data)
     if labels is None:
         return True
-    before, after = _symbolic(data), _symbolic(out)
+    before, after = _symbolic(data, labels), _symbolic(out)
     if before is None or after is None:
         return False
+    after = _resolved(before, after)
     span = _spans(labels, before, after)
     if span is None:
-        return False
+        return _fold(tracker, node, labels, before, after)
     (start, stop), (first, last) = span
     block = np.broadcast_to(labels.reshape(labels.shape[start:stop]), [int(n) for n in before[start:stop]])
     target = [int(n) for n in after[first:last]]
-    moved = block.reshape(target)
+    moved = _narrowed(block.reshape(target))
+    target = list(moved.shape)
     result = moved.reshape([1] * first + target + [1] * (len(after) - last))
+    if not _follow_numbers(tracker, node, result, {axis: axis for axis in range(first, last)}):
+        return False
+    return tracker.set(out, result.copy())
+
+
+def _narrowed(labels: Labels) -> Labels:
+    """Axes along which the labels are all the same (an axis between two that carry channels) as one position."""
+    for axis in range(labels.ndim):
+        first = labels.take([0], axis=axis)
+        if (labels == first).all():
+            labels = first
+    return labels
+
+
+def _follow_numbers(tracker: Tracker, node: ir.Node, labels: Labels, axes: dict[int, int]) -> bool:
+    """Let the target's numbers follow the labels; `axes` maps positions of the target to axes of the labels."""
     edits = []
-    for axis in range(first, last):
-        source = number_source(node, 1, axis)
+    for position, axis in axes.items():
+        source = number_source(node, 1, position)
         if source is None:
             return False
-        if source.number not in (-1, 0) and result.shape[axis] > 1:
-            edits.append(Edit(node, 1, axis, result, axis))
+        if source.number not in (-1, 0) and labels.shape[axis] > 1:
+            edits.append(Edit(node, 1, position, labels, axis))
     tracker.edits += edits
-    return tracker.set(out, result.copy())
+    return True
+
+
+def _resolved(before: list[int | str], after: list[int | str]) -> list[int | str]:
+    """The target with its one unknown length as a number, where the others account for all that is dynamic."""
+    held, symbols = _signature(before)
+    for axis, size in enumerate(after):
+        taken, others = _signature([*after[:axis], *after[axis + 1 :]])
+        if isinstance(size, str) and symbols == others and taken and held % taken == 0:
+            return [*after[:axis], held // taken, *after[axis + 1 :]]
+    return after
+
+
+def _fold(tracker: Tracker, node: ir.Node, labels: Labels, before: list[int | str], after: list[int | str]) -> bool:
+    """Axes in front (batch and heads) joined in one of dynamic length: remembered until they are parted again."""
+    joined = len(before) - len(after) + 1
+    if joined < 2 or before[joined:] != after[1:]:
+        return False
+    if not _follow_numbers(tracker, node, labels, {axis: axis + joined - 1 for axis in range(1, len(after))}):
+        return False
+    tracker.folded[node.outputs[0]] = labels
+    return True
+
+
+def _unfold(tracker: Tracker, node: ir.Node, labels: Labels) -> bool:
+    """Joined axes parted as they were."""
+    after = _symbolic(node.outputs[0])
+    if after is None or len(after) != labels.ndim:
+        return False
+    if any(labels.shape[axis] not in (1, size) for axis, size in enumerate(after)):
+        return False
+    if not _follow_numbers(tracker, node, labels, {axis: axis for axis in range(labels.ndim)}):
+        return False
+    return tracker.set(node.outputs[0], labels)
 
 
 def _spans(labels: Labels, before: list[int | str], after: list[int | str]) -> tuple[tuple[int, int], ...] | None:
@@ -179,16 +245,21 @@ def _place(size: int, lead: list[int | str], trail: list[int | str], after: list
 def _same(one: list[int | str], other: list[int | str]) -> bool:
     """Whether two stretches of axes hold equally many elements, as far as their names tell."""
 
-    def signature(axes: list[int | str]) -> tuple[int, Counter[str]]:
-        return math.prod(n for n in axes if isinstance(n, int)), Counter(n for n in axes if isinstance(n, str))
-
-    return signature(one) == signature(other)
+    return _signature(one) == _signature(other)
 
 
-def _symbolic(value: ir.Value | None) -> list[int | str] | None:
+def _signature(axes: list[int | str]) -> tuple[int, Counter[str]]:
+    return math.prod(n for n in axes if isinstance(n, int)), Counter(n for n in axes if isinstance(n, str))
+
+
+def _symbolic(value: ir.Value | None, labels: Labels | None = None) -> list[int | str] | None:
+    """Lengths, and names of dynamic axes; an axis that carries labels is as long as they are."""
     if value is None or value.shape is None:
         return None
-    return [d if isinstance(d, int) else str(d) for d in value.shape]
+    sizes: list[int | str] = [d if isinstance(d, int) else str(d) for d in value.shape]
+    if labels is None:
+        return sizes
+    return [length if length > 1 else size for length, size in zip(labels.shape, sizes, strict=True)]
 
 
 def split(tracker: Tracker, node: ir.Node) -> bool:
@@ -233,7 +304,7 @@ def slice_(tracker: Tracker, node: ir.Node) -> bool:
     if not along:
         return tracker.set(node.outputs[0], labels)
     if starts is None or ends is None or (steps is not None and any(steps[i] != 1 for i in along)):
-        return False
+        return _slice_whole(tracker, node, labels, [axes[i] % labels.ndim for i in along])
     result = labels
     for i in along:
         axis = axes[i] % labels.ndim
@@ -243,6 +314,21 @@ def slice_(tracker: Tracker, node: ir.Node) -> bool:
                 where: str | int = name if name in node.attributes else slot
                 tracker.edits.append(Edit(node, where, i, labels, axis, bound))
         result = result.take(range(first, last), axis=axis)
+    return tracker.set(node.outputs[0], result)
+
+
+def _slice_whole(tracker: Tracker, node: ir.Node, labels: Labels, axes: list[int]) -> bool:
+    """Cut at computed bounds: such an axis stays whole, the others may lose positions (heads, with rotary halves)."""
+    lengths = [_length(node.outputs[0], axis) for axis in axes]
+    if len(labelled_axes(labels)) == len(axes):
+        return False
+    for axis, length in zip(axes, lengths, strict=True):
+        if length is None or length > labels.shape[axis]:
+            return False
+    result = labels
+    for axis, length in zip(axes, lengths, strict=True):
+        tracker.sets.unite(labels, labels.take([0], axis=axis))
+        result = result.take(range(length or 0), axis=axis)
     return tracker.set(node.outputs[0], result)
 
 
@@ -281,7 +367,7 @@ def expand(tracker: Tracker, node: ir.Node) -> bool:
     padded = labels.reshape([1] * (rank - labels.ndim) + list(labels.shape))
     data = dims(node.inputs[0]) or ()
     given = [1] * (rank - len(data)) + list(data)
-    target = [after[a] if padded.shape[a] > 1 or (given[a] == 1 and after[a] > 1) else 1 for a in range(rank)]
+    target = [n if n > 1 else after[a] if given[a] == 1 else 1 for a, n in enumerate(padded.shape)]
     result = np.broadcast_to(padded, target).copy()
     for axis in labelled_axes(padded):
         source = number_source(node, 1, axis)

@@ -51,6 +51,8 @@ class Tracker:
     weights: dict[ir.Value, WeightLabels] = field(default_factory=dict)
     made: dict[str, Labels] = field(default_factory=dict)
     """Labels by the name of the value in which they were made."""
+    folded: dict[ir.Value, Labels] = field(default_factory=dict)
+    """Labels of values whose leading axes (batch and heads) are joined in one; all axes apart."""
     edits: list[Edit] = field(default_factory=list)
     blocks: list[Labels] = field(default_factory=list)
     """Labels that vary along several axes at once: what stays of them must be a rectangle."""
@@ -74,6 +76,8 @@ class Tracker:
     def freeze(self, value: ir.Value | None) -> None:
         """Let all channels of an activation stay."""
         self.sets.freeze(self.labels(value))
+        if value is not None:
+            self.sets.freeze(self.folded.get(value))
 
     def freeze_reads(self, node: ir.Node) -> None:
         """Let all channels that a node reads stay."""

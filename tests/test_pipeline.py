@@ -1,0 +1,748 @@
+"""The whole way from teacher to student: promises of the result, and whatever may interrupt it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import psutil
+import pytest
+import torch
+from onnx import numpy_helper
+
+from ndonnx import demo, pipeline
+from ndonnx.distil import DistilJob
+from ndonnx.errors import DataError, ModelError, RunDirError, UsageError
+from ndonnx.executor import Executor, SerialExecutor, processes
+from ndonnx.graph import load, slice_cost
+from ndonnx.pipeline import CompressResult, compress
+from ndonnx.recipe import Recipe
+from ndonnx.teacher import sessions
+from tests.models import Array, Net, inputs_of, mlp, residual_cnn, run, transformer
+
+SMALL: dict[str, Any] = {
+    "steps": 6,
+    "batch_size": 16,
+    "executor": "serial",
+    "workers": 1,
+    "device": "cpu",
+    "precision": "fp32",
+}
+UNITS = {"n02", "n03", "n04"}
+"""Neighbourhoods of `residual_cnn` that can be shrunk."""
+
+
+@pytest.fixture(autouse=True)
+def one_core(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Beside other work, threads that wait for each other make these small runs thirty times slower."""
+    for module in (pipeline, sessions, processes):
+        monkeypatch.setattr(module, "usable_cores", lambda: 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@dataclass
+class Recorder:
+    """Keeps the events of a run, and calls back on each."""
+
+    react: Callable[[str], None] = lambda kind: None
+    stages: list[str] = field(default_factory=list)
+    ends: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def stage(self, name: str, total: int | None = None, unit: str = "") -> None:
+        self.stages.append(name)
+        self.react("stage")
+
+    def advance(self, amount: int = 1) -> None:
+        self.react("advance")
+
+    def step(self, neighbourhood: str, step: int, steps: int, nmse: float) -> None:
+        self.react("step")
+
+    def finished(self, neighbourhood: str, status: str, nmse: float | None, reason: str | None) -> None:
+        self.ends[neighbourhood] = status
+        self.react("finished")
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+
+@dataclass
+class Bench:
+    """A folder with a teacher and its data."""
+
+    folder: Path
+
+    @property
+    def model(self) -> Path:
+        return self.folder / "teacher.onnx"
+
+    @property
+    def student(self) -> Path:
+        return self.folder / "student.onnx"
+
+    @property
+    def data(self) -> Path:
+        return self.folder / "data.npz"
+
+    def put(self, model: onnx.ModelProto, samples: int = 48, free: onnx.ModelProto | None = None) -> Bench:
+        """Write the teacher and random data for it (made for `free` where the teacher fixes its batch)."""
+        onnx.save(model, self.model)
+        np.savez(self.data, **inputs_of(free or model, samples))  # type: ignore[arg-type]
+        return self
+
+    def compress(self, run_dir: str = "run", progress: Recorder | None = None, **recipe: Any) -> CompressResult:
+        return compress(
+            self.model,
+            data=str(self.data),
+            output=self.student,
+            run_dir=self.folder / run_dir,
+            recipe=Recipe(**(SMALL | recipe)),
+            progress=progress,
+        )
+
+    def bytes(self, run_dir: str = "run", **recipe: Any) -> bytes:
+        self.compress(run_dir, **recipe)
+        return self.student.read_bytes()
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path).put(residual_cnn())
+
+
+def statuses(result: CompressResult) -> dict[str, str]:
+    return {n.name: n.status for n in result.report.neighbourhoods}
+
+
+def done_markers(run_dir: Path) -> dict[str, Path]:
+    return {path.parent.name.partition("-")[0]: path for path in run_dir.glob("students/*/done.json")}
+
+
+# What comes out
+
+
+def test_the_demo_from_end_to_end(tmp_path: Path) -> None:
+    output = tmp_path / "student.onnx"
+    recorder = Recorder()
+    result = compress(
+        demo.teacher_path(),
+        data=str(demo.data_path("train")),
+        eval_data=str(demo.data_path("test")),
+        output=output,
+        recipe=Recipe(**(SMALL | {"samples": 64, "steps": 2, "init": "teacher"})),
+        progress=recorder,
+    )
+    report = json.loads((tmp_path / "student.run" / "report.json").read_text())
+    assert report == json.loads(json.dumps(result.report.to_json(), allow_nan=False))
+    assert report.keys() == {"teacher", "student", "metrics", "neighbourhoods", "seconds", "peak_rss_bytes", "run_dir"}
+    for side, path in (("teacher", demo.teacher_path()), ("student", output)):
+        assert {"path", "parameters", "macs", "bytes"} <= report[side].keys()
+        assert report[side]["path"] == str(path)
+        assert report[side]["bytes"] == path.stat().st_size
+        assert report[side]["parameters"] == slice_cost(load(path)).parameters
+        assert report["metrics"][side]["samples"] == 500
+        assert 0 <= report["metrics"][side]["accuracy"] <= 1
+    assert report["metrics"]["teacher"]["accuracy"] == 0.996
+    assert report["metrics"]["student"]["agreement"] > 0.3
+    stages = {"load", "partition", "capture", "distil", "splice", "finetune", "evaluate", "total"}
+    assert report["seconds"].keys() == stages
+    assert sum(report["seconds"][name] for name in stages - {"total"}) == pytest.approx(
+        report["seconds"]["total"], rel=0.1
+    )
+    assert report["peak_rss_bytes"] > 10**7
+    assert report["run_dir"] == str(tmp_path / "student.run")
+    names = [n["name"] for n in report["neighbourhoods"]]
+    assert names == sorted(names) and len(names) == 8
+    for n in report["neighbourhoods"]:
+        assert {"name", "candidate", "status", "nmse", "steps", "seconds", "reason"} <= n.keys()
+        if n["status"] == "kept":
+            assert n["reason"] and n["candidate"] is None and n["nmse"] is None and n["steps"] == 0, n
+        else:
+            assert n["status"] == "distilled" and n["candidate"] == "width k=0.5" and n["steps"] == 2
+            assert n["reason"] is None and 0 < n["nmse"] <= n["nmse_start"] and n["seconds"] > 0
+    assert sum(n["status"] == "distilled" for n in report["neighbourhoods"]) == 6
+    assert sum(n["parameters"] for n in report["neighbourhoods"]) == report["student"]["parameters"]
+    assert sum(n["macs"] for n in report["neighbourhoods"]) == report["student"]["macs"]
+    order = [name for i, name in enumerate(recorder.stages) if recorder.stages[i - 1 : i] != [name]]
+    assert order == ["load", "partition", "capture", "distil", "splice", "evaluate"]
+    assert {name for name, end in recorder.ends.items() if end == "distilled"} == {f"n0{i}" for i in range(2, 8)}
+
+
+def test_the_student_is_a_drop_in_for_its_teacher(bench: Bench) -> None:
+    proto = onnx.load(bench.model)
+    proto.metadata_props.add(key="author", value="somebody")
+    onnx.save(proto, bench.model)
+    result = bench.compress()
+    student = onnx.load(bench.student)
+    onnx.checker.check_model(student, full_check=True)
+    assert list(student.graph.input) == list(proto.graph.input)
+    assert list(student.graph.output) == list(proto.graph.output)
+    assert list(student.opset_import) == list(proto.opset_import)
+    assert student.ir_version == proto.ir_version
+    assert list(student.metadata_props) == list(proto.metadata_props)
+    # 3 units of two 3x3 convolutions, each with 4 of its 8 inner channels left.
+    assert result.report.teacher.parameters - result.report.student.parameters == 3 * 4 * (2 * 8 * 9 + 1)
+    assert sum(numpy_helper.to_array(t).size for t in student.graph.initializer) == result.report.student.parameters
+    session = ort.InferenceSession(bench.student, providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, inputs_of(proto, 5))
+    assert logits.shape == (5, 5)
+    kept = {"stem.weight", "stem.bias", "logits.weight", "logits.bias"}
+    old, new = ({t.name: t for t in m.graph.initializer} for m in (proto, student))
+    assert all(old[name] == new[name] for name in kept)
+    assert bench.model.read_bytes() == proto.SerializeToString()
+
+
+def test_the_student_can_be_saved_without_an_output(bench: Bench) -> None:
+    recipe = Recipe(**SMALL)
+    result = compress(bench.model, data=str(bench.data), recipe=recipe)
+    assert result.student.path is None and result.report.student.bytes is None
+    assert result.report.run_dir == str(bench.folder / "teacher.run")
+    result.student.save(bench.folder / "later.onnx")
+    assert (bench.folder / "later.onnx").read_bytes() == bench.bytes()
+
+
+@pytest.mark.parametrize("make", [residual_cnn, mlp, transformer, lambda: residual_cnn(norm=True)])
+def test_all_of_the_width_and_no_steps_is_the_teacher_bit_for_bit(
+    tmp_path: Path, make: Callable[[], onnx.ModelProto]
+) -> None:
+    bench = Bench(tmp_path).put(make())
+    result = bench.compress(keep=1.0, steps=0)
+    assert "distilled" in statuses(result).values()
+    feed = inputs_of(make(), 7, seed=3)
+    for optimised in (True, False):
+        answers = []
+        for path in (bench.model, bench.student):
+            options = ort.SessionOptions()
+            if not optimised:
+                options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+            session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            answers.append(b"".join(array.tobytes() for array in session.run(None, feed)))
+        assert answers[0] == answers[1]
+    metrics = result.report.metrics["student"]
+    assert metrics.nmse == 0 and metrics.max_error == 0
+
+
+def test_the_demo_at_all_of_its_width_is_the_teacher_bit_for_bit(tmp_path: Path) -> None:
+    output = tmp_path / "student.onnx"
+    recipe = Recipe(**(SMALL | {"keep": 1.0, "steps": 0, "samples": 64}))
+    compress(demo.teacher_path(), data=str(demo.data_path("test")), output=output, recipe=recipe)
+    feed = {"image": np.load(demo.data_path("test"))["image"]}
+    assert (
+        run(onnx.load(output), feed)["logits"].tobytes()
+        == run(onnx.load(demo.teacher_path()), feed)["logits"].tobytes()
+    )
+
+
+# Again
+
+
+def test_the_seed_decides_every_byte(bench: Bench) -> None:
+    assert bench.bytes("one") == bench.bytes("two") != bench.bytes("three", seed=1)
+
+
+def test_a_second_run_uses_what_the_first_one_left(bench: Bench) -> None:
+    first = bench.bytes()
+    times = {name: path.stat().st_mtime_ns for name, path in done_markers(bench.folder / "run").items()}
+    assert times.keys() == UNITS
+    recorder = Recorder()
+    result = bench.compress(progress=recorder)
+    assert bench.student.read_bytes() == first
+    assert {name for name, status in statuses(result).items() if status == "reused"} == UNITS
+    assert all(n.nmse is not None and n.candidate for n in result.report.neighbourhoods if n.status == "reused")
+    assert not {"capture", "distil"} & set(recorder.stages)
+    assert result.report.seconds.capture == result.report.seconds.distil == 0
+    assert recorder.ends == dict.fromkeys(UNITS, "reused")
+    assert {name: path.stat().st_mtime_ns for name, path in done_markers(bench.folder / "run").items()} == times
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"keep": 0.25}, {"init": "teacher"}, {"round_to": 4}, {"steps": 7}, {"lr": 0.05}, {"batch_size": 8},
+        {"warmup": 0.5}, {"holdout": 0.2}, {"seed": 5}, {"samples": 40}, {"parity": 1e-3}, {"precision": "bf16"},
+        {"data": {"scale": 0.5}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_a_student_depends_on_trains_it_anew(bench: Bench, change: dict[str, Any]) -> None:
+    bench.compress()
+    assert {n for n, status in statuses(bench.compress(**change)).items() if status == "distilled"} == UNITS
+    assert {n for n, status in statuses(bench.compress()).items() if status == "reused"} == UNITS, "the first ones stay"
+
+
+@pytest.mark.parametrize("change", [{"workers": 2}, {"executor": "process"}, {"cache_budget": 10**6}], ids=str)
+def test_what_a_student_does_not_depend_on_leaves_it_alone(bench: Bench, change: dict[str, Any]) -> None:
+    bench.compress()
+    assert {n for n, status in statuses(bench.compress(**change)).items() if status == "reused"} == UNITS
+
+
+def test_other_evaluation_data_leave_the_students_alone(bench: Bench) -> None:
+    first = bench.compress()
+    np.savez(bench.folder / "eval.npz", **inputs_of(residual_cnn(), 12, seed=9), label=np.arange(12) % 5)  # type: ignore[arg-type]
+    result = compress(
+        bench.model,
+        data=str(bench.data),
+        eval_data=str(bench.folder / "eval.npz"),
+        output=bench.student,
+        run_dir=bench.folder / "run",
+        recipe=Recipe(**SMALL),
+    )
+    assert {n for n, status in statuses(result).items() if status == "reused"} == UNITS
+    assert result.report.metrics["student"].samples == 12 != first.report.metrics["student"].samples
+    assert result.report.metrics["student"].accuracy is not None and first.report.metrics["student"].accuracy is None
+
+
+def test_other_data_train_anew(bench: Bench) -> None:
+    bench.compress()
+    np.savez(bench.data, **inputs_of(residual_cnn(), 48, seed=9))  # type: ignore[arg-type]
+    assert {n for n, status in statuses(bench.compress()).items() if status == "distilled"} == UNITS
+
+
+def test_other_weights_train_anew_even_if_they_lie_beside_the_model(bench: Bench) -> None:
+    proto = residual_cnn()
+    onnx.save(proto, bench.model, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    bench.compress()
+    before = bench.model.read_bytes()
+    proto = residual_cnn()
+    for tensor in proto.graph.initializer:
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(1.1), tensor.name))
+    (bench.folder / "weights.bin").unlink()
+    onnx.save(proto, bench.model, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    assert bench.model.read_bytes() == before
+    assert {n for n, status in statuses(bench.compress()).items() if status == "distilled"} == UNITS
+
+
+def test_one_run_directory_serves_several_widths(bench: Bench) -> None:
+    wide, narrow = bench.bytes(keep=0.75), bench.bytes(keep=0.25)
+    assert bench.bytes(keep=0.75) == wide != narrow
+    assert len(list((bench.folder / "run" / "students").iterdir())) == 6
+
+
+# The cache budget
+
+
+def activations(run_dir: Path) -> int:
+    total = 0
+    for path in run_dir.glob("activations/**/*"):
+        with contextlib.suppress(FileNotFoundError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total
+
+
+SAMPLE = 2 * 8 * 8 * 8
+"""Bytes of one value of `residual_cnn` for one sample; a unit needs two of them."""
+MANIFESTS = 4096
+"""Bytes that a store may take for its manifest and its files' headers."""
+
+
+@pytest.mark.parametrize(("values", "waves"), [(4, 1), (3, 2), (2, 3)])
+def test_a_small_cache_budget_makes_waves_and_the_same_student(bench: Bench, values: int, waves: int) -> None:
+    reference = bench.bytes("reference")
+    budget, sizes = 48 * values * SAMPLE, []
+    recorder = Recorder(lambda kind: sizes.append(activations(bench.folder / "run")))
+    result = bench.compress(progress=recorder, cache_budget=budget)
+    assert recorder.stages.count("capture") == recorder.stages.count("distil") == waves
+    assert 48 * 2 * SAMPLE <= max(sizes) <= budget + MANIFESTS
+    assert bench.student.read_bytes() == reference
+    assert all(status != "reused" for status in statuses(result).values())
+
+
+def test_a_budget_below_one_neighbourhood_takes_fewer_samples_and_says_so(bench: Bench) -> None:
+    budget, sizes = 20 * 2 * SAMPLE + 100, []
+    recorder = Recorder(lambda kind: sizes.append(activations(bench.folder / "run")))
+    result = bench.compress(progress=recorder, cache_budget=budget)
+    assert max(sizes) <= budget + MANIFESTS
+    (note,) = (note for note in recorder.notes if "--cache-budget" in note)
+    assert "holds 20 of 48 samples" in note
+    assert {n for n, status in statuses(result).items() if status == "distilled"} == UNITS
+
+
+def test_the_activations_are_gone_afterwards_and_nothing_else_is_left(bench: Bench) -> None:
+    bench.compress()
+    run_dir = bench.folder / "run"
+    assert activations(run_dir) == 0 and not list(run_dir.glob("activations/*"))
+    files = sorted(
+        re.sub(r"-[0-9a-f]{32}", "", str(path.relative_to(run_dir))) for path in run_dir.rglob("*") if path.is_file()
+    )
+    assert files == sorted(
+        ["lock", "report.json"]
+        + [f"slices/{name}.onnx" for name in UNITS]
+        + [f"students/{name}/{file}" for name in UNITS for file in ("done.json", "student.onnx")]
+    )
+    assert sorted(path.name for path in bench.folder.iterdir()) == ["data.npz", "run", "student.onnx", "teacher.onnx"]
+
+
+# Neighbourhoods that fail
+
+
+def scaled(name: str, factor: float) -> onnx.ModelProto:
+    model = residual_cnn()
+    for tensor in model.graph.initializer:
+        if tensor.name == name:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(factor), name))
+    return model
+
+
+def test_a_frozen_neighbourhood_is_kept_and_the_others_are_distilled(bench: Bench) -> None:
+    result = bench.compress(freeze=("second2",))
+    assert statuses(result) == {"n01": "kept", "n02": "distilled", "n03": "kept", "n04": "distilled", "n05": "kept"}
+    (kept,) = (n for n in result.report.neighbourhoods if n.name == "n03")
+    assert kept.reason == "frozen: it makes 'second2'"
+    old, new = ({t.name: t for t in onnx.load(path).graph.initializer} for path in (bench.model, bench.student))
+    assert old["first2.weight"] == new["first2.weight"] and old["first1.weight"] != new["first1.weight"]
+
+
+def test_a_unit_whose_activations_overflow_is_kept_with_its_reason(tmp_path: Path) -> None:
+    """Its own output and so the next unit's input and output are Inf; the first unit is not concerned."""
+    model = scaled("second2.weight", 1e38)
+    model.graph.initializer.extend([numpy_helper.from_array(np.array([1e30], np.float32), "huge")])
+    (conv,) = (node for node in model.graph.node if node.output[0] == "second2")
+    conv.output[0] = "before"
+    place = list(model.graph.node).index(conv)
+    model.graph.node.insert(place + 1, onnx.helper.make_node("Mul", ["before", "huge"], ["second2"]))
+    recorder = Recorder()
+    result = Bench(tmp_path).put(model).compress(progress=recorder)
+    reasons = {n.name: n.reason for n in result.report.neighbourhoods}
+    assert statuses(result)["n02"] == "distilled"
+    assert statuses(result)["n03"] == statuses(result)["n04"] == "kept"
+    assert reasons["n03"] == "the teacher's activation 'unit2' holds NaN or Inf on this data"
+    assert recorder.ends == {"n02": "distilled", "n03": "kept", "n04": "kept"}
+    assert json.dumps(result.report.to_json(), allow_nan=False)
+
+
+def test_activations_that_overflow_when_squared_do_not_fail_the_run(tmp_path: Path) -> None:
+    result = Bench(tmp_path).put(scaled("first2.weight", 1e20)).compress()
+    assert statuses(result)["n02"] == "distilled" and statuses(result)["n03"] == "kept"
+
+
+def test_dead_channels_do_not_fail_the_run(tmp_path: Path) -> None:
+    model = residual_cnn()
+    for tensor in model.graph.initializer:
+        if tensor.name.startswith("first2"):
+            value = np.zeros(tensor.dims, np.float32) - (tensor.name == "first2.bias")
+            tensor.CopyFrom(numpy_helper.from_array(value.astype(np.float32), tensor.name))
+    result = Bench(tmp_path).put(model).compress()
+    assert {n for n, status in statuses(result).items() if status == "distilled"} == UNITS
+
+
+def test_if_every_neighbourhood_fails_the_student_is_the_teacher(bench: Bench) -> None:
+    result = bench.compress(lr=1e30)
+    assert set(statuses(result).values()) == {"kept"}
+    assert all("lower --lr" in (n.reason or "") for n in result.report.neighbourhoods if n.name in UNITS)
+    assert result.report.student.parameters == result.report.teacher.parameters
+    feed = inputs_of(residual_cnn(), 5)
+    answers = [run(onnx.load(path), feed)["logits"].tobytes() for path in (bench.model, bench.student)]
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float64])
+def test_a_teacher_that_is_not_in_float32_is_kept_with_the_reason(tmp_path: Path, kind: type) -> None:
+    model = mlp()
+    for tensor in model.graph.initializer:
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(kind), tensor.name))
+    del model.graph.value_info[:]
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.elem_type = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(kind))
+    bench = Bench(tmp_path).put(model)
+    np.savez(bench.data, x=np.random.default_rng(0).standard_normal((20, 10)).astype(kind))
+    result = bench.compress()
+    assert set(statuses(result).values()) == {"kept"}
+    assert any("export the teacher in float32" in (n.reason or "") for n in result.report.neighbourhoods)
+
+
+# Teachers of one batch size
+
+
+def fixed_batch(model: onnx.ModelProto, size: int) -> onnx.ModelProto:
+    fixed = onnx.ModelProto()
+    fixed.CopyFrom(model)
+    del fixed.graph.value_info[:]
+    for value in (*fixed.graph.input, *fixed.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = size
+    return onnx.shape_inference.infer_shapes(fixed)
+
+
+@pytest.mark.parametrize("size", [1, 5, 64])
+def test_a_teacher_of_one_batch_size_is_distilled_as_any_other(tmp_path: Path, size: int) -> None:
+    """48 samples: the last batch of 5 is not full, and not one batch of 64 is."""
+    model = residual_cnn()
+    free = Bench(tmp_path).put(model)
+    expected = free.compress("free")
+    fixed = Bench(tmp_path).put(fixed_batch(model, size), free=model)
+    result = fixed.compress("fixed")
+    assert statuses(result) == statuses(expected)
+    for one, other in zip(result.report.neighbourhoods, expected.report.neighbourhoods, strict=True):
+        assert one.nmse == other.nmse or one.nmse == pytest.approx(other.nmse, rel=1e-3)
+    student = onnx.load(fixed.student)
+    onnx.checker.check_model(student, full_check=True)
+    assert list(student.graph.input) == list(onnx.load(fixed.model).graph.input)
+    assert run(student, inputs_of(model, size))["logits"].shape == (size, 5)
+
+
+# Damage, and two at once
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "gone", "marker"])
+def test_a_damaged_student_is_trained_again(bench: Bench, damage: str) -> None:
+    reference = bench.bytes()
+    marker = done_markers(bench.folder / "run")["n03"]
+    student = marker.with_name("student.onnx")
+    data = student.read_bytes()
+    if damage == "flipped":
+        student.write_bytes(data[:200] + bytes([data[200] ^ 1]) + data[201:])
+    elif damage == "cut":
+        student.write_bytes(data[:-1])
+    elif damage == "gone":
+        student.unlink()
+    else:
+        marker.write_text("{")
+    result = bench.compress()
+    assert {name: statuses(result)[name] for name in UNITS} == {"n02": "reused", "n03": "distilled", "n04": "reused"}
+    assert bench.student.read_bytes() == reference
+
+
+def test_a_run_that_is_stopped_continues_where_it_was(bench: Bench) -> None:
+    reference = bench.bytes("reference")
+
+    def stop(kind: str) -> None:
+        if kind == "finished":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        bench.compress(progress=Recorder(stop))
+    (done,) = done_markers(bench.folder / "run").values()
+    before = done.stat().st_mtime_ns
+    recorder = Recorder()
+    result = bench.compress(progress=recorder)
+    assert sorted(statuses(result).values()) == ["distilled", "distilled", "kept", "kept", "reused"]
+    assert done.stat().st_mtime_ns == before
+    assert "capture" not in recorder.stages, "the activations were there"
+    assert bench.student.read_bytes() == reference
+    assert activations(bench.folder / "run") == 0
+
+
+def test_damaged_activations_are_captured_again(bench: Bench) -> None:
+    reference = bench.bytes("reference")
+
+    def stop(kind: str) -> None:
+        if kind == "finished":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        bench.compress(progress=Recorder(stop))
+    value = next((bench.folder / "run").glob("activations/*/store/*.npy"))
+    data = bytearray(value.read_bytes())
+    data[-5] ^= 1
+    value.write_bytes(data)
+    recorder = Recorder()
+    bench.compress(progress=recorder)
+    assert any("damaged" in note for note in recorder.notes) and "capture" in recorder.stages
+    assert bench.student.read_bytes() == reference
+
+
+class Watching(Executor):
+    """Runs jobs one after the other and remembers how many threads each was given."""
+
+    def __init__(self, threads: dict[str, int]) -> None:
+        self.threads = threads
+
+    def run(self, jobs: Any, on_step: Any) -> Any:
+        def watched() -> Iterator[DistilJob]:
+            for job in jobs:
+                self.threads[job.name] = job.threads
+                yield job
+
+        return SerialExecutor().run(watched(), on_step)
+
+    @property
+    def peak_rss_bytes(self) -> int:
+        return 0
+
+
+@pytest.mark.parametrize("workers", [None, 2])
+def test_a_continued_run_gives_its_jobs_as_many_threads_as_before(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, workers: int | None
+) -> None:
+    """The number of threads decides the last bits, so it may not depend on what is left to do."""
+    threads: dict[str, int] = {}
+    crews: list[int] = []
+    monkeypatch.setattr(pipeline, "usable_cores", lambda: 6)
+
+    def watching(kind: str, crew: int) -> Watching:
+        crews.append(crew)
+        return Watching(threads)
+
+    monkeypatch.setattr(pipeline, "make_executor", watching)
+    bench.compress(executor="process", workers=workers, steps=1)
+    assert threads == dict.fromkeys(UNITS, 2 if workers is None else 3)
+    first = dict(threads)
+    threads.clear()
+    done_markers(bench.folder / "run")["n03"].unlink()
+    bench.compress(executor="process", workers=workers, steps=1)
+    assert threads == {"n03": first["n03"]}
+    assert len(set(crews)) == 1
+
+
+def test_two_runs_on_one_directory(bench: Bench) -> None:
+    refusals: list[str] = []
+
+    def intrude(kind: str) -> None:
+        if kind == "step" and not refusals:
+            with pytest.raises(RunDirError) as caught:
+                bench.compress()
+            refusals.append(str(caught.value))
+
+    result = bench.compress(progress=Recorder(intrude))
+    assert re.search(rf"in use by process {os.getpid()} on .*--run-dir", refusals[0])
+    assert {n for n, status in statuses(result).items() if status == "distilled"} == UNITS
+
+
+SCRIPT = """
+import os, sys
+if hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+from ndonnx.pipeline import compress
+from ndonnx.recipe import Recipe
+model, data, output, run_dir, recipe = sys.argv[1:]
+compress(model, data=data, output=output, run_dir=run_dir, recipe=Recipe.model_validate_json(recipe))
+"""
+
+
+def killed_in_the_middle(bench: Bench, recipe: dict[str, Any]) -> None:
+    """A run in a process of its own, killed as soon as its first student is done; tries to enter beside it, too."""
+    words = [bench.model, bench.data, bench.student, bench.folder / "run", Recipe(**(SMALL | recipe)).model_dump_json()]
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, *map(str, words)], env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    try:
+        while not done_markers(bench.folder / "run"):
+            assert process.poll() is None, "it ended before its first student"
+            time.sleep(0.002)
+        with pytest.raises(RunDirError, match=f"in use by process {process.pid} "):
+            bench.compress(**recipe)
+        family = psutil.Process(process.pid).children(recursive=True)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        code = process.wait()
+    assert code == -signal.SIGKILL, "it ended before it was killed"
+    # Workers notice that their parent is gone, and leave the run directory alone.
+    assert not psutil.wait_procs(family, timeout=60)[1]
+
+
+def continues_after_kill(bench: Bench, units: set[str], **recipe: Any) -> None:
+    reference = bench.bytes("reference", **recipe)
+    bench.student.unlink()
+    killed_in_the_middle(bench, recipe)
+    before = {name: path.stat().st_mtime_ns for name, path in done_markers(bench.folder / "run").items()}
+    assert before and not bench.student.exists()
+    result = bench.compress(**recipe)
+    assert {n for n, status in statuses(result).items() if status == "reused"} == set(before)
+    after = {name: path.stat().st_mtime_ns for name, path in done_markers(bench.folder / "run").items()}
+    assert after.keys() == units and before.items() <= after.items()
+    assert bench.student.read_bytes() == reference
+    assert activations(bench.folder / "run") == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL there")
+def test_a_killed_run_continues_to_the_same_bytes(bench: Bench) -> None:
+    continues_after_kill(bench, UNITS, steps=400)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL there")
+def test_a_killed_run_with_workers_continues_to_the_same_bytes(bench: Bench) -> None:
+    bench.put(residual_cnn(5))
+    continues_after_kill(bench, UNITS | {"n05", "n06"}, steps=400, executor="process", workers=2)
+
+
+# Refused before any work
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"output": "missing/student.onnx"}, RunDirError, "missing"),
+        ({"output": "."}, RunDirError, "is a directory"),
+        ({"output": "teacher.onnx"}, ModelError, "is the teacher itself"),
+        ({"model": "nothing.onnx"}, ModelError, "no such file"),
+        ({"data": "nothing.npz"}, DataError, "nothing.npz"),
+        ({"eval_data": "nothing.npz"}, DataError, "nothing.npz"),
+        ({"recipe": Recipe(cut=("nowhere",))}, UsageError, "nowhere"),
+    ],
+    ids=str,
+)
+def test_bad_input_fails_before_any_work(bench: Bench, change: dict[str, Any], error: type, words: str) -> None:
+    recorder = Recorder()
+    paths = {"model": "teacher.onnx", "data": "data.npz", "output": "student.onnx"} | change
+    arguments = {key: str(bench.folder / value) if isinstance(value, str) else value for key, value in paths.items()}
+    before = bench.model.read_bytes()
+    with pytest.raises(error, match=words) as caught:
+        compress(progress=recorder, run_dir=bench.folder / "run", **arguments)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+    assert not {"capture", "distil"} & set(recorder.stages)
+    assert sorted(path.name for path in bench.folder.iterdir()) == ["data.npz", "teacher.onnx"]
+    assert bench.model.read_bytes() == before
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
+def test_an_unwritable_folder_fails_before_any_work(bench: Bench) -> None:
+    locked = bench.folder / "locked"
+    locked.mkdir(mode=0o500)
+    with pytest.raises(RunDirError, match="cannot write there"):
+        compress(bench.model, data=str(bench.data), output=locked / "student.onnx", recipe=Recipe(**SMALL))
+
+
+def test_one_sample_is_too_few(bench: Bench) -> None:
+    np.savez(bench.data, **inputs_of(residual_cnn(), 1))  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="holds 1 samples; at least 2 are needed"):
+        bench.compress()
+
+
+def test_an_input_that_the_data_lack_is_named(bench: Bench) -> None:
+    np.savez(bench.data, image=np.zeros((8, 3, 8, 8), np.float32), other=np.zeros(8, np.float32))
+    with pytest.raises(DataError, match="x"):
+        bench.compress()
+
+
+def test_without_data_random_inputs_do(bench: Bench) -> None:
+    proto = Net()
+    y = proto.relu(proto.gemm(proto.input("x", "N", 10), 10, 16, out="h"))
+    onnx.save(proto.proto(proto.gemm(y, 16, 4, out="y")), bench.model)
+    result = compress(bench.model, data="gaussian:64", output=bench.student, recipe=Recipe(**SMALL))
+    assert "distilled" in statuses(result).values()
+
+
+def test_context_is_handed_to_the_student(tmp_path: Path) -> None:
+    result = Bench(tmp_path).put(transformer()).compress()
+    assert "distilled" in statuses(result).values()
+    assert result.report.metrics["student"].nmse is not None
+
+
+def test_the_report_tells_what_the_student_file_does(bench: Bench) -> None:
+    result = bench.compress()
+    data: Array = np.load(bench.data)["x"]
+    answers = [run(onnx.load(path), {"x": data})["logits"].astype(np.float64) for path in (bench.model, bench.student)]
+    expected = np.square(answers[1] - answers[0]).mean() / answers[0].var()
+    assert result.report.metrics["student"].nmse == pytest.approx(expected, rel=1e-3)
+    assert result.report.metrics["student"].max_error == pytest.approx(np.abs(answers[1] - answers[0]).max(), rel=1e-3)
+    assert result.report.metrics["teacher"].nmse is None
+    assert asdict(result.report)["student"]["path"] == str(bench.student)
+    assert ir.load(bench.student).graph.name == ir.load(bench.model).graph.name

@@ -34,7 +34,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.common import boundary, machine, machine_line, percent, positive, print_table, run, write_json
-from ndonnx.convert import TorchSlice, check_parity, to_torch
+from ndonnx.convert import TorchSlice, check_parity, relative_error, to_torch
 from ndonnx.data import InputSpec, input_specs
 from ndonnx.errors import NdonnxError, SliceError, UsageError, VerificationError
 from ndonnx.graph import load, save, slice_cost
@@ -101,7 +101,9 @@ class Coverage:
     worst_error: float | None = None
     shrunk: int = 0
     identity: bool | None = None
-    """Outputs of the teacher with its own slices spliced in equal the teacher's bit for bit."""
+    """Outputs of the teacher with its own slices spliced in equal the teacher's bit for bit, without optimisation."""
+    identity_optimised: float | None = None
+    """The same with onnxruntime's optimisations, which may fuse other nodes: largest difference, relative."""
     student_runs: bool | None = None
     other_batch: bool | None = None
     """None where the model fixes its batch."""
@@ -325,7 +327,11 @@ def _any_units(groups: ChannelGroups, rng: np.random.Generator) -> NDArray[np.bo
 def _identity(found: Coverage, teacher: ir.Model, twins: Mapping[str, ir.Model], probe: Arrays) -> None:
     try:
         same = splice(teacher, twins)
-        ours, theirs = (make_session(model, threads=1).run(None, dict(probe)) for model in (same, teacher))
+        ours, theirs = (
+            make_session(model, threads=1, optimise=False).run(None, dict(probe)) for model in (same, teacher)
+        )
+        fused = [make_session(model, threads=1).run(None, dict(probe)) for model in (same, teacher)]
+        found.identity_optimised = max(relative_error(*pair) for pair in zip(*fused, strict=True))
     except Exception as error:  # splicing works on graphs of any make: whatever it raises is the finding
         found.identity = False
         found.fail("identity splice", "", error)
@@ -473,7 +479,7 @@ def files_of(given: Iterable[Path]) -> list[Path]:
 
 _COLUMNS = (
     "model", "opens", "s", "nodes", "pieces", "weights", "largest", "parity", "trains", "shrunk", "k=0.5", "identity",
-    "runs", "batch",
+    "fused", "runs", "batch",
 )  # fmt: skip
 
 
@@ -488,7 +494,9 @@ def _row(c: Coverage) -> list[str]:
         percent(c.largest),
         *(f"{count}/{c.distillable}" for count in (c.parity, c.trains, c.shrunk)),
         "-" if c.ratio is None else f"{c.ratio:.3f}",
-        *(_mark(flag) for flag in (c.identity, c.student_runs, c.other_batch)),
+        _mark(c.identity),
+        "-" if c.identity_optimised is None else f"{c.identity_optimised:.0e}",
+        *(_mark(flag) for flag in (c.student_runs, c.other_batch)),
     ]
 
 

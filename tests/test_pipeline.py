@@ -26,11 +26,12 @@ from onnx import numpy_helper
 
 from ndonnx import demo, pipeline
 from ndonnx.distil import DistilJob
-from ndonnx.errors import DataError, ModelError, RunDirError, UsageError
+from ndonnx.errors import DataError, ModelError, RunDirError, UsageError, VerificationError
 from ndonnx.executor import Executor, SerialExecutor, processes
 from ndonnx.graph import load, slice_cost
 from ndonnx.pipeline import CompressResult, compress
 from ndonnx.recipe import Recipe
+from ndonnx.splice import splice
 from ndonnx.teacher import sessions
 from tests.models import Array, Net, inputs_of, mlp, residual_cnn, run, transformer
 
@@ -708,6 +709,21 @@ def test_an_unwritable_folder_fails_before_any_work(bench: Bench) -> None:
     locked.mkdir(mode=0o500)
     with pytest.raises(RunDirError, match="cannot write there"):
         compress(bench.model, data=str(bench.data), output=locked / "student.onnx", recipe=Recipe(**SMALL))
+
+
+def test_a_student_that_is_not_what_was_trained_gets_no_name(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def careless(teacher: ir.Model, students: dict[str, ir.Model]) -> ir.Model:
+        model = splice(teacher, students)
+        value = model.graph.initializers["first2.bias"]
+        assert value.const_value is not None
+        value.const_value = ir.tensor(value.const_value.numpy() + np.float32(0.1), name=value.name)
+        return model
+
+    monkeypatch.setattr(pipeline, "splice", careless)
+    with pytest.raises(VerificationError, match="n03: in the spliced student"):
+        bench.compress()
+    assert not bench.student.exists()
+    assert done_markers(bench.folder / "run").keys() == UNITS, "what was trained is kept for the next run"
 
 
 def test_one_sample_is_too_few(bench: Bench) -> None:

@@ -272,6 +272,17 @@ def test_a_weight_that_two_operators_share_is_refitted_for_neither() -> None:
 # Which channels
 
 
+def test_a_large_mean_does_not_change_the_ranking() -> None:
+    def kept(offset: float) -> list[int]:
+        net = Net(1)
+        y = net.gemm(net.input("x", "N", 10), 10, 24, out="a")
+        net.weights["a.bias"][:] += np.float32(offset)
+        teacher = teacher_of(net, net.gemm(net.relu(y), 24, 12, out="b"), samples=300)
+        return np.flatnonzero(choose_units(teacher, 0.3, None)).tolist()
+
+    assert kept(20) == kept(1000)
+
+
 @settings(max_examples=20)
 @given(st.integers(0, 10**6), st.integers(1, 5))
 def test_the_ranking_finds_the_best_subset_of_independent_channels(seed: int, keep: int) -> None:

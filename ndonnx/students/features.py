@@ -51,14 +51,14 @@ class LinearReader:
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean (features) and raw second moment (features, features) over rows."""
+    """Mean (features) and second moment about it (features, features) over rows."""
 
     mean: Matrix
-    second: Matrix
+    covariance: Matrix
 
-    def covariance(self) -> Matrix:
-        """Second moment about the mean."""
-        return self.second - np.outer(self.mean, self.mean)
+    def second(self) -> Matrix:
+        """Second moment about zero."""
+        return self.covariance + np.outer(self.mean, self.mean)
 
 
 def linear_readers(model: ir.Model, groups: ChannelGroups) -> list[LinearReader]:
@@ -141,8 +141,9 @@ def moments(reader: LinearReader, data: npt.NDArray[np.float32]) -> Moments:
     tensor = constant_of(reader.node.inputs[1])
     assert tensor is not None
     rows = features(reader.node, _thinned(data), kernel_of(tuple(int(d) for d in tensor.shape.numpy())))
-    second = gram(rows) / len(rows)
-    return Moments(rows.double().mean(dim=0).numpy(), second.numpy())
+    mean = rows.mean(dim=0)
+    # Centred first: in float32 a large mean would drown what varies about it.
+    return Moments(mean.double().numpy(), (gram(rows - mean) / len(rows)).numpy())
 
 
 def gram(rows: torch.Tensor) -> torch.Tensor:

@@ -35,7 +35,7 @@ def rank_units(teacher: TeacherSlice, keep: Callable[[ChannelGroup], int]) -> di
     for group in teacher.groups.groups:
         own = [reader for reader in readers if _reads(reader, group)]
         stats = [moments(reader, values[reader.data]) for reader in own]
-        if len(own) == 1 and stats[0].second.shape[0] <= _SURGERY_LIMIT and (own[0].units >= 0).all():
+        if len(own) == 1 and stats[0].covariance.shape[0] <= _SURGERY_LIMIT and (own[0].units >= 0).all():
             orders[group] = _by_surgery(own[0], stats[0], group, keep(group))
         else:
             orders[group] = _by_energy(teacher, own, stats, group)
@@ -49,7 +49,7 @@ def _reads(reader: LinearReader, group: ChannelGroup) -> bool:
 def _by_energy(teacher: TeacherSlice, readers: list[LinearReader], stats: list[Moments], group: ChannelGroup) -> Order:
     score = np.zeros(group.width)
     for reader, stat in zip(readers, stats, strict=True):
-        energy = np.diag(stat.second) * (reader.weight_matrix().astype(np.float64) ** 2).sum(axis=1)
+        energy = np.diag(stat.second()) * (reader.weight_matrix().astype(np.float64) ** 2).sum(axis=1)
         by_channel = energy.reshape(len(reader.units), -1).sum(axis=1)
         inside = (reader.units >= group.start) & (reader.units < group.stop)
         np.add.at(score, reader.units[inside] - group.start, by_channel[inside])
@@ -72,7 +72,7 @@ def _weight_norms(teacher: TeacherSlice, group: ChannelGroup) -> npt.NDArray[np.
 
 def _by_surgery(reader: LinearReader, stat: Moments, group: ChannelGroup, keep: int) -> Order:
     """Remove, one after another, the unit whose loss costs least after the others are refitted."""
-    gram = stat.covariance() if reader.has_bias else stat.second
+    gram = stat.covariance if reader.has_bias else stat.second()
     width = gram.shape[0] // len(reader.units)
     # Scaled to a mean energy of 1; features that are all dead have none, and any order will do.
     energy = float(np.trace(gram)) / len(gram)

@@ -31,7 +31,7 @@ def apply_rule(tracker: Tracker, node: ir.Node) -> None:
     freeze_widths_calculated_with(tracker, node)
     if node.op_type not in _KNOW_FOLDED:
         for value in node.inputs:
-            tracker.sets.freeze(tracker.folded.get(value) if value is not None else None)
+            tracker.freeze_folded(value)
     rule = _RULES.get(node.op_type) if node.domain in ("", "ai.onnx") else None
     if rule is None or not rule(tracker, node):
         tracker.freeze_reads(node)

@@ -13,6 +13,7 @@ from ndonnx.graph.costs import constant_of, dims
 from ndonnx.partition.labels import FROZEN, Labels, on_axis
 from ndonnx.partition.rules.tracker import (
     Edit,
+    Folded,
     Rule,
     Tracker,
     input_at,
@@ -86,13 +87,12 @@ def transpose(tracker: Tracker, node: ir.Node) -> bool:
     return tracker.set(node.outputs[0], None if labels is None else np.transpose(labels, perm))
 
 
-def _transpose_folded(tracker: Tracker, node: ir.Node, labels: Labels, perm: list[int] | None) -> bool:
-    """`Transpose` of joined axes, as long as they stay in front."""
-    if perm is None or perm[0] != 0:
-        return False
-    joined = labels.ndim - len(perm) + 1
-    axes = [*range(joined), *(axis + joined - 1 for axis in perm[1:])]
-    tracker.folded[node.outputs[0]] = np.transpose(labels, axes)
+def _transpose_folded(tracker: Tracker, node: ir.Node, folded: Folded, perm: list[int] | None) -> bool:
+    """`Transpose` of a value with joined axes: they move together."""
+    order = perm if perm is not None else list(reversed(range(folded.rank)))
+    axes = [apart for axis in order for apart in folded.apart(axis)]
+    moved = Folded(np.transpose(folded.labels, axes), order.index(folded.first), folded.count)
+    tracker.folded[node.outputs[0]] = moved
     return True
 
 
@@ -190,19 +190,38 @@ def _resolved(before: list[int | str], after: list[int | str]) -> list[int | str
 
 
 def _fold(tracker: Tracker, node: ir.Node, labels: Labels, before: list[int | str], after: list[int | str]) -> bool:
-    """Axes in front (batch and heads) joined in one of dynamic length: remembered until they are parted again."""
-    joined = len(before) - len(after) + 1
-    if joined < 2 or before[joined:] != after[1:]:
+    """Channels joined with a dynamic axis (heads with the batch): remembered until they are parted again."""
+    folded = _joined(labels, before, after)
+    if folded is None:
         return False
-    if not _follow_numbers(tracker, node, labels, {axis: axis + joined - 1 for axis in range(1, len(after))}):
+    others = [axis for axis in range(folded.rank) if axis != folded.first]
+    if not _follow_numbers(tracker, node, folded.labels, {axis: folded.apart(axis)[0] for axis in others}):
         return False
-    tracker.folded[node.outputs[0]] = labels
+    source = number_source(node, 1, folded.first)
+    if source is None or source.number != -1:  # -1 stands for what the graph computes, too
+        return False
+    tracker.folded[node.outputs[0]] = folded
     return True
 
 
-def _unfold(tracker: Tracker, node: ir.Node, labels: Labels) -> bool:
+def _joined(labels: Labels, before: list[int | str], after: list[int | str]) -> Folded | None:
+    """Axes joined as they are (N, H, L, D -> N*H, L, D), or the front part of the last with the one before it
+    (L, N, H*D -> L, N*H, D, as multi-head attention is often written)."""
+    joined = len(before) - len(after) + 1
+    if joined > 1:
+        fits = [i for i in range(len(after)) if before[:i] == after[:i] and before[i + joined :] == after[i + 1 :]]
+        return Folded(labels, fits[0], joined) if len(fits) == 1 and isinstance(after[fits[0]], str) else None
+    whole, part = before[-1], after[-1]
+    if joined < 1 or len(after) < 2 or before[:-2] != after[:-2] or isinstance(after[-2], int):
+        return None
+    if not isinstance(whole, int) or not isinstance(part, int) or whole % part or labels.shape[-1] != whole:
+        return None
+    return Folded(labels.reshape(*labels.shape[:-1], whole // part, part), len(after) - 2, 2)
+
+
+def _unfold(tracker: Tracker, node: ir.Node, folded: Folded) -> bool:
     """Joined axes parted as they were."""
-    after = _symbolic(node.outputs[0])
+    labels, after = folded.labels, _symbolic(node.outputs[0])
     if after is None or len(after) != labels.ndim:
         return False
     if any(labels.shape[axis] not in (1, size) for axis, size in enumerate(after)):

@@ -42,6 +42,28 @@ class Edit:
     """... or, where given, of its part before this position."""
 
 
+@dataclass(frozen=True, eq=False)
+class Folded:
+    """A value some of whose neighbouring axes are joined in one that is dynamic."""
+
+    labels: Labels
+    """As they are with these axes apart."""
+    first: int
+    """The first of the joined axes, and where they are joined."""
+    count: int
+
+    @property
+    def rank(self) -> int:
+        """Number of axes of the value itself."""
+        return self.labels.ndim - self.count + 1
+
+    def apart(self, axis: int) -> range:
+        """Axes of the labels that an axis of the value stands for."""
+        if axis == self.first:
+            return range(axis, axis + self.count)
+        return range(axis, axis + 1) if axis < self.first else range(axis + self.count - 1, axis + self.count)
+
+
 @dataclass(eq=False)
 class Tracker:
     """What is known so far of a slice's channels."""
@@ -51,8 +73,8 @@ class Tracker:
     weights: dict[ir.Value, WeightLabels] = field(default_factory=dict)
     made: dict[str, Labels] = field(default_factory=dict)
     """Labels by the name of the value in which they were made."""
-    folded: dict[ir.Value, Labels] = field(default_factory=dict)
-    """Labels of values whose leading axes (batch and heads) are joined in one; all axes apart."""
+    folded: dict[ir.Value, Folded] = field(default_factory=dict)
+    """Values in which axes with channels are joined with a dynamic one (batch and heads)."""
     edits: list[Edit] = field(default_factory=list)
     blocks: list[Labels] = field(default_factory=list)
     """Labels that vary along several axes at once: what stays of them must be a rectangle."""
@@ -76,8 +98,12 @@ class Tracker:
     def freeze(self, value: ir.Value | None) -> None:
         """Let all channels of an activation stay."""
         self.sets.freeze(self.labels(value))
-        if value is not None:
-            self.sets.freeze(self.folded.get(value))
+        self.freeze_folded(value)
+
+    def freeze_folded(self, value: ir.Value | None) -> None:
+        """Let all channels of an activation with joined axes stay."""
+        if value is not None and value in self.folded:
+            self.sets.freeze(self.folded[value].labels)
 
     def freeze_reads(self, node: ir.Node) -> None:
         """Let all channels that a node reads stay."""

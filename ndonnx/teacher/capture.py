@@ -15,6 +15,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from ndonnx.errors import DataError, ModelError
+from ndonnx.machine import usable_cores
 from ndonnx.teacher.blocks import Array, is_finite
 from ndonnx.teacher.sessions import OrtError, first_line, make_session
 from ndonnx.teacher.store import STORABLE, ActivationStore, StoreWriter
@@ -94,7 +96,7 @@ def capture(
             beyond `samples` are not stored, so a fixed batch size may overshoot.
         directory: where the store goes; an older store there is replaced.
         samples: how many samples are stored.
-        threads: onnxruntime's threads; None takes all cores.
+        threads: batches computed at a time, each by one thread; None takes all cores.
         device: `cpu` or `cuda`.
         half: False stores float32 values as they are.
         on_batch: told the number of samples of every batch of the first sweep.
@@ -137,8 +139,12 @@ class _Tap:
         self._inputs = inputs
         self._copied = [name for name in names if name in inputs]
         self._computed = [name for name in names if name not in inputs]
+        # On a CPU one batch a core, each by one thread, keeps the cores busy without their waiting
+        # for each other inside every operator, as the threads of one session do beside a writer.
+        self.lanes = 1 if device != "cpu" else threads or usable_cores()
+        inside = 1 if device == "cpu" else threads
         self.session = (
-            make_session(_cut(model, self._computed, self.halved), threads=threads, device=device, spin=False)
+            make_session(_cut(model, self._computed, self.halved), threads=inside, device=device, spin=False)
             if self._computed
             else None
         )
@@ -155,8 +161,7 @@ class _Tap:
 
     def run(self, batch: Batch, at: int) -> dict[str, object]:
         """The wanted values of a batch whose first sample is number `at`."""
-        # A source may fill the same arrays again while the writer still reads them.
-        values: dict[str, object] = {name: np.array(batch[name]) for name in self._copied}
+        values: dict[str, object] = {name: batch[name] for name in self._copied}
         if self.session is not None:
             try:
                 outputs = self.session.run(None, {name: batch[name] for name in self._inputs})
@@ -172,8 +177,17 @@ class _Tap:
         return values
 
 
+@dataclass(frozen=True)
+class _Running:
+    """A batch on its way through the teacher."""
+
+    values: Future[dict[str, object]]
+    rows: int
+    taken: int
+
+
 class _Sweep:
-    """Runs a tap over the batches and stores what comes out, one thread behind.
+    """Runs a tap over the batches, as many at a time as it has lanes, and stores what comes out in order.
 
     Attributes:
         unstorable: values given up, with the reason.
@@ -195,18 +209,32 @@ class _Sweep:
         again: set[str] = set()
         waiting: deque[Future[None]] = deque()
         done = 0
-        with ThreadPoolExecutor(1, thread_name_prefix="capture") as pool:
-            for batch in batches:
-                rows = tap.count(batch)
-                taken = min(rows, self._samples - done)
-                values = tap.run(batch, done)
+        with (
+            ThreadPoolExecutor(tap.lanes, thread_name_prefix="teacher") as teacher,
+            ThreadPoolExecutor(1, thread_name_prefix="store") as store,
+        ):
+
+            def keep(running: _Running) -> None:
+                values = running.values.result()
                 while len(waiting) >= QUEUE_DEPTH:
                     waiting.popleft().result()
-                waiting.append(pool.submit(self._store_batch, values, rows, taken, tap.halved, again))
+                waiting.append(store.submit(self._store_batch, values, running.rows, running.taken, tap.halved, again))
+                on_batch(running.taken)
+
+            ahead: deque[_Running] = deque()
+            for given in batches:
+                # A source may fill the same arrays again while they are still read.
+                batch = {name: np.array(array) for name, array in given.items()}
+                rows = tap.count(batch)
+                taken = min(rows, self._samples - done)
+                ahead.append(_Running(teacher.submit(tap.run, batch, done), rows, taken))
                 done += taken
-                on_batch(taken)
                 if done == self._samples:
                     break
+                if len(ahead) > tap.lanes:
+                    keep(ahead.popleft())
+            while ahead:
+                keep(ahead.popleft())
             for future in waiting:
                 future.result()
         if done < self._samples:

@@ -168,7 +168,7 @@ def _measure(path: Path, steps: int, found: Coverage) -> None:
     _identity(found, teacher, twins, probe)
     _student(found, teacher, parts, students, probe, None if fixed else samples)
     if steps:
-        _compress(found, path, samples, steps)
+        _compress(found, path, samples, steps, {n.name for n in parts.distillable})
 
 
 def _samples(path: Path, specs: Sequence[InputSpec]) -> dict[str, NDArray[Any]]:
@@ -381,7 +381,7 @@ def _student(
         found.fail("verify", "", error)
 
 
-def _compress(found: Coverage, path: Path, samples: Arrays, steps: int) -> None:
+def _compress(found: Coverage, path: Path, samples: Arrays, steps: int, wanted: set[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="ndonnx-") as folder:
         data = Path(folder) / "data.npz"
         np.savez(data, allow_pickle=False, **{name: np.concatenate([array] * 8) for name, array in samples.items()})
@@ -392,9 +392,8 @@ def _compress(found: Coverage, path: Path, samples: Arrays, steps: int) -> None:
             found.fail("compress", "", error)
             return
     found.distilled = sum(n.status == "distilled" for n in done.report.neighbourhoods)
-    wanted = {f.where for f in found.failures}
     for n in done.report.neighbourhoods:
-        if n.status != "distilled" and n.candidate is None and n.name not in wanted and n.steps:
+        if n.name in wanted and n.status != "distilled":
             found.fail("compress", n.name, n.reason)
 
 
@@ -529,6 +528,7 @@ def summary(found: Sequence[Coverage]) -> dict[str, Any]:
     """Medians and minima over the models, and how many passed every check."""
     opened = [c for c in found if c.opens and c.share is not None]
     shares = [c.share for c in opened if c.share is not None]
+    ratios = [c.ratio for c in opened if c.ratio is not None]
     parity = [c.parity / c.distillable for c in opened if c.distillable]
     return {
         "models": len(found),
@@ -542,7 +542,7 @@ def summary(found: Sequence[Coverage]) -> dict[str, Any]:
         "slices_at_parity": sum(c.parity for c in found),
         "slices_shrunk": sum(c.shrunk for c in found),
         "largest_median": statistics.median(c.largest or 0.0 for c in opened) if opened else None,
-        "ratio_median": statistics.median([c.ratio for c in opened if c.ratio is not None] or [1.0]),
+        "ratio_median": statistics.median(ratios) if ratios else None,
         "identity": sum(c.identity is True for c in found),
         "student_runs": sum(c.student_runs is True for c in found),
     }
@@ -553,7 +553,7 @@ def _summary_line(s: Mapping[str, Any]) -> str:
         f"{s['models']} models, {s['open']} open, {s['clean']} without any failure; distillable weights: "
         f"median {percent(s['share_median'])}, least {percent(s['share_min'])}; slices at parity: "
         f"{s['slices_at_parity']} of {s['slices']} (least {percent(s['parity_min'])}), shrunk {s['slices_shrunk']}; "
-        f"largest piece: median {percent(s['largest_median'])}; k=0.5 leaves {s['ratio_median']:.3f}; "
+        f"largest piece: median {percent(s['largest_median'])}; k=0.5 leaves {percent(s['ratio_median'])}; "
         f"identity {s['identity']}, student runs {s['student_runs']}"
     )
 

@@ -74,7 +74,7 @@ Holdout = Annotated[
     float | None,
     _flag("--holdout", "PART", "Part of the samples set aside to choose the best state.", "0.05", _TRAIN),
 ]
-Samples = Annotated[int | None, _flag("--samples", "N", "Most samples taken from the data.", "20000", _TRAIN)]
+Samples = Annotated[int | None, _flag("--samples", "N", "Most samples taken from the data.", "16000", _TRAIN)]
 Parity = Annotated[
     float | None,
     _flag("--parity", "ERROR", "Largest relative error of a slice converted to torch.", "0.0001", _TRAIN),

@@ -28,7 +28,7 @@ from ndonnx.progress import Progress, Silent
 from ndonnx.recipe import Recipe
 from ndonnx.report import CompressReport, ModelSummary, NeighbourhoodReport, Seconds
 from ndonnx.rundir import Entry, RunDir, fingerprint, fingerprint_file
-from ndonnx.splice import splice
+from ndonnx.splice import is_changed, splice
 from ndonnx.students import StudentMethod, Width
 from ndonnx.teacher import ActivationStore, capture, capture_bytes, make_session
 from ndonnx.verify import verify
@@ -111,8 +111,8 @@ def compress(
         with clock.measure("splice"):
             progress.stage("splice")
             # In the teacher's order, not in that of completion: the same students are the same bytes.
-            entries = {n.name: outcomes[n.name].entry for n in parts.neighbourhoods}
-            students = {name: load_student(entry) for name, entry in entries.items() if entry is not None}
+            trained = [(n, load_student(entry)) for n in parts.neighbourhoods if (entry := outcomes[n.name].entry)]
+            students = {n.name: student for n, student in trained if is_changed(student, parts.slice_of(n))}
             student = splice(teacher, students) if students else teacher.clone()
             verify(teacher, student, parts, students, _probe(source), recipe.parity)
             if output is not None:

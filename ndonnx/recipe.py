@@ -88,7 +88,7 @@ class Recipe(_Section):
     """Part of the steps over which the learning rate rises linearly."""
     holdout: float = Field(0.05, gt=0, lt=1)
     """Part of the captured samples set aside to choose the best state."""
-    samples: int = Field(20_000, ge=2)
+    samples: int = Field(16_000, ge=2)
     """Samples captured from the data source, drawn at random where its length is known."""
     parity: float = Field(1e-4, gt=0)
     """Largest error of a converted slice, relative to its output's scale."""

@@ -33,7 +33,7 @@ from models import (
 from ndonnx.convert import write_back
 from ndonnx.graph import save, serialise, slice_cost
 from ndonnx.partition import Neighbourhood, Partition
-from ndonnx.splice import splice
+from ndonnx.splice import is_changed, splice
 from ndonnx.students.width import shrink
 
 
@@ -308,3 +308,17 @@ def test_values_that_the_teacher_does_not_have_are_refused() -> None:
         run(teacher, inputs_of(residual_cnn()))["logits"], run(residual_cnn(), inputs_of(residual_cnn()))["logits"]
     )
     assert loaded(residual_cnn()).graph.outputs[0].name == "logits"
+
+
+def test_only_a_changed_student_takes_its_neighbourhoods_place() -> None:
+    _, parts = parted(BUILDERS["residual_cnn"]())
+    slice_ = parts.slice_of(parts.distillable[0])
+    twin = slice_.clone()
+    assert not is_changed(twin, slice_)
+    name = next(iter(twin.graph.initializers))
+    value = twin.graph.initializers[name]
+    assert value.const_value is not None
+    moved = np.array(value.const_value.numpy())
+    moved.reshape(-1)[0] = np.nextafter(moved.reshape(-1)[0], np.inf, dtype=moved.dtype)
+    value.const_value = ir.tensor(moved, name=name)
+    assert is_changed(twin, slice_)

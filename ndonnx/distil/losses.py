@@ -2,34 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-Loss = Callable[[Tensor, Tensor], Tensor]
-"""Answer and target, float32 with the sample axis first, to a scalar: the mean over samples."""
 
 
 def neighbourhood_loss(answer: Tensor, target: Tensor) -> Tensor:
     """Mean squared error against the teacher's activations (section 3, equation 2), in float32."""
     return F.mse_loss(answer.float(), target.float())
-
-
-def distillation_loss(temperature: float) -> Loss:
-    """Softened cross-entropy between class scores, without labels (equation 3 with a label weight of 0).
-
-    The Kullback-Leibler divergence of the student's class distribution from the teacher's, both
-    softened by the temperature T, times T^2 so that gradients keep their size (Hinton et al. 2015).
-    """
-
-    def loss(answer: Tensor, target: Tensor) -> Tensor:
-        student = F.log_softmax(answer / temperature, dim=-1)
-        teacher = F.log_softmax(target / temperature, dim=-1)
-        return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
-
-    return loss
 
 
 def target_variance(target: Tensor) -> float:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ndonnx.distil.losses import Loss, neighbourhood_loss, nmse
+from ndonnx.distil.losses import neighbourhood_loss, nmse, target_variance
 from ndonnx.distil.samples import SliceSamples
 from ndonnx.errors import TrainingError
 
@@ -60,13 +60,8 @@ def learning_rate(step: int, plan: Plan) -> float:
     return plan.lr * rise * fall
 
 
-def train(
-    module: nn.Module, samples: SliceSamples, plan: Plan, on_step: OnStep, loss: Loss = neighbourhood_loss
-) -> Training:
+def train(module: nn.Module, samples: SliceSamples, plan: Plan, on_step: OnStep) -> Training:
     """Train in place; the module ends in its best held-out state, never worse than it began.
-
-    The held-out error is the loss over that of the best constant answer: the NMSE, where the
-    loss is the squared error.
 
     Raises:
         TrainingError: the loss, or the held-out error of the start, is NaN or Inf.
@@ -75,14 +70,14 @@ def train(
     torch.manual_seed(plan.seed)
     device = torch.device(plan.device)
     module.to(device)
-    judge = _Judge(module, samples, device, loss)
+    judge = _Judge(module, samples, device)
     start = judge.error()
     if not math.isfinite(start):
         raise TrainingError(f"the held-out error is {start} before the first step; the captured activations overflow")
     best, best_step, state = start, 0, _copy(module)
     weights = [p for p in module.parameters() if p.requires_grad]
     if plan.steps and weights:
-        for step, error in _descend(module, weights, samples, plan, judge, loss):
+        for step, error in _descend(module, weights, samples, plan, judge):
             if error < best:
                 best, best_step, state = error, step, _copy(module)
             on_step(step, plan.steps, best)
@@ -94,7 +89,7 @@ def train(
 
 
 def _descend(
-    module: nn.Module, weights: list[nn.Parameter], samples: SliceSamples, plan: Plan, judge: _Judge, loss: Loss
+    module: nn.Module, weights: list[nn.Parameter], samples: SliceSamples, plan: Plan, judge: _Judge
 ) -> Iterator[tuple[int, float]]:
     """Run the steps; yield the step and the held-out error whenever it is measured."""
     device = torch.device(plan.device)
@@ -107,14 +102,14 @@ def _descend(
         inputs, target = samples.batch(rows)
         with half:
             answer = module(*(_to_float(tensor, device, plan.bf16) for tensor in inputs))
-        error = loss(answer.float(), target.to(device, torch.float32))
+        loss = neighbourhood_loss(answer, target.to(device))
         optimiser.zero_grad(set_to_none=True)
-        error.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         done = step + 1
         if done % every == 0 or done == plan.steps:
-            if not math.isfinite(error.item()):
-                raise TrainingError(f"the loss became {error.item()} by step {done}; lower --lr")
+            if not math.isfinite(loss.item()):
+                raise TrainingError(f"the loss became {loss.item()} by step {done}; lower --lr")
             yield done, judge.error()
 
 
@@ -143,28 +138,28 @@ def _scale(weight: Tensor) -> float:
 class _Judge:
     """The held-out error of a module, in float32 whatever it is trained in."""
 
-    def __init__(self, module: nn.Module, samples: SliceSamples, device: torch.device, loss: Loss) -> None:
+    def __init__(self, module: nn.Module, samples: SliceSamples, device: torch.device) -> None:
         self.module = module
         self.device = device
-        self.loss = loss
         count = min(samples.blocks.holdout, max(1, _HOLDOUT_BYTES // max(1, samples.bytes_per_sample())))
         arrays = samples.arrays(0, count)
         self._inputs = [(torch.from_numpy(arrays[name]), samples.is_constant(name)) for name in samples.inputs]
         self._target = torch.from_numpy(arrays[samples.target])
-        mean = self._target.mean(dim=0, keepdim=True) if len(self._target) > 1 else self._target.mean()
-        self._scale = float(loss(mean.expand_as(self._target), self._target))
+        self._variance = target_variance(self._target if len(self._target) > 1 else self._target.reshape(-1, 1))
 
     def error(self) -> float:
-        """Loss on the held-out samples, over that of answering with the target's mean."""
-        total, size = 0.0, len(self._target)
+        """NMSE on the held-out samples."""
+        total, count = 0.0, 0
+        size = len(self._target)
         with torch.no_grad():
             for start in range(0, size, _EVALUATION_BATCH):
                 rows = slice(start, start + _EVALUATION_BATCH)
                 inputs = [tensor if constant else tensor[rows] for tensor, constant in self._inputs]
                 target = self._target[rows].to(self.device)
                 answer = self.module(*(tensor.to(self.device) for tensor in inputs))
-                total += float(self.loss(answer, target)) * len(target)
-        return nmse(total / size, self._scale)
+                total += float(((answer - target).double() ** 2).sum())
+                count += target.numel()
+        return nmse(total / count, self._variance)
 
 
 def _to_float(tensor: Tensor, device: torch.device, bf16: bool) -> Tensor:

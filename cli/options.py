@@ -61,7 +61,7 @@ Init = Annotated[
 ]
 
 # How to train it
-Steps = Annotated[int | None, _flag("--steps", "N", "Optimiser steps per neighbourhood.", "2000", _TRAIN)]
+Steps = Annotated[int | None, _flag("--steps", "N", "Optimiser steps per neighbourhood.", "4000", _TRAIN)]
 BatchSize = Annotated[int | None, _flag("--batch-size", "N", "Samples per optimiser step.", "64", _TRAIN)]
 Lr = Annotated[
     float | None, _flag("--lr", "RATE", "Peak step of Adam, relative to the size of each weight.", "0.1", _TRAIN)

@@ -78,7 +78,7 @@ class Recipe(_Section):
     """Starting weights of a student."""
 
     # How to train it
-    steps: int = Field(2000, ge=0)
+    steps: int = Field(4000, ge=0)
     """Optimiser steps per neighbourhood."""
     batch_size: int = Field(64, ge=1)
     """Samples per optimiser step."""

@@ -19,6 +19,8 @@ from .tables import make_console, nmse_text, plain, seconds_text
 
 _TOLD_STEPS = 10
 """Lines for each neighbourhood in training, in a log with `-v`."""
+_CHECKS = ("start", "load")
+"""Stages in which bad input is refused."""
 _SHOWN_RUNNING = 8
 """Most neighbourhoods that have a bar of their own at the same time."""
 
@@ -121,10 +123,17 @@ class Teller:
 class LineTeller(Teller):
     """One line per stage and per finished neighbourhood, for logs and pipes."""
 
+    def __init__(self, console: Console, verbose: bool) -> None:
+        super().__init__(console, verbose)
+        self._held: list[str] = []
+
     def stage(self, name: str, total: int | None = None, unit: str = "") -> None:
         """As `Progress.stage`."""
         self.enter(name, total)
-        self.say(name if total is None else f"{name}: {total} {unit}".rstrip())
+        self._held.append(name if total is None else f"{name}: {total} {unit}".rstrip())
+        if name not in _CHECKS:  # bad input ends in the checks, and is then told in one line
+            while self._held:
+                self.say(self._held.pop(0))
 
     def advance(self, amount: int = 1) -> None:
         """As `Progress.advance`."""

@@ -11,15 +11,12 @@ import onnx
 import onnx_ir as ir
 
 from ndonnx.convert import check_parity, to_torch
-from ndonnx.errors import ModelError, ParityError, VerificationError
+from ndonnx.errors import ParityError, VerificationError
 from ndonnx.graph import save
 from ndonnx.graph.dataflow import real_inputs
 from ndonnx.partition import Partition
 from ndonnx.teacher import make_session
-from ndonnx.teacher.sessions import OrtError, first_line
-
-_REFUSALS: tuple[type[Exception], ...] = (ModelError, *OrtError)
-"""What onnxruntime answers when a model does not suit it."""
+from ndonnx.teacher.sessions import REFUSALS, first_line
 
 
 def verify(
@@ -93,6 +90,6 @@ def _run(student: ir.Model, names: list[str], probe: Mapping[str, np.ndarray]) -
         session = make_session(opened)
         wanted = [output.name for output in session.get_outputs()]
         found = dict(zip(wanted, session.run(wanted, dict(probe)), strict=True))
-    except _REFUSALS as error:
+    except REFUSALS as error:
         raise VerificationError(f"onnxruntime does not run the student: {first_line(error)}") from error
     return found | {name: probe[name] for name in names if name in inputs}

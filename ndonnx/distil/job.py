@@ -15,14 +15,14 @@ import torch
 from ndonnx.convert import TorchSlice, check_parity, to_torch, write_back
 from ndonnx.distil.samples import SliceSamples
 from ndonnx.distil.trainer import OnStep, Plan, train
-from ndonnx.errors import ModelError, ParityError
+from ndonnx.errors import ParityError
 from ndonnx.graph import load, save, slice_cost
 from ndonnx.graph.load import infer_shapes
 from ndonnx.partition import ChannelGroups
 from ndonnx.rundir import Entry
 from ndonnx.students import StudentMethod, TeacherSlice
 from ndonnx.teacher import ActivationStore, make_session
-from ndonnx.teacher.sessions import OrtError, first_line
+from ndonnx.teacher.sessions import REFUSALS, first_line
 
 _PROBE = 16
 """Samples on which torch and onnxruntime are compared."""
@@ -32,9 +32,6 @@ _SHAPING_BYTES = 32 * 2**20
 """Most bytes of them, as float32, inputs and target together."""
 
 STUDENT_FILE = "student.onnx"
-
-_REFUSALS: tuple[type[Exception], ...] = (ModelError, *OrtError)
-"""What onnxruntime answers when a slice does not suit it."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +125,7 @@ class DistilJob:
         try:
             session = make_session(model, threads=self.threads)
             answer: np.ndarray = session.run([self.target], dict(zip(self.inputs, probe, strict=True)))[0]
-        except _REFUSALS as error:
+        except REFUSALS as error:
             raise ParityError(f"onnxruntime does not run the slice: {first_line(error)}") from error
         return answer
 

@@ -13,12 +13,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
-from ndonnx.errors import ModelError, ShrinkError
+from ndonnx.errors import ShrinkError
 from ndonnx.partition import ChannelGroups
-from ndonnx.teacher.sessions import OrtError, first_line, make_session
-
-_REFUSALS: tuple[type[Exception], ...] = (ModelError, *OrtError)
-"""What onnxruntime answers when a slice does not suit it."""
+from ndonnx.teacher.sessions import REFUSALS, first_line, make_session
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ class TeacherSlice:
         try:
             session = make_session(probe, threads=self.threads)
             return dict(zip(values, session.run(list(values), dict(self.samples)), strict=True))
-        except _REFUSALS as error:
+        except REFUSALS as error:
             raise ShrinkError(f"{self.name}: onnxruntime does not run the slice: {first_line(error)}") from error
 
 

@@ -14,6 +14,7 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as _ort
 
 from ndonnx.errors import ModelError, UsageError
+from ndonnx.graph.load import PROTOBUF_LIMIT
 from ndonnx.machine import usable_cores
 
 OrtError: tuple[type[Exception], ...] = (
@@ -29,8 +30,8 @@ OrtError: tuple[type[Exception], ...] = (
 )
 """What onnxruntime raises when it refuses a model or fails in a run; they share no base class."""
 
-PROTOBUF_LIMIT = 1_900_000_000
-"""Bytes of tensors above which a model goes through external data (protobuf ends at 2 GiB)."""
+REFUSALS: tuple[type[Exception], ...] = (ModelError, *OrtError)
+"""What opening or running a slice raises when onnxruntime does not take it."""
 
 _FATAL = 4
 _PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}

@@ -29,10 +29,10 @@ from ndonnx.errors import NdonnxError, UsageError
 from ndonnx.graph import load
 from ndonnx.machine import computes_in_bf16, pick_device, usable_cores
 from ndonnx.partition import Neighbourhood, Partition
-from ndonnx.pipeline import method_of, partition_model
+from ndonnx.pipeline import partition_model
 from ndonnx.recipe import Recipe, load_recipe
 from ndonnx.rundir import atomic_write_json
-from ndonnx.students import Candidate, TeacherSlice
+from ndonnx.students import Candidate, TeacherSlice, method_of
 from ndonnx.teacher import ActivationStore, make_session
 
 CAPTURE_BATCH = 64
@@ -225,7 +225,12 @@ class Slice:
         assert neighbourhood.exit is not None
         model = parts.slice_of(neighbourhood)
         inputs = [value.name or "" for value in model.graph.inputs]
-        return cls(neighbourhood, model, SliceSamples(store, inputs, neighbourhood.exit.name or "", holdout))
+        return cls(neighbourhood, model, SliceSamples.of(store, inputs, [neighbourhood.exit.name or ""], holdout))
+
+    @property
+    def target(self) -> str:
+        """The value that it answers with."""
+        return self.model.graph.outputs[0].name or ""
 
     def candidate(self, recipe: Recipe, first: int) -> Candidate:
         """The recipe's candidate, shaped on the captured rows from `first`, drawn as a distil job draws it.

@@ -4,8 +4,10 @@
 
 writes `NAME.EXPORTER.onnx`, and beside it `NAME.EXPORTER.npz` with a few samples of its inputs.
 Exporters: `script` (TorchScript, opset 17) and `export` (torch.export, opset 18), both with a
-dynamic batch. Transformers are small (2 layers), so that a whole run takes minutes; their graphs
-have the form of the full-sized ones. Needs the optional dependencies `coverage`.
+dynamic batch. Transformers are small (2 or 3 layers), and so are networks that would need large
+images, so that a whole run takes minutes; their graphs have the form of the full-sized ones.
+Statistics of norms are those of random inputs, so that activations neither explode nor vanish.
+Needs the optional dependencies `coverage`.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ OPSETS: dict[Exporter, int] = {"script": 17, "export": 18}
 
 SAMPLES = 4
 """Samples kept beside a model."""
+_CALIBRATION = 16
+"""Samples that the statistics of norms are taken from."""
 _TRACED_BATCH = 2
 """torch.export takes a batch of 1 for a constant."""
 _VOCABULARY = 99
@@ -67,6 +71,8 @@ class Specimen:
     """Inputs by the name of the module's argument."""
     outputs: tuple[str, ...] | None = None
     """Which of the module's named outputs are exported; None: all tensors among them."""
+    ways: tuple[Exporter, ...] = EXPORTERS
+    """Exporters that take it."""
 
 
 class _Flat(nn.Module):
@@ -116,11 +122,37 @@ def _segmentation(name: str) -> Callable[[], nn.Module]:
     return _vision(name, weights_backbone=None, num_classes=8)
 
 
+def _small_vgg() -> nn.Module:
+    """VGG-11 of 64 pixels with small dense layers: those of the real one hold nine tenths of its weights."""
+    model = _vision("vgg11_bn", num_classes=10, init_weights=False)()
+    model.avgpool = nn.Identity()
+    model.classifier = nn.Sequential(nn.Linear(512 * 4, 256), nn.ReLU(), nn.Dropout(), nn.Linear(256, 10))
+    return model
+
+
 def _small_vit() -> nn.Module:
     from torchvision.models import VisionTransformer  # noqa: PLC0415
 
-    sizes = {"image_size": 64, "patch_size": 16, "num_layers": 3, "num_heads": 4, "hidden_dim": 64, "mlp_dim": 128}
+    # As in the real one, the patch convolution holds a few per cent of the weights.
+    sizes = {"image_size": 64, "patch_size": 8, "num_layers": 4, "num_heads": 4, "hidden_dim": 96, "mlp_dim": 384}
     model: nn.Module = VisionTransformer(**sizes, num_classes=10)
+    return model
+
+
+def _small_swin() -> nn.Module:
+    from torchvision.models import SwinTransformer  # noqa: PLC0415
+
+    sizes: dict[str, Any] = {"patch_size": [4, 4], "embed_dim": 32, "depths": [2, 2, 2], "num_heads": [2, 4, 8]}
+    model: nn.Module = SwinTransformer(**sizes, window_size=[4, 4], num_classes=10)
+    return model
+
+
+def _small_maxvit() -> nn.Module:
+    from torchvision.models import MaxVit  # noqa: PLC0415
+
+    sizes: dict[str, Any] = {"input_size": (64, 64), "stem_channels": 16, "partition_size": 2, "head_dim": 16}
+    blocks: dict[str, Any] = {"block_channels": [16, 32, 64, 128], "block_layers": [1, 1, 2, 1]}
+    model: nn.Module = MaxVit(**sizes, **blocks, stochastic_depth_prob=0.0, num_classes=10)
     return model
 
 
@@ -172,7 +204,10 @@ _ENCODER: dict[str, Any] = {
     "intermediate_size": 128,
 }  # fmt: skip
 _DECODER: dict[str, Any] = {**_ENCODER, "use_cache": False, "max_position_embeddings": 64}
-_VIT = {key: value for key, value in _ENCODER.items() if key != "vocab_size"} | {"image_size": 32, "patch_size": 8}
+_GPT: dict[str, Any] = {"vocab_size": _VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "use_cache": False}
+_VIT = {key: value for key, value in _ENCODER.items() if key != "vocab_size"} | {
+    "image_size": 32, "patch_size": 8, "num_hidden_layers": 4, "intermediate_size": 256,
+}  # fmt: skip
 _SPEECH: dict[str, Any] = {
     "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128,
     "conv_dim": (32, 32, 32), "conv_stride": (5, 2, 2), "conv_kernel": (10, 3, 3),
@@ -186,7 +221,7 @@ _MIX: dict[str, Any] = {
 CORPUS: dict[str, Specimen] = {
     "resnet18": Specimen(_vision("resnet18"), image()),
     "resnet50": Specimen(_vision("resnet50"), image()),
-    "vgg11_bn": Specimen(_vision("vgg11_bn"), image(224)),
+    "vgg11_bn": Specimen(_small_vgg, image()),
     "squeezenet1_1": Specimen(_vision("squeezenet1_1"), image()),
     "mobilenet_v2": Specimen(_vision("mobilenet_v2"), image()),
     "mobilenet_v3_small": Specimen(_vision("mobilenet_v3_small"), image()),
@@ -200,8 +235,8 @@ CORPUS: dict[str, Specimen] = {
     "resnext50": Specimen(_vision("resnext50_32x4d"), image()),
     "convnext_tiny": Specimen(_vision("convnext_tiny"), image()),
     "vit": Specimen(_small_vit, image()),
-    "swin_t": Specimen(_vision("swin_t"), image(224)),
-    "maxvit_t": Specimen(_vision("maxvit_t"), image(224)),
+    "swin": Specimen(_small_swin, image()),
+    "maxvit": Specimen(_small_maxvit, image()),
     "lraspp": Specimen(_segmentation("lraspp_mobilenet_v3_large"), image(128), ("out",)),
     "fcn_resnet50": Specimen(_segmentation("fcn_resnet50"), image(64), ("out",)),
     "deeplab": Specimen(_segmentation("deeplabv3_mobilenet_v3_large"), image(128), ("out",)),
@@ -212,10 +247,10 @@ CORPUS: dict[str, Specimen] = {
     "distilbert": Specimen(
         _transformer("DistilBertModel", vocab_size=_VOCABULARY, dim=64, n_layers=2, n_heads=4, hidden_dim=128), text()
     ),
-    "gpt2": Specimen(
-        _transformer("GPT2LMHeadModel", vocab_size=_VOCABULARY, n_embd=64, n_layer=2, n_head=4, use_cache=False),
-        text(),
-    ),
+    "roberta": Specimen(_transformer("RobertaModel", **_ENCODER, max_position_embeddings=64, pad_token_id=0), text()),
+    "electra": Specimen(_transformer("ElectraModel", **_ENCODER, embedding_size=32), text()),
+    "gpt2": Specimen(_transformer("GPT2LMHeadModel", **_GPT), text()),
+    "gpt2_dynamic": Specimen(_transformer("GPT2LMHeadModel", **_GPT), text(dynamic=True)),
     "llama": Specimen(_transformer("LlamaForCausalLM", **_DECODER, num_key_value_heads=2), text()),
     "llama_dynamic": Specimen(
         _transformer("LlamaForCausalLM", **_DECODER, num_key_value_heads=2), text(dynamic=True)
@@ -228,6 +263,12 @@ CORPUS: dict[str, Specimen] = {
         text(),
     ),
     "hf_vit": Specimen(_transformer("ViTModel", **_VIT), {"pixel_values": Feed((3, 32, 32))}),
+    "hf_swin": Specimen(
+        _transformer(
+            "SwinModel", image_size=64, patch_size=4, embed_dim=32, depths=[1, 2], num_heads=[2, 4], window_size=4
+        ),
+        {"pixel_values": Feed((3, 64, 64))},
+    ),
     "segformer": Specimen(
         _transformer("SegformerForSemanticSegmentation", **_MIX), {"pixel_values": Feed((3, 64, 64))}
     ),
@@ -254,6 +295,11 @@ CORPUS: dict[str, Specimen] = {
 }  # fmt: skip
 
 
+def exporters(name: str) -> tuple[Exporter, ...]:
+    """The ways in which a model of the corpus can be exported."""
+    return CORPUS[name].ways
+
+
 def export(name: str, exporter: Exporter, folder: Path) -> Path:
     """Export a model of the corpus; whatever torch raises goes through.
 
@@ -261,10 +307,12 @@ def export(name: str, exporter: Exporter, folder: Path) -> Path:
     """
     specimen = CORPUS[name]
     torch.manual_seed(_SEED)
-    model = _Flat(unsettle(specimen.build()).eval(), list(specimen.feeds), specimen.outputs).eval()
+    model = _Flat(specimen.build().eval(), list(specimen.feeds), specimen.outputs).eval()
     names = [key or "input" for key in specimen.feeds]
     rng = np.random.default_rng(_SEED)
     samples = {key: feed.draw(SAMPLES, rng) for key, feed in zip(names, specimen.feeds.values(), strict=True)}
+    many = [torch.from_numpy(feed.draw(_CALIBRATION, rng)) for feed in specimen.feeds.values()]
+    calibrate(unsettle(model), many)
     path = folder / f"{name}.{exporter}.onnx"
     np.savez(path.with_suffix(".npz"), allow_pickle=False, **samples)
     inputs = tuple(torch.from_numpy(array[:_TRACED_BATCH]) for array in samples.values())
@@ -293,17 +341,27 @@ def _dynamic(feed: Feed) -> dict[int, str]:
 
 
 def unsettle(model: nn.Module) -> nn.Module:
-    """Move norms, biases and scales away from the zeros and ones of a fresh model, which hide mistakes."""
+    """Move biases and scales away from the zeros and ones of a fresh model, which hide mistakes."""
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim <= 1:
                 weight.add_(0.1 * torch.randn_like(weight))
-        for name, buffer in model.named_buffers():
-            if name.endswith("running_mean"):
-                buffer.add_(0.1 * torch.randn_like(buffer))
-            elif name.endswith("running_var"):
-                buffer.mul_(torch.rand_like(buffer) + 0.5)
     return model
+
+
+def calibrate(model: nn.Module, inputs: Sequence[Tensor]) -> None:
+    """Give every BatchNorm the statistics of what reaches it: a deep network with those of a fresh one explodes."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        return
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean of all batches
+        norm.train()
+    with torch.no_grad():
+        model(*inputs)
+    for norm in norms:
+        norm.eval()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -61,6 +61,10 @@ class Images:
         self.store = capture(model, names, batches, folder, samples=count, device=device, half=False)
         self.batch = common.capture_batch(model)
 
+    def training(self, holdout: float) -> SliceSamples:
+        """Images and logits to train on."""
+        return SliceSamples.of(self.store, self.inputs, [self.logits], holdout)
+
     def feeds(self, first: int, last: int) -> Iterator[dict[str, Any]]:
         """The model's inputs of these samples, a batch at a time."""
         for start in range(first, last, self.batch):
@@ -70,19 +74,20 @@ class Images:
 class EndToEnd:
     """KD of a whole student from one start; every training begins there anew."""
 
-    def __init__(self, student: ir.Model, data: SliceSamples, recipe: Recipe, batch: int) -> None:
+    def __init__(self, student: ir.Model, data: SliceSamples, target: str, recipe: Recipe, batch: int) -> None:
         """Convert the whole student.
 
         Raises:
             UsageError: it does not convert to torch, or answers differently there.
         """
         self._data = data
+        self._target = target
         self._batch = min(batch, data.blocks.samples - data.blocks.holdout)
         self._seed = recipe.seed
         self._device = torch.device(pick_device(recipe.device))
         self._bf16 = common.in_bf16(recipe)
         self._model = fold_constants(student.clone())
-        self._module = _convert(self._model, data, recipe.parity)
+        self._module = _convert(self._model, data, target, recipe.parity)
         self._start = [parameter.detach().clone() for parameter in self._module.parameters()]
 
     def model(self) -> ir.Model:
@@ -123,10 +128,10 @@ class EndToEnd:
             optimiser.step()
 
     def _loss(self, rows: np.ndarray) -> Tensor:
-        inputs, teacher = self._data.batch(rows)
+        batch = self._data.batch(rows)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
-            student = self._module(*(self._ready(tensor) for tensor in inputs))
-        return softened_kl(student, teacher.to(self._device))
+            student = self._module(*(self._ready(tensor) for tensor in map(batch.__getitem__, self._data.inputs)))
+        return softened_kl(student, batch[self._target].to(self._device))
 
     def _ready(self, tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
@@ -171,7 +176,7 @@ def softened_kl(student: Tensor, teacher: Tensor) -> Tensor:
 def starting_student(subject: Subject, recipe: Recipe, data: Images, folder: Path) -> ir.Model:
     """The teacher with untrained candidates in it, shaped on the same training images as ND's."""
     parts = subject.partition()
-    first = SliceSamples(data.store, data.inputs, data.logits, recipe.holdout).blocks.holdout
+    first = data.training(recipe.holdout).blocks.holdout
     last = min(data.store.samples, first + common.shaping_samples())
     store = capture(
         parts.model,
@@ -210,10 +215,10 @@ def _candidates(parts: Partition, store: ActivationStore, recipe: Recipe) -> dic
     return students
 
 
-def _convert(model: ir.Model, data: SliceSamples, tolerance: float) -> TorchSlice:
+def _convert(model: ir.Model, data: SliceSamples, target: str, tolerance: float) -> TorchSlice:
     rows = data.arrays(0, _PROBE)
     inputs = [rows[name] for name in data.inputs]
-    expected = make_session(model).run([data.target], dict(zip(data.inputs, inputs, strict=True)))[0]
+    expected = make_session(model).run([target], dict(zip(data.inputs, inputs, strict=True)))[0]
     try:
         module = to_torch(model)
         check_parity(module, inputs, expected, tolerance)

@@ -54,8 +54,8 @@ from ndonnx.executor import Executor, ProcessExecutor, SerialExecutor
 from ndonnx.graph import save, serialise
 from ndonnx.machine import pick_device, usable_cores
 from ndonnx.partition import Partition
-from ndonnx.pipeline import method_of
 from ndonnx.rundir import RunDir
+from ndonnx.students import method_of
 from ndonnx.teacher import ActivationStore, capture
 
 MEASUREMENTS = ("distil", "capture", "workers")
@@ -137,8 +137,8 @@ class Bench:
             slice_path=path,
             groups=part.neighbourhood.groups,
             inputs=part.samples.inputs,
-            target=part.samples.target,
-            store_path=self.folder / "store",
+            target=part.target,
+            stores=dict.fromkeys((*part.samples.inputs, part.target), self.folder / "store"),
             entry=run.entry("students", name),
             method=method_of(recipe),
             plan=Plan(recipe.steps, recipe.batch_size, recipe.lr, recipe.warmup, recipe.seed, self.device, bf16),

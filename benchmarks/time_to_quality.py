@@ -52,7 +52,6 @@ import ndonnx
 from benchmarks import common
 from benchmarks.common import Notes, Stopwatch, Subject
 from benchmarks.end_to_end import EndToEnd, Images, starting_student
-from ndonnx.distil.samples import SliceSamples
 from ndonnx.teacher import make_session
 
 BASELINES = ("random", "teacher", "least-squares")
@@ -180,8 +179,8 @@ class Comparison:
             # Random weights need no data: only the other starts are paid for.
             making = 0.0 if init == "random" else clock.seconds
             clock = Stopwatch(sweep_seconds + making)
-            samples = SliceSamples(data.store, data.inputs, data.logits, recipe.holdout)
-            kd = EndToEnd(student, samples, recipe, self._batch(data))
+            samples = data.training(recipe.holdout)
+            kd = EndToEnd(student, samples, data.logits, recipe, self._batch(data))
             setup = clock.seconds
             sweep = {} if self.options.kd_lr else kd.sweep(LEARNING_RATES, self._sweep_seconds())
             rate = self.options.kd_lr or min(sweep, key=sweep.__getitem__)

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 import ndonnx
+from ndonnx.errors import UsageError
 
 from . import options
 from .outcome import DONE, interruptible, results_only
+
+Check = Annotated[
+    bool,
+    typer.Option("--check", help="Also convert and shrink every neighbourhood, as before training, and compare."),
+]
 
 
 def inspect(
@@ -16,16 +25,25 @@ def inspect(
     granularity: options.Granularity = None,
     cut: options.Cut = None,
     freeze: options.Freeze = None,
+    check: Check = False,
+    data: options.Data = None,
     svg: options.Svg = None,
     json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> int:
     """Show the neighbourhoods of MODEL: where it can be cut, and what each piece holds and costs."""
     settings = ndonnx.load_recipe(recipe, granularity=granularity, cut=cut or None, freeze=freeze or None)
+    if data is not None and not check:
+        raise UsageError("--data is for --check, which runs the model; give both, or leave it out")
 
-    from .tables import print_inspection, print_json  # noqa: PLC0415 - rich is not for `--help`
+    from .progress import telling  # noqa: PLC0415 - rich is not for `--help`
+    from .tables import print_inspection, print_json  # noqa: PLC0415
 
-    with interruptible(), results_only():
-        inspection = ndonnx.inspect(model, settings)
+    with interruptible(), results_only(), telling(quiet or not check, verbose and check) as progress:
+        if check:
+            progress.stage("start")  # what is imported now takes seconds
+        inspection = ndonnx.inspect(model, settings, check=check, data=data, progress=progress)
         if svg is not None:
             inspection.write_svg(Path(svg))
     if json:

@@ -40,13 +40,34 @@ RecipeFile = Annotated[
 Svg = Annotated[str | None, typer.Option("--svg", metavar="FILE.svg", help="Also draw it, from top to bottom.")]
 
 # What to build
-Method = Annotated[str | None, _flag("--method", "width", "How a neighbourhood is shrunk.", "width")]
+Method = Annotated[
+    str | None,
+    _flag(
+        "--method",
+        "NAME",
+        "How a neighbourhood is shrunk: width, sparsity, lowrank, activation, removal or custom.",
+        "width",
+    ),
+]
 Keep = Annotated[float | None, _flag("--keep", "K", "Part of the inner channels that is kept, above 0 to 1.", "0.5")]
+Sparsity = Annotated[
+    str | None,
+    _flag("--sparsity", "S", "With sparsity: part of the weights that becomes zero, or N zeros of M as N:M.", "0.5"),
+]
+Swap = Annotated[
+    list[str] | None,
+    _flag("--swap", "OLD=NEW", "With activation: operator to put in another's place; repeatable.", "cheap ones"),
+]
+Student = Annotated[
+    str | None, _flag("--student", "MODULE:FUNCTION", "With custom: builds a torch module for a slice.", "none")
+]
 RoundTo = Annotated[
     int | None,
     _flag("--round-to", "N", "Kept widths become multiples of N.", "8 where the width is at least 64, else 1"),
 ]
-Granularity = Annotated[str | None, _flag("--granularity", "block", "How finely the model is partitioned.", "block")]
+Granularity = Annotated[
+    str | None, _flag("--granularity", "block|layer", "How finely the model is partitioned.", "block")
+]
 Cut = Annotated[
     list[str] | None,
     _flag("--cut", "VALUE", "Value that must be a boundary between neighbourhoods; repeatable.", "none"),
@@ -61,6 +82,47 @@ Init = Annotated[
 ]
 
 # How to train it
+Inputs = Annotated[
+    str | None,
+    _flag(
+        "--inputs",
+        "WHOSE",
+        "What students learn on: teacher, student, refit (teacher, then a refit on the students' own) or noise.",
+        "refit",
+        _TRAIN,
+    ),
+]
+DataFree = Annotated[
+    bool,
+    typer.Option("--data-free", help="Make inputs up where no --data is given.", rich_help_panel=_TRAIN),
+]
+LookAhead = Annotated[
+    int | None,
+    _flag("--look-ahead", "N", "Also measure the error after the next N teacher slices.", "0", _TRAIN),
+]
+LookAheadWeights = Annotated[
+    list[float] | None,
+    _flag("--look-ahead-weights", "W", "Weight of each of these errors; repeatable.", "1 each", _TRAIN),
+]
+FinetuneSteps = Annotated[
+    int | None,
+    _flag("--finetune-steps", "N", "Steps of the whole student against the teacher's answers.", "0", _TRAIN),
+]
+FinetuneSamples = Annotated[
+    int | None, _flag("--finetune-samples", "N", "Most samples of fine-tuning.", "50000", _TRAIN)
+]
+FinetuneLr = Annotated[
+    float | None, _flag("--finetune-lr", "RATE", "Peak step of Adam in fine-tuning, as --lr.", "0.01", _TRAIN)
+]
+Temperature = Annotated[float | None, _flag("--temperature", "T", "Of the class scores in fine-tuning.", "4", _TRAIN)]
+LabelWeight = Annotated[
+    float | None,
+    _flag("--label-weight", "PART", "Of labels in fine-tuning; the teacher's answers have the rest.", "0", _TRAIN),
+]
+TimeBudget = Annotated[
+    str | None,
+    _flag("--time-budget", "TIME", "Choose the steps to fit this time (90s, 3m, 1h).", "none", _TRAIN),
+]
 Steps = Annotated[int | None, _flag("--steps", "N", "Optimiser steps per neighbourhood.", "4000", _TRAIN)]
 BatchSize = Annotated[int | None, _flag("--batch-size", "N", "Samples per optimiser step.", "64", _TRAIN)]
 Lr = Annotated[

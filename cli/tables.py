@@ -28,6 +28,11 @@ class _PatientConsole(Console):
         os.close(nowhere)
 
 
+_LONGEST_NAME = 36
+_MOST_WIDTHS = 6
+"""Different widths that are told of one neighbourhood."""
+
+
 def make_console(*, stderr: bool = False) -> Console:
     """A console that shows names as they are: no markup, no emoji, no colour by guess."""
     console = _PatientConsole(stderr=stderr, markup=False, emoji=False, highlight=False)
@@ -115,27 +120,35 @@ def print_demo(report: ndonnx.CompressReport, speed: ndonnx.Speed, output: str |
 
 
 def print_inspection(inspection: ndonnx.Inspection) -> None:
-    """The model in one line, then its neighbourhoods in order."""
-    coverage = inspection.coverage
+    """The model in two lines, then its neighbourhoods in order."""
+    coverage, pieces = inspection.coverage, inspection.neighbourhoods
+    open_ = sum(piece.status == "distillable" for piece in pieces)
     _print(
         f"{inspection.model}: opset {inspection.opset}, {count_text(inspection.parameters)} parameters, "
-        f"{count_text(inspection.macs)} MACs; distillable: {part_text(coverage.parameters)} of the parameters, "
-        f"{part_text(coverage.macs)} of the MACs"
+        f"{count_text(inspection.macs)} MACs\n"
+        f"distillable: {open_} of {len(pieces)} neighbourhoods, with {part_text(coverage.parameters)} of the "
+        f"parameters and {part_text(coverage.macs)} of the MACs"
     )
-    columns = ("name", "input → output", "context", ">nodes", ">parameters", ">MACs", "widths", "status", "reason")
+    columns = (
+        "name", "input → output", "context", ">nodes", ">parameters", ">share", ">MACs", ">share", "widths",
+        "status", ">parity", "reason",
+    )  # fmt: skip
     rows = (
         (
             piece.name,
-            f"{piece.input or '-'} → {piece.output or '-'}",
-            ", ".join(piece.context),
+            f"{_value(piece.input)} → {_value(piece.output)}",
+            _context(piece.context),
             str(piece.nodes),
-            count_text(piece.parameters),
-            count_text(piece.macs),
+            f"{piece.parameters:,}",
+            _share(piece.parameters, inspection.parameters),
+            f"{piece.macs:,}",
+            _share(piece.macs, inspection.macs),
             _widths(piece.widths),
             piece.status,
+            "" if piece.parity is None else f"{piece.parity:.1e}",
             piece.reason or "",
         )
-        for piece in inspection.neighbourhoods
+        for piece in pieces
     )
     _print(_table(columns, rows))
 
@@ -190,10 +203,31 @@ def _neighbourhoods(report: ndonnx.CompressReport) -> Table:
     return _table(columns, rows)
 
 
+def _value(name: str | None) -> str:
+    """The name of a value, with its middle left out where it is long: exporters put whole paths into them."""
+    if not name:
+        return "-"
+    return name if len(name) <= _LONGEST_NAME else f"{name[:6]}…{name[7 - _LONGEST_NAME :]}"
+
+
+def _context(names: Sequence[str]) -> str:
+    """The first name, and how many more there are."""
+    if not names:
+        return ""
+    return _value(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def _share(part: int, whole: int) -> str:
+    return part_text(part / whole) if whole else ""
+
+
 def _widths(widths: Sequence[int]) -> str:
     """Widths in order, with repetitions counted: `24×2, 40`."""
     runs = [(width, len(list(run))) for width, run in groupby(widths)]
-    return ", ".join(f"{width}×{count}" if count > 1 else str(width) for width, count in runs)
+    told = [f"{width}×{count}" if count > 1 else str(width) for width, count in runs]
+    if len(told) > _MOST_WIDTHS:
+        told = [*told[: _MOST_WIDTHS - 1], f"… ({len(widths)})"]
+    return ", ".join(told)
 
 
 def _table(columns: Iterable[str], rows: Iterable[Sequence[str]]) -> Table:

@@ -1,6 +1,7 @@
 """The smaller verbs of the public API: what `inspect`, `evaluate` and the timing of `demo` show, from Python.
 
-Nothing here needs torch, which takes seconds to import: `compress` lives in `ndonnx.pipeline`.
+Nothing here needs torch, which takes seconds to import, but `inspect` with `check`: `compress` lives in
+`ndonnx.pipeline`.
 """
 
 from __future__ import annotations
@@ -38,13 +39,35 @@ def partition(model: str | Path, recipe: Recipe | None = None) -> Partition:
     return partition_graph(working, granularity=recipe.granularity, cut=recipe.cut, freeze=recipe.freeze)
 
 
-def inspect(model: str | Path, recipe: Recipe | None = None) -> Inspection:
+def inspect(
+    model: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    check: bool = False,
+    data: str | None = None,
+    progress: Progress | None = None,
+) -> Inspection:
     """The partition of a model as plain data: numbers and names, a JSON document, a drawing.
 
+    Args:
+        model: path of the model.
+        recipe: how it is partitioned, and what `check` shrinks by.
+        check: also take every neighbourhood through the gates that a distillation has before it trains;
+            one that does not pass is kept, and its reason names the operator.
+        data: source of the few samples that `check` runs on. None: made up.
+        progress: told what `check` does.
+
     Raises:
-        UsageError: as `partition`.
+        UsageError: as `partition`; with `check`, the data do not fit the model.
     """
-    return Inspection.of(str(model), partition(model, recipe))
+    parts = partition(model, recipe)
+    if not check:
+        return Inspection.of(str(model), parts)
+
+    from ndonnx.check import check as pass_gates  # noqa: PLC0415 - needs torch
+
+    checked = pass_gates(Path(model), parts, recipe or Recipe(), data=data, progress=progress)
+    return Inspection.of(str(model), checked.parts, checked.parity)
 
 
 def evaluate(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,6 +31,42 @@ def parse_bytes(value: object) -> object:
 
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
+
+
+_SECONDS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600}
+_DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(s|m|min|h|)\s*", re.IGNORECASE)
+_PATTERN = re.compile(r"\s*(\d+)\s*:\s*(\d+)\s*")
+
+
+def parse_duration(value: object) -> object:
+    """Read `90`, `90s`, `3m` or `1h` as seconds; pass anything else to pydantic."""
+    if isinstance(value, str) and (found := _DURATION.fullmatch(value)):
+        return float(found[1]) * _SECONDS[found[2].lower()]
+    return value
+
+
+Duration = Annotated[float, BeforeValidator(parse_duration), Field(gt=0)]
+
+
+def parse_sparsity(value: object) -> str:
+    """Check `0.7` or `2:4` and return it as text.
+
+    Raises:
+        ValueError: it is neither a number from 0 to below 1 nor N:M with 0 < N < M.
+    """
+    text = str(value)
+    if found := _PATTERN.fullmatch(text):
+        zeros, group = int(found[1]), int(found[2])
+        if 0 < zeros < group:
+            return f"{zeros}:{group}"
+    else:
+        with suppress(ValueError):
+            if 0 <= float(text) < 1:
+                return text
+    raise ValueError("should be a part from 0 to below 1, as 0.7, or zeros in a group, as 2:4")
+
+
+Sparsity = Annotated[str, BeforeValidator(parse_sparsity)]
 
 
 class _Section(BaseModel):
@@ -62,14 +99,20 @@ class Recipe(_Section):
     """The whole of a compression run; see `ndonnx compress --help` for the same list."""
 
     # What to build
-    method: Literal["width"] = "width"
+    method: Literal["width", "sparsity", "lowrank", "activation", "removal", "custom"] = "width"
     """How a slice is shrunk."""
     keep: float = Field(0.5, gt=0, le=1)
-    """Multiplier k: the part of each neighbourhood's inner channels that is kept."""
+    """Multiplier k: the part of each neighbourhood's inner channels that is kept; for `lowrank`, of its weights."""
+    sparsity: Sparsity = "0.5"
+    """For `sparsity`: the part of the weights that becomes zero, or N:M, N zeros in every M weights."""
+    swap: tuple[str, ...] = ()
+    """For `activation`: `OLD=NEW` pairs of operators. Empty: costly activations become cheap ones."""
+    student: str | None = None
+    """For `custom`: `module:function` that builds a student (a torch module) for a slice."""
     round_to: int | None = Field(None, ge=1)
     """Kept widths become multiples of this. None: 8 where the width is at least 64, else 1."""
-    granularity: str = "block"
-    """`block`: the smallest regions with a width to shrink inside."""
+    granularity: Literal["block", "layer"] = "block"
+    """`block`: the smallest regions with a width to shrink inside; `layer`: one operator with weights each."""
     cut: tuple[str, ...] = ()
     """Values that must be a boundary between neighbourhoods."""
     freeze: tuple[str, ...] = ()
@@ -78,6 +121,11 @@ class Recipe(_Section):
     """Starting weights of a student."""
 
     # How to train it
+    data_free: bool = False
+    """Make inputs up where no data is given."""
+    inputs: Literal["teacher", "student", "refit", "noise"] = "refit"
+    """What a student learns on: the teacher's activations (the paper's method), those of the students before it
+    (one after the other), the teacher's and then a closed-form refit on the students' own, or Gaussian noise."""
     steps: int = Field(4000, ge=0)
     """Optimiser steps per neighbourhood."""
     batch_size: int = Field(64, ge=1)
@@ -86,6 +134,22 @@ class Recipe(_Section):
     """Peak step of Adam, relative to the root mean square of each weight."""
     warmup: float = Field(0.05, ge=0, le=1)
     """Part of the steps over which the learning rate rises linearly."""
+    look_ahead: int = Field(0, ge=0)
+    """Teacher slices after a neighbourhood through which its error is measured too (equations 4 and 5)."""
+    look_ahead_weights: tuple[Annotated[float, Field(ge=0)], ...] = ()
+    """Weight of each look-ahead loss. Empty: 1 for each."""
+    finetune_steps: int = Field(0, ge=0)
+    """Optimiser steps of the whole student against the teacher's answers, after splicing (equation 3)."""
+    finetune_samples: int = Field(50_000, ge=2)
+    """Most samples of fine-tuning, for which only inputs and outputs are kept."""
+    finetune_lr: float = Field(0.01, gt=0)
+    """Peak step of Adam in fine-tuning, relative to the root mean square of each weight."""
+    temperature: float = Field(4.0, gt=0)
+    """Of the softened class scores in fine-tuning."""
+    label_weight: float = Field(0.0, ge=0, le=1)
+    """Weight of the labels' cross-entropy in fine-tuning; the teacher's answers have the rest."""
+    time_budget: Duration | None = None
+    """Seconds for everything (`3m`): steps are chosen to fit it. None: as many as `steps` and `finetune_steps` say."""
     holdout: float = Field(0.05, gt=0, lt=1)
     """Part of the captured samples set aside to choose the best state."""
     samples: int = Field(16_000, ge=2)

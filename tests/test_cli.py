@@ -28,7 +28,7 @@ from ndonnx.recipe import Recipe, parse_bytes
 from ndonnx.report.inspection import Coverage, Inspection, Piece
 from ndonnx_cli.main import app, main
 from ndonnx_cli.progress import BarTeller, LineTeller, Pace
-from ndonnx_cli.tables import bytes_text, count_text, seconds_text
+from ndonnx_cli.tables import bytes_text, count_text, print_inspection, seconds_text
 
 GOLDEN = Path(__file__).parent / "golden" / "command_line.json"
 TEACHER = str(teacher_path())
@@ -186,6 +186,8 @@ REFUSED = {
     "no such folder to write to": ([*COMPRESS, "--data", TRAIN, "-o", "no/such/s.onnx"], "no/such/s.onnx"),
     "output is a folder": ([*COMPRESS, "--data", TRAIN, "-o", "folder.onnx"], "folder.onnx"),
     "run directory under a file": ([*COMPRESS, "--data", TRAIN, "--run-dir", "occupied/run"], "occupied"),
+    "data to inspect on without a check": (["inspect", TEACHER, "--data", TEST], "--check"),
+    "wrong key in the data to check on": (["inspect", TEACHER, "--check", "--data", "wrong_key.npz"], "image"),
     "drawing into no folder": (["inspect", TEACHER, "--svg", "no/such/a.svg"], "a.svg"),
     "missing recipe": ([*COMPRESS, "--data", TRAIN, "--recipe", "nothing.toml"], "nothing.toml"),
     "recipe that is no TOML": ([*COMPRESS, "--data", TRAIN, "--recipe", "no.toml"], "no.toml"),
@@ -235,7 +237,7 @@ def test_inspect_json_keeps_its_contract(run: Run) -> None:
     assert list(document) == ["model", "opset", "parameters", "macs", "neighbourhoods", "coverage"]
     pieces = document["neighbourhoods"]
     for piece in pieces:
-        keys = "name input context output nodes parameters macs widths status reason"
+        keys = "name input context output nodes parameters macs widths status reason parity"
         assert list(piece) == keys.split()
         assert (piece["status"] == "kept") == (piece["reason"] is not None)
         assert piece["status"] == "kept" or piece["widths"]
@@ -261,12 +263,36 @@ def test_inspect_obeys_flags_before_the_recipe(run: Run, tmp_path: Path) -> None
 
 def test_inspect_table_has_a_row_for_each_neighbourhood(run: Run) -> None:
     code, out, _ = run("inspect", TEACHER)
-    head, _, _, *rows = out.rstrip().splitlines()
+    head, coverage, _, _, *rows = out.rstrip().splitlines()
     assert code == 0
-    assert "opset 17" in head and "156,210" in head and "99.5%" in head
+    assert "opset 17" in head and "156,210" in head
+    assert "6 of 8 neighbourhoods" in coverage and "99.5%" in coverage
     assert [row.split()[0] for row in rows] == [f"n{i:02}" for i in range(1, 9)]
     assert f"image → {'/relu/Relu_output_0'}" in rows[0] and "no width" in rows[0]
     assert not any(line.endswith(" ") for line in out.splitlines())
+
+
+def test_inspect_table_leaves_out_what_is_long(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "/model/layers.0/self_attn/projection_of_the_values/Transpose_output_0"
+    piece = Piece("n01", name, ["mask", "b", "c"], "y", 3, 750, 1000, [*range(20)], "kept", "why", 1.5e-6)
+    print_inspection(Inspection("m.onnx", 17, 1000, 1000, [piece], Coverage(0.0, 0.0)))
+    row = capsys.readouterr().out.splitlines()[4].split()
+    assert len(row[1]) == 36 and row[1].startswith("/model…") and row[1].endswith("Transpose_output_0")
+    assert row[2:9] == ["→", "y", "mask", "and", "2", "more", "3"]
+    assert row[9:13] == ["750", "75.0%", "1,000", "100.0%"]
+    assert row[13:] == ["0,", "1,", "2,", "3,", "4,", "…", "(20)", "kept", "1.5e-06", "why"]
+
+
+def test_inspect_can_check_what_it_tells(run: Run) -> None:
+    code, out, err = run("inspect", TEACHER, "--check", "--json")
+    pieces = json.loads(out)["neighbourhoods"]
+    assert code == 0
+    assert all((piece["parity"] is not None) == (piece["status"] == "distillable") for piece in pieces)
+    assert all(piece["parity"] < 1e-4 for piece in pieces if piece["parity"] is not None)
+    assert err.splitlines() == ["start", "check: 6 neighbourhoods"]
+    code, out, err = run("inspect", TEACHER, "--check", "--data", TEST, "-q")
+    assert (code, err) == (0, "")
+    assert "parity" in out.splitlines()[2]
 
 
 def test_drawing_has_a_box_for_each_neighbourhood(run: Run, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from ndonnx.convert import TorchSlice, to_torch
 from ndonnx.distil import (
     DistilJob,
+    NeighbourhoodLoss,
     Plan,
     Training,
     learning_rate,
@@ -78,7 +79,7 @@ def regression(folder: Path, samples: int = 200, noise: float = 0.0) -> SliceSam
     rng = np.random.default_rng(1)
     x = rng.standard_normal((samples, 6)).astype(np.float32)
     y = x @ rng.standard_normal((6, 4)) + rng.standard_normal(4) + noise * rng.standard_normal((samples, 4))
-    return SliceSamples(store_of(folder, {"x": x, "y": y.astype(np.float32)}), ["x"], "y", 0.1)
+    return SliceSamples.of(store_of(folder, {"x": x, "y": y.astype(np.float32)}), ["x"], ["y"], 0.1)
 
 
 def state(module: TorchSlice) -> bytes:
@@ -98,13 +99,13 @@ def state(module: TorchSlice) -> bytes:
     ],
 )
 def test_the_learning_rate_rises_and_then_follows_half_a_cosine(step: int, expected: float) -> None:
-    assert learning_rate(step, replace(PLAN, steps=10, lr=0.5, warmup=0.2)) == pytest.approx(expected)
+    assert learning_rate(step / 10, replace(PLAN, steps=10, lr=0.5, warmup=0.2)) == pytest.approx(expected)
 
 
 @given(st.integers(1, 3000), st.floats(0, 1), st.floats(1e-4, 10))
 def test_the_learning_rate_stays_within_bounds_and_ends_near_zero(steps: int, warmup: float, lr: float) -> None:
     plan = replace(PLAN, steps=steps, warmup=warmup, lr=lr)
-    rates = [learning_rate(step, plan) for step in range(steps)]
+    rates = [learning_rate(step / steps, plan) for step in range(steps)]
     assert all(0 < rate <= lr for rate in rates)
     assert rates[-1] <= lr * (math.pi / 2 / steps) ** 2 * 1.01 or steps == 1
     top = rates.index(max(rates))
@@ -132,7 +133,7 @@ def test_the_nmse_of_a_constant_target_is_the_plain_error() -> None:
 
 def test_the_held_out_error_is_that_of_numpy(tmp_path: Path) -> None:
     samples, module = regression(tmp_path), to_torch(linear(Net()))
-    found = train(module, samples, replace(PLAN, steps=0), silent)
+    found = train(module, samples, NeighbourhoodLoss("y"), replace(PLAN, steps=0), silent)
     held = samples.arrays(0, 20)
     weights = module.trained_weights()
     answer = held["x"].astype(np.float64) @ weights["w"] + weights["b"]
@@ -145,14 +146,14 @@ def test_the_held_out_error_is_that_of_numpy(tmp_path: Path) -> None:
 
 def test_a_linear_slice_finds_the_least_squares_solution(tmp_path: Path) -> None:
     module = to_torch(linear(Net()))
-    found = train(module, regression(tmp_path), replace(PLAN, steps=300, batch_size=32), silent)
+    found = train(module, regression(tmp_path), NeighbourhoodLoss("y"), replace(PLAN, steps=300, batch_size=32), silent)
     assert found.nmse < 1e-4 and found.nmse_start > 0.1
     assert found.steps == 300 and 0 < found.best_step <= 300
 
 
 def test_with_noise_it_comes_as_near_as_least_squares_does(tmp_path: Path) -> None:
     samples, module = regression(tmp_path, 400, noise=0.5), to_torch(linear(Net()))
-    found = train(module, samples, replace(PLAN, steps=300, batch_size=360), silent)
+    found = train(module, samples, NeighbourhoodLoss("y"), replace(PLAN, steps=300, batch_size=360), silent)
     rows, held = samples.training_rows(1000), samples.arrays(0, 40)
     solution, *_ = np.linalg.lstsq(np.hstack([rows["x"], np.ones((360, 1))]), rows["y"], rcond=None)
     best = np.square(np.hstack([held["x"], np.ones((40, 1))]) @ solution - held["y"]).mean()
@@ -163,11 +164,11 @@ def test_with_noise_it_comes_as_near_as_least_squares_does(tmp_path: Path) -> No
 def test_a_training_never_ends_worse_than_it_began(tmp_path: Path, lr: float) -> None:
     """From the very solution, every step leads away."""
     samples, module = regression(tmp_path), to_torch(linear(Net()))
-    train(module, samples, replace(PLAN, steps=300), silent)
+    train(module, samples, NeighbourhoodLoss("y"), replace(PLAN, steps=300), silent)
     before = state(module)
-    found = train(module, samples, replace(PLAN, lr=lr, seed=1), silent)
+    found = train(module, samples, NeighbourhoodLoss("y"), replace(PLAN, lr=lr, seed=1), silent)
     assert found.nmse <= found.nmse_start
-    again = train(module, samples, replace(PLAN, steps=0), silent)
+    again = train(module, samples, NeighbourhoodLoss("y"), replace(PLAN, steps=0), silent)
     assert again.nmse_start == found.nmse
     if found.best_step == 0:
         assert state(module) == before
@@ -176,12 +177,12 @@ def test_a_training_never_ends_worse_than_it_began(tmp_path: Path, lr: float) ->
 def test_the_state_that_is_kept_is_the_one_that_was_reported(tmp_path: Path) -> None:
     samples, module = regression(tmp_path, noise=1.0), to_torch(linear(Net()))
     events: list[tuple[int, int, float]] = []
-    found = train(module, samples, replace(PLAN, steps=45), lambda *event: events.append(event))
+    found = train(module, samples, NeighbourhoodLoss("y"), replace(PLAN, steps=45), lambda *event: events.append(event))
     steps, totals, errors = zip(*events, strict=True)
     assert set(totals) == {45} and steps[-1] == 45 and list(steps) == sorted(set(steps))
     assert list(errors) == sorted(errors, reverse=True), "the best so far is told"
     assert errors[-1] == found.nmse
-    assert train(module, samples, replace(PLAN, steps=0), silent).nmse == found.nmse
+    assert train(module, samples, NeighbourhoodLoss("y"), replace(PLAN, steps=0), silent).nmse == found.nmse
 
 
 def test_the_seed_decides_every_bit(tmp_path: Path) -> None:
@@ -189,7 +190,7 @@ def test_the_seed_decides_every_bit(tmp_path: Path) -> None:
 
     def trained(seed: int) -> tuple[bytes, Training]:
         module = to_torch(linear(Net()))
-        found = train(module, samples, replace(PLAN, seed=seed), silent)
+        found = train(module, samples, NeighbourhoodLoss("y"), replace(PLAN, seed=seed), silent)
         return state(module), replace(found, seconds=0)
 
     assert trained(1) == trained(1)
@@ -201,7 +202,7 @@ def test_a_learning_rate_that_explodes_is_told_and_not_a_crash(tmp_path: Path) -
     y = net.gemm(net.op("Exp", net.gemm(net.input("x", "N", 6), 6, 8)), 8, 4, out="y")
     module = to_torch(ir.from_proto(net.proto(y)))
     with pytest.raises(TrainingError, match=r"the loss became (inf|nan) by step \d+; lower --lr"):
-        train(module, regression(tmp_path), replace(PLAN, lr=1e20), silent)
+        train(module, regression(tmp_path), NeighbourhoodLoss("y"), replace(PLAN, lr=1e20), silent)
 
 
 def test_a_start_that_overflows_is_told(tmp_path: Path) -> None:
@@ -210,7 +211,7 @@ def test_a_start_that_overflows_is_told(tmp_path: Path) -> None:
     net.weights["w"] *= np.float32(1e30)
     y = net.op("Exp", net.op("MatMul", net.input("x", "N", 6), "w"), out="y")
     with pytest.raises(TrainingError, match="the held-out error is inf before the first step"):
-        train(to_torch(ir.from_proto(net.proto(y))), regression(tmp_path), PLAN, silent)
+        train(to_torch(ir.from_proto(net.proto(y))), regression(tmp_path), NeighbourhoodLoss("y"), PLAN, silent)
 
 
 def test_moments_are_left_alone_and_nothing_else(tmp_path: Path) -> None:
@@ -218,7 +219,7 @@ def test_moments_are_left_alone_and_nothing_else(tmp_path: Path) -> None:
     y = net.norm(net.gemm(net.input("x", "N", 6), 6, 4, out="h"), 4, out="bn")
     module = to_torch(ir.from_proto(net.proto(y)))
     before = {name: array.copy() for name, array in module.trained_weights().items()}
-    train(module, regression(tmp_path), PLAN, silent)
+    train(module, regression(tmp_path), NeighbourhoodLoss("y"), PLAN, silent)
     same = {name for name, array in module.trained_weights().items() if np.array_equal(array, before[name])}
     assert same == {"bn.mean", "bn.var"}
 
@@ -227,8 +228,8 @@ def test_a_slice_without_weights_trains_nothing(tmp_path: Path) -> None:
     net = Net()
     net.op("Relu", net.input("x", "N", 4), out="y")
     x = np.random.default_rng(0).standard_normal((20, 4)).astype(np.float32)
-    samples = SliceSamples(store_of(tmp_path, {"x": x, "y": np.maximum(x, 0)}), ["x"], "y", 0.2)
-    assert train(to_torch(ir.from_proto(net.proto("y"))), samples, PLAN, silent).nmse == 0
+    samples = SliceSamples.of(store_of(tmp_path, {"x": x, "y": np.maximum(x, 0)}), ["x"], ["y"], 0.2)
+    assert train(to_torch(ir.from_proto(net.proto("y"))), samples, NeighbourhoodLoss("y"), PLAN, silent).nmse == 0
 
 
 def test_bfloat16_comes_about_as_near_as_float32(tmp_path: Path) -> None:
@@ -238,7 +239,7 @@ def test_bfloat16_comes_about_as_near_as_float32(tmp_path: Path) -> None:
         net = Net()
         y = net.gemm(net.relu(net.gemm(net.input("x", "N", 6), 6, 16)), 16, 4, out="y")
         module = to_torch(ir.from_proto(net.proto(y)))
-        found = train(module, samples, replace(PLAN, steps=200, bf16=bf16), silent)
+        found = train(module, samples, NeighbourhoodLoss("y"), replace(PLAN, steps=200, bf16=bf16), silent)
         assert all(weight.dtype == torch.float32 for weight in module.parameters())
         return found.nmse
 
@@ -250,9 +251,9 @@ def test_bfloat16_comes_about_as_near_as_float32(tmp_path: Path) -> None:
 def test_half_precision_on_disk_is_full_precision_in_training(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     values = {n: rng.standard_normal((30, w)).astype(np.float16) for n, w in (("x", 6), ("y", 4))}
-    samples = SliceSamples(store_of(tmp_path, values), ["x"], "y", 0.1)
+    samples = SliceSamples.of(store_of(tmp_path, values), ["x"], ["y"], 0.1)
     assert all(array.dtype == np.float32 for array in samples.arrays(0, 5).values())
-    assert train(to_torch(linear(Net())), samples, PLAN, silent).nmse < math.inf
+    assert train(to_torch(linear(Net())), samples, NeighbourhoodLoss("y"), PLAN, silent).nmse < math.inf
 
 
 def test_values_without_sample_axis_serve_every_batch(tmp_path: Path) -> None:
@@ -264,10 +265,10 @@ def test_values_without_sample_axis_serve_every_batch(tmp_path: Path) -> None:
     x, table = rng.standard_normal((200, 100, 6)).astype(np.float32), rng.standard_normal((100, 4)).astype(np.float32)
     target = (x @ rng.standard_normal((6, 4)).astype(np.float32)) * np.float32(0.5) + table
     values = {"x": x, "scale": np.array(0.5, np.float32), "table": table, "y": target}
-    samples = SliceSamples(store_of(tmp_path, values, ["scale", "table"]), ["x", "scale", "table"], "y", 0.5)
+    samples = SliceSamples.of(store_of(tmp_path, values, ["scale", "table"]), ["x", "scale", "table"], ["y"], 0.5)
     assert samples.is_constant("table") and not samples.is_constant("x")
     module = to_torch(ir.from_proto(net.proto(y)))
-    found = train(module, samples, replace(PLAN, steps=20), silent)
+    found = train(module, samples, NeighbourhoodLoss("y"), replace(PLAN, steps=20), silent)
     assert found.nmse < found.nmse_start
 
 
@@ -300,7 +301,8 @@ def test_a_batch_is_the_rows_that_were_asked_for(tmp_path: Path) -> None:
     samples = regression(tmp_path)
     whole = samples.arrays(0, 200)
     rows = np.array([3, 17, 150])
-    (x,), y = samples.batch(rows)
+    batch = samples.batch(rows)
+    x, y = batch["x"], batch["y"]
     assert np.array_equal(x.numpy(), whole["x"][rows]) and np.array_equal(y.numpy(), whole["y"][rows])
     assert np.array_equal(samples.training_rows(10**6)["x"], whole["x"][20:])
 
@@ -311,13 +313,13 @@ def test_activations_that_are_no_numbers_are_refused_by_name(tmp_path: Path, nam
     values = {n: np.ones((20, 4), np.float32) for n in ("x", "y")}
     values[name][7, 2] = broken
     with pytest.raises(TrainingError, match=f"the teacher's activation '{name}' holds NaN or Inf"):
-        SliceSamples(store_of(tmp_path, values), ["x"], "y", 0.1)
+        SliceSamples.of(store_of(tmp_path, values), ["x"], ["y"], 0.1)
 
 
 def test_a_value_that_could_not_be_captured_is_refused_with_the_reason(tmp_path: Path) -> None:
     store = store_of(tmp_path, {"x": np.ones((20, 4), np.float32)}, unstorable={"y": "its shape has no sample axis"})
     with pytest.raises(TrainingError, match="value 'y' cannot be captured: its shape has no sample axis"):
-        SliceSamples(store, ["x"], "y", 0.1)
+        SliceSamples.of(store, ["x"], ["y"], 0.1)
 
 
 # The job
@@ -345,7 +347,7 @@ def job_of(
         groups=find_groups(list(model.graph), model.graph.outputs[0]),
         inputs=("x",),
         target=output,
-        store_path=folder / "store",
+        stores={"x": folder / "store", output: folder / "store"},
         entry=Entry(folder / "entry"),
         method=Width(0.5),
         plan=replace(PLAN, **plan),  # type: ignore[arg-type]
@@ -370,7 +372,9 @@ def test_a_job_travels_and_leaves_its_student_on_disk(tmp_path: Path) -> None:
     assert 0 <= result.nmse <= result.nmse_start and result.steps == 40 and result.seconds > 0
     assert (result.parameters, result.macs) == (6 * 8 + 8 + 8 * 4 + 4, 6 * 8 + 8 * 4)
     student = load_student(job.entry)
-    samples = SliceSamples(ActivationStore.open(job.store_path), job.inputs, job.target, job.holdout)
+    samples = SliceSamples.of(
+        ActivationStore.open(next(iter(job.stores.values()))), job.inputs, [job.target], job.holdout
+    )
     held = samples.arrays(0, samples.blocks.holdout)
     answer = run(student, {"x": held["x"]})["y"].astype(np.float64)
     assert np.square(answer - held["y"]).mean() / held["y"].var(axis=0).mean() == pytest.approx(result.nmse, rel=1e-3)

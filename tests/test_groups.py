@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,11 +27,13 @@ from models import (
     run,
     stack,
 )
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
 from ndonnx.errors import ShrinkError
 from ndonnx.graph import fold_constants, slice_cost
+from ndonnx.graph.shapes import resolve_shapes
 from ndonnx.partition import ChannelGroups, Partition, find_groups
+from ndonnx.partition.rules import RULES
 from ndonnx.students import TeacherSlice
 from ndonnx.students.width import check_by_zeroing, shrink
 
@@ -117,7 +121,8 @@ def groups_of(build: Callable[[Net, str], str], *, domain: bool = False, channel
     """Width by the value in which it is made, for what lies between an image `x` and the value built."""
     net = Net()
     out = build(net, net.input("x", "N", channels, 6, 6))
-    model = net.proto(out, domains={CUSTOM: 1} if domain else None, types={out: floats(out, "N", channels, 6, 6)})
+    types = {out: floats(out, "N", channels, 6, 6)} if domain else None
+    model = net.proto(out, domains={CUSTOM: 1} if domain else None, types=types)
     graph = fold_constants(loaded(model)).graph
     return {group.name: group.width for group in find_groups(graph, graph.outputs[0]).groups}
 
@@ -284,6 +289,134 @@ def test_a_bias_of_a_matrix_product_is_cut_with_it() -> None:
             ("w", 1, "out"), ("b", len(shape) - 1, "out"), ("y.weight", 1, "in")
         }  # fmt: skip
         assert groups.weights() == {"w", "b", "y.weight"}
+
+
+# Attention: heads, or a part of every head
+
+
+def attention(net: Net, x: str, bias: str = "") -> str:
+    """Three heads of four, joined to 12 channels; `bias` is added to the scores."""
+    heads = net.ints(0, 0, 3, 4)
+    q, k, v = (net.op("Reshape", net.matmul(x, 8, 12, out=name), heads) for name in ("q", "k", "v"))
+    q, v = (net.op("Transpose", part, perm=[0, 2, 1, 3]) for part in (q, v))
+    scores = net.op("MatMul", q, net.op("Transpose", k, perm=[0, 2, 3, 1]), out="scores")
+    probabilities = net.op("Softmax", net.op("Add", scores, bias) if bias else scores, axis=-1)
+    joined = net.op("Transpose", net.op("MatMul", probabilities, v), perm=[0, 2, 1, 3])
+    return net.matmul(net.op("Reshape", joined, net.ints(0, 0, 12)), 12, 8, out="y")
+
+
+def attention_groups(model: onnx.ModelProto) -> tuple[ir.Model, ChannelGroups]:
+    working = fold_constants(loaded(model))
+    return working, find_groups(working.graph, working.graph.outputs[0])
+
+
+def check_against_zeroing(model: onnx.ModelProto, working: ir.Model, groups: ChannelGroups) -> None:
+    teacher = TeacherSlice("n01", working, groups, inputs_of(model), threads=1)
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        check_shrinking(teacher, some_units(groups, rng))
+
+
+def test_whole_heads_go_where_they_can() -> None:
+    net = Net()
+    model = net.proto(attention(net, net.input("x", "N", 5, 8), net.weight("bias", 1, 3, 5, 5)))
+    working, groups = attention_groups(model)
+    assert [group.width for group in groups.groups] == [3]
+    assert "bias" in groups.weights()
+    check_against_zeroing(model, working, groups)
+
+
+def test_a_part_of_every_head_goes_where_heads_must_stay() -> None:
+    net = Net()
+    bias = net.op("Neg", net.input("bias", "N", 3, 5, 5))
+    model = net.proto(attention(net, net.input("x", "N", 5, 8), bias))
+    working, groups = attention_groups(model)
+    assert {group.name: group.width for group in groups.groups} == {"v": 4}
+    units = {axis.initializer: axis.units.tolist() for axis in groups.axes}
+    assert units == {"v.weight": [0, 1, 2, 3] * 3, "y.weight": [0, 1, 2, 3] * 3}
+    check_against_zeroing(model, working, groups)
+
+
+def test_a_list_that_several_read_is_written_for_each() -> None:
+    net = Net()
+    x = net.input("x", "N", "L", 8)
+    n, length = (net.op("Slice", net.op("Shape", x), net.ints(axis), net.ints(axis + 1)) for axis in (0, 1))
+    shared = net.op("Concat", length, n, net.ints(3, 4), axis=0, out="list")
+    parts = []
+    for name in ("a", "b"):
+        y = net.op("Reshape", net.matmul(net.op("Transpose", x, perm=[1, 0, 2]), 8, 12, out=name), shared)
+        y = net.op("Reshape", net.op("Neg", net.op("Transpose", y, perm=[0, 1, 3, 2])), net.ints(0, 0, 12))
+        parts.append(net.matmul(y, 12, 8))
+    model = net.proto(net.op("Add", *parts))
+    working, groups = attention_groups(model)
+    assert sorted(group.width for group in groups.groups) == [4, 4]
+    kept = np.ones(8, bool)
+    kept[[0, 4, 5]] = False
+    samples = {"x": np.random.default_rng(0).standard_normal((2, 3, 8)).astype(np.float32)}
+    check_shrinking(TeacherSlice("n01", working, groups, samples, threads=1), kept)
+
+
+def test_a_width_taken_from_another_value_is_written() -> None:
+    net = Net()
+    x = net.input("x", "N", "L", 8)
+    n, length, width = (net.op("Slice", net.op("Shape", x), net.ints(a), net.ints(a + 1)) for a in (0, 1, 2))
+    flat = net.op("Reshape", net.matmul(x, 8, 8, out="a"), net.op("Concat", net.ints(-1), width, axis=0))
+    y = net.op("Reshape", net.op("Neg", flat), net.op("Concat", n, length, net.ints(-1), axis=0))
+    model = net.proto(net.matmul(y, 8, 4))
+    working, groups = attention_groups(model)
+    assert {group.name: group.width for group in groups.groups} == {"a": 8}
+    samples = {"x": np.random.default_rng(0).standard_normal((2, 3, 8)).astype(np.float32)}
+    check_shrinking(TeacherSlice("n01", working, groups, samples, threads=1), np.arange(8) % 3 > 0)
+
+
+@pytest.mark.parametrize(("opset", "widths"), [(12, {}), (13, {"a": 4})])
+def test_softmax_flattened_before_opset_13(opset: int, widths: dict[str, int]) -> None:
+    net = Net()
+    y = net.op("Softmax", net.conv(net.input("x", "N", 8, 6, 6), 8, 4, out="a"), **({"axis": -1} if opset > 12 else {}))
+    _, groups = attention_groups(net.proto(net.conv(y, 4, 8), opset=opset))
+    assert {group.name: group.width for group in groups.groups} == widths
+
+
+# Nodes that are not what they should be
+
+
+@settings(max_examples=60)
+@given(st.sampled_from(sorted(BUILDERS)), st.data())
+def test_no_graph_makes_the_rules_fail(name: str, data: st.DataObject) -> None:
+    model = BUILDERS[name]()
+    for _ in range(data.draw(st.integers(1, 4))):
+        damage(model.graph, data.draw)
+    graph = ir.from_proto(model).graph
+    resolve_shapes(ir.Model(graph, ir_version=9))
+    for value in (*graph.outputs, *(node.outputs[0] for node in graph if node.outputs)):
+        groups = find_groups(graph, value)
+        assert all(0 <= axis.units.max() < groups.units for axis in groups.axes)
+
+
+def damage(graph: onnx.GraphProto, draw: Callable[[st.SearchStrategy[Any]], Any]) -> None:
+    """Change one thing so that a node need not fit its operator any more."""
+    node = draw(st.sampled_from(list(graph.node)))
+    kind = draw(st.sampled_from(["attribute", "operator", "input", "drop", "weight", "shape"]))
+    if kind == "attribute":
+        name = draw(st.sampled_from(["axis", "axes", "group", "perm", "split", "starts", "transB", "keepdims", "pads"]))
+        value = draw(st.integers(-5, 5) | st.lists(st.integers(-5, 5), min_size=1, max_size=4) | st.just("text"))
+        for attribute in [a for a in node.attribute if a.name == name]:
+            node.attribute.remove(attribute)
+        node.attribute.append(helper.make_attribute(name, value))
+    elif kind == "operator":
+        node.op_type = draw(st.sampled_from(sorted(RULES)))
+    elif kind == "input" and node.input:
+        known = [value.name for value in graph.input] + [weight.name for weight in graph.initializer]
+        node.input[draw(st.integers(0, len(node.input) - 1))] = draw(st.sampled_from([*known, ""]))
+    elif kind == "drop" and node.input:
+        del node.input[-1]
+    elif kind == "weight" and graph.initializer:
+        weight = draw(st.sampled_from(list(graph.initializer)))
+        shape = draw(st.lists(st.integers(0, 4), max_size=4))
+        weight.CopyFrom(onnx.numpy_helper.from_array(np.ones(shape, draw(st.sampled_from(["f4", "i8"]))), weight.name))
+    elif kind == "shape":
+        shape = draw(st.lists(st.integers(0, 9) | st.just("N"), max_size=5))
+        graph.value_info.append(floats(node.output[0], *shape))
 
 
 def test_units_hold_whole_groups_of_a_grouped_convolution() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -76,9 +77,9 @@ def test_a_residual_network_is_cut_into_its_units(norm: bool) -> None:
 
 
 def test_an_inverted_bottleneck_is_taken_whole() -> None:
-    _, parts = parted(inverted_bottleneck(3))
-    assert ends(parts) == [(f"unit{i}", f"unit{i + 1}") for i in range(3)]
-    assert [n.widths for n in parts.distillable] == [[12, 4]] * 3
+    _, parts = parted(inverted_bottleneck(4))
+    assert ends(parts) == [(f"unit{i}", f"unit{i + 1}") for i in range(4)]
+    assert [n.widths for n in parts.distillable] == [[12, 4]] * 4
     assert ops(parts, "unit1").count("Conv") == 5
 
 
@@ -93,9 +94,9 @@ def test_an_inverted_bottleneck_without_a_residual_sum_is_taken_whole() -> None:
 
 
 def test_a_bottleneck_is_taken_with_all_three_convolutions() -> None:
-    _, parts = parted(bottleneck(2))
-    assert ends(parts) == [("unit0", "unit1"), ("unit1", "unit2")]
-    assert [n.widths for n in parts.distillable] == [[6, 6]] * 2
+    _, parts = parted(bottleneck(8))
+    assert ends(parts) == [(f"unit{i}", f"unit{i + 1}") for i in range(8)]
+    assert [n.widths for n in parts.distillable] == [[6, 6]] * 8
     assert ops(parts, "unit1").count("Conv") == 3
 
 
@@ -130,7 +131,8 @@ def test_two_heads_are_two_neighbourhoods() -> None:
 @pytest.mark.parametrize("name", ["tied", "local_function", "old_style"])
 def test_units_are_found_however_the_model_is_written(name: str) -> None:
     _, parts = parted(BUILDERS[name]())
-    assert ends(parts) == [("unit0", "unit1"), ("unit1", "unit2")]
+    (_, first), second = ends(parts)  # where weights are tied, the stem is a large part and joins
+    assert (first, *second) == ("unit1", "unit1", "unit2")
 
 
 def test_a_mask_for_every_layer_becomes_context() -> None:
@@ -156,6 +158,89 @@ def test_two_towers_are_both_streams() -> None:
     assert set(parts.flow.stream_inputs) == {"a", "b"}
     assert {("a", "a tower"), ("b", "b tower")} < set(ends(parts))
     assert parts.coverage()[0] == 1
+
+
+# What is left over, and how large pieces get
+
+
+def _unit(net: Net, x: str, channels: int, inner: int, out: str) -> str:
+    return net.op("Add", net.conv(net.relu(net.conv(x, channels, inner)), inner, channels), x, out=out)
+
+
+def separated(between: Callable[[Net, str], str], *, wide_stem: bool = False) -> onnx.ModelProto:
+    """Two residual units of eight channels with something between them that has no width of its own."""
+    net = Net(21)
+    stem = net.conv(net.input("x", "N", 3, 6, 6), 3, 8, 9 if wide_stem else 1, out="stem")
+    x = between(net, _unit(net, stem, 8, 8, "unit1"))
+    x = _unit(net, x, 8, 8, "unit2")
+    return net.proto(net.pooled_classifier(x, 8))
+
+
+def depthwise(net: Net, x: str) -> str:
+    return net.conv(x, 8, 8, group=8, out="between")
+
+
+def test_a_convolution_between_two_neighbourhoods_joins_the_second() -> None:
+    _, parts = parted(separated(depthwise))
+    assert ends(parts) == [("stem", "unit1"), ("unit1", "unit2")]
+    assert ops(parts, "unit2") == ["Conv", "Conv", "Relu", "Conv", "Add"]
+    check_neighbourhoods(parts)
+
+
+def test_an_activation_between_two_neighbourhoods_stays_with_the_first() -> None:
+    _, parts = parted(separated(lambda net, x: depthwise(net, net.op("Tanh", x, out="activated"))))
+    assert ends(parts) == [("stem", "activated"), ("activated", "unit2")]
+
+
+def test_what_no_rule_knows_joins_nothing() -> None:
+    _, parts = parted(separated(lambda net, x: net.op("LRN", depthwise(net, x), size=3, out="normed")))
+    assert ends(parts) == [("stem", "unit1"), ("normed", "unit2")]
+
+
+@pytest.mark.parametrize("option", [{"cut": ["between"]}, {"freeze": ["between"]}])
+def test_what_the_user_keeps_apart_joins_nothing(option: dict[str, list[str]]) -> None:
+    _, parts = parted(separated(depthwise), **option)
+    assert ends(parts) == [("stem", "unit1"), ("between", "unit2")]
+
+
+def test_a_stem_joins_only_where_it_holds_much_of_the_model() -> None:
+    _, parts = parted(separated(depthwise))
+    assert not parts.neighbourhoods[0].distillable
+    _, parts = parted(separated(depthwise, wide_stem=True))
+    assert ends(parts)[0] == ("x", "unit1")
+
+
+def test_an_atom_is_entered_where_what_is_left_over_inside_joins() -> None:
+    """A long skip over three stages, each of which begins with a convolution that has no width of its own."""
+    net = Net(22)
+    x = start = net.conv(net.input("x", "N", 3, 6, 6), 3, 8, 1, out="stem")
+    for i in (1, 2, 3):
+        x = _unit(net, net.conv(x, 8, 8, 7, group=8, out=f"stage{i}"), 8, 8, f"unit{i}")
+    x = net.conv(net.op("Concat", start, x, axis=1), 16, 4, 1, out="joined")
+    _, parts = parted(net.proto(net.pooled_classifier(x, 4)))
+    assert ends(parts)[:3] == [("stem", "unit1"), ("unit1", "unit2"), ("unit2", "unit3")]
+    check_neighbourhoods(parts)
+
+
+def test_layers_that_all_read_the_input_again_are_each_found() -> None:
+    """Every layer nests in the next: were each looked at with all that it holds, this would not end."""
+    net = Net(23)
+    x = start = net.input("x", "N", 4, 4, 4)
+    for i in range(150):
+        x = net.op("Add", net.conv(net.relu(net.conv(x, 4, 4, 1)), 4, 4, 1, out=f"layer{i}"), start)
+    _, parts = parted(net.proto(x))
+    assert [exit_ for _, exit_ in ends(parts)] == ["add_6", *(f"layer{i}" for i in range(1, 150))]
+
+
+def test_a_long_stretch_without_a_width_is_one_kept_piece() -> None:
+    net = Net(24)
+    x = net.input("x", "N", 4, 4, 4)
+    for _ in range(600):
+        x = net.conv(x, 4, 4, 1, group=4)
+    x = net.conv(net.relu(net.conv(x, 4, 4, 1, out="narrow")), 4, 4, 1, out="end")
+    _, parts = parted(net.proto(x))
+    assert [exit_ for _, exit_ in ends(parts)] == ["end"]
+    assert len(parts.neighbourhoods) <= 2
 
 
 # Shapes and context from outside
@@ -208,6 +293,73 @@ def test_control_flow_and_custom_operators_lie_between_neighbourhoods(model: onn
     _, parts = parted(model)
     assert [exit_ for _, exit_ in ends(parts)] == ["unit1", "unit2"]
     assert f"holds {op}, which cannot be trained" in [n.reason for n in parts.neighbourhoods]
+
+
+def _choice(net: Net, x: str) -> str:
+    """An `If` on the contents of a value, with that value as it is or negated."""
+    first = net.op("Gather", net.op("Flatten", net.op("ReduceMean", x)), net.constant("zero", np.array(0)), axis=1)
+    condition = net.op("Squeeze", net.op("Greater", first, net.constant("nought", np.zeros(1, np.float32))))
+    branches = {
+        f"{name}_branch": helper.make_graph([helper.make_node(op, [x], [name])], name, [], [floats(name, "N", 8, 6, 6)])
+        for name, op in (("then", "Identity"), ("else", "Neg"))
+    }
+    return net.op("If", condition, out="chosen", **branches)
+
+
+def _repeated(net: Net, x: str) -> str:
+    """A `Loop` that reads one value and carries it on."""
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["go"], ["still"]), helper.make_node("Tanh", ["held"], ["next"])],
+        "body",
+        [
+            helper.make_tensor_value_info("i", TensorProto.INT64, []),
+            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
+            floats("held", "N", 8, 6, 6),
+        ],
+        [helper.make_tensor_value_info("still", TensorProto.BOOL, []), floats("next", "N", 8, 6, 6)],
+    )
+    return net.op("Loop", net.constant("times", np.array(2)), "", x, out="looped", body=body)
+
+
+@settings(max_examples=15)
+@given(
+    st.lists(st.sampled_from(["residual", "squeeze_excite", "two_readers"]), min_size=1, max_size=2),
+    st.sampled_from([_choice, _repeated]),
+    st.lists(st.sampled_from(["residual", "squeeze_excite", "two_readers"]), min_size=1, max_size=2),
+)
+def test_neighbourhoods_are_found_before_and_behind_control_flow(
+    before: list[str], middle: Callable[[Net, str], str], behind: list[str]
+) -> None:
+    net = Net(25)
+    x = net.relu(net.conv(net.input("x", "N", 3, 6, 6), 3, 8))
+    for block in before:
+        x, _ = BLOCKS[block](net, x, 8)
+    x = middle(net, x)
+    for block in behind:
+        x, _ = BLOCKS[block](net, x, 8)
+    _, parts = parted(net.proto(net.pooled_classifier(x, 8)))
+    check_neighbourhoods(parts)
+    (opaque,) = [node for node in parts.model.graph if is_opaque(node)]
+    (kept,) = [n for n in parts.neighbourhoods if opaque in n.nodes]
+    assert kept.reason == f"holds {opaque.op_type}, which cannot be trained"
+    early = [n for n in parts.distillable if parts.flow.order[n.nodes[-1]] < parts.flow.order[opaque]]
+    assert len(early) >= len(before)
+    assert len(parts.distillable) - len(early) >= len(behind)
+
+
+def test_a_model_that_is_all_control_flow_has_nothing_to_distil() -> None:
+    net = Net(26)
+    net.input("x", "N", 3, 6, 6)
+    shape = floats("y", "N", 8, 6, 6)
+    branches = {}
+    for name in ("then", "else"):
+        nodes = [helper.make_node("Conv", ["x", net.weight(f"{name}.weight", 8, 3, 1, 1)], [name])]
+        branches[f"{name}_branch"] = helper.make_graph(nodes, name, [], [floats(name, "N", 8, 6, 6)])
+    net.op("If", net.input("condition", dtype=TensorProto.BOOL), out="y", **branches)
+    _, parts = parted(net.proto("y", types={"y": shape}))
+    assert not parts.distillable
+    assert [n.reason for n in parts.neighbourhoods] == ["holds If, which cannot be trained"]
+    assert parts.coverage() == (0, 0)
 
 
 def test_an_activation_of_another_domain_is_not_joined() -> None:

@@ -24,12 +24,12 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from ndonnx import demo, pipeline
+from ndonnx import demo
 from ndonnx.distil import DistilJob
 from ndonnx.errors import DataError, ModelError, RunDirError, UsageError, VerificationError
 from ndonnx.executor import Executor, SerialExecutor, processes
 from ndonnx.graph import load, slice_cost
-from ndonnx.pipeline import CompressResult, compress
+from ndonnx.pipeline import CompressResult, compress, distilling, finishing
 from ndonnx.recipe import Recipe
 from ndonnx.splice import splice
 from ndonnx.teacher import sessions
@@ -38,6 +38,7 @@ from tests.models import Array, Net, inputs_of, mlp, residual_cnn, run, transfor
 SMALL: dict[str, Any] = {
     "steps": 6,
     "batch_size": 16,
+    "inputs": "teacher",
     "executor": "serial",
     "workers": 1,
     "device": "cpu",
@@ -50,7 +51,7 @@ UNITS = {"n02", "n03", "n04"}
 @pytest.fixture(autouse=True)
 def one_core(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Beside other work, threads that wait for each other make these small runs thirty times slower."""
-    for module in (pipeline, sessions, processes):
+    for module in (distilling, finishing, sessions, processes):
         monkeypatch.setattr(module, "usable_cores", lambda: 1)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -153,7 +154,9 @@ def test_the_demo_from_end_to_end(tmp_path: Path) -> None:
     )
     report = json.loads((tmp_path / "student.run" / "report.json").read_text())
     assert report == json.loads(json.dumps(result.report.to_json(), allow_nan=False))
-    assert report.keys() == {"teacher", "student", "metrics", "neighbourhoods", "seconds", "peak_rss_bytes", "run_dir"}
+    assert report.keys() == {
+        *("teacher", "student", "metrics", "neighbourhoods", "finetune", "seconds", "peak_rss_bytes", "run_dir")
+    }
     for side, path in (("teacher", demo.teacher_path()), ("student", output)):
         assert {"path", "parameters", "macs", "bytes"} <= report[side].keys()
         assert report[side]["path"] == str(path)
@@ -163,7 +166,7 @@ def test_the_demo_from_end_to_end(tmp_path: Path) -> None:
         assert 0 <= report["metrics"][side]["accuracy"] <= 1
     assert report["metrics"]["teacher"]["accuracy"] == 0.996
     assert report["metrics"]["student"]["agreement"] > 0.3
-    stages = {"load", "partition", "capture", "distil", "splice", "finetune", "evaluate", "total"}
+    stages = {"load", "partition", "capture", "distil", "refit", "splice", "finetune", "evaluate", "total"}
     assert report["seconds"].keys() == stages
     assert sum(report["seconds"][name] for name in stages - {"total"}) == pytest.approx(
         report["seconds"]["total"], rel=0.1
@@ -585,13 +588,13 @@ def test_a_continued_run_gives_its_jobs_as_many_threads_as_before(
     """The number of threads decides the last bits, so it may not depend on what is left to do."""
     threads: dict[str, int] = {}
     crews: list[int] = []
-    monkeypatch.setattr(pipeline, "usable_cores", lambda: 6)
+    monkeypatch.setattr(distilling, "usable_cores", lambda: 6)
 
     def watching(kind: str, crew: int) -> Watching:
         crews.append(crew)
         return Watching(threads)
 
-    monkeypatch.setattr(pipeline, "make_executor", watching)
+    monkeypatch.setattr(distilling, "make_executor", watching)
     bench.compress(executor="process", workers=workers, steps=1)
     assert threads == dict.fromkeys(UNITS, 2 if workers is None else 3)
     first = dict(threads)
@@ -719,7 +722,7 @@ def test_a_student_that_is_not_what_was_trained_gets_no_name(bench: Bench, monke
         value.const_value = ir.tensor(value.const_value.numpy() + np.float32(0.1), name=value.name)
         return model
 
-    monkeypatch.setattr(pipeline, "splice", careless)
+    monkeypatch.setattr(sys.modules[compress.__module__], "splice", careless)
     with pytest.raises(VerificationError, match="n03: in the spliced student"):
         bench.compress()
     assert not bench.student.exists()

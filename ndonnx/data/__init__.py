@@ -1,15 +1,18 @@
-"""Data sources: from what the user wrote (`calib.npz`, `images/`, `gaussian`) to batches of named arrays."""
+"""Data sources: from what the user wrote (`calib.npz`, `images/`, `leaves`) to batches of named arrays."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import onnx_ir as ir
+
 from ndonnx.data.arrays import ArraySource
 from ndonnx.data.folder import FolderSource
 from ndonnx.data.function import FunctionSource
-from ndonnx.data.gaussian import GaussianSource
+from ndonnx.data.noise import NOISES, NoiseSource
 from ndonnx.data.parquet import ParquetSource
 from ndonnx.data.preprocess import resolve
 from ndonnx.data.source import DataSource
@@ -17,18 +20,26 @@ from ndonnx.data.specs import Batch, InputSpec, input_specs
 from ndonnx.errors import DataError
 from ndonnx.recipe import DataRecipe
 
-__all__ = ["Batch", "DataSource", "InputSpec", "input_specs", "open_source"]
+__all__ = ["DATA_FREE", "Batch", "DataSource", "InputSpec", "input_specs", "open_source"]
+
+DATA_FREE = "leaves"
+"""The source that `data_free` stands for."""
 
 _FILES = {".npz": ArraySource, ".npy": ArraySource, ".parquet": ParquetSource}
 _FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
-_KINDS = "a .npz, .npy or .parquet file, a directory of images, module:function, gaussian or gaussian:N"
+_KINDS = (
+    "a .npz, .npy or .parquet file, a directory of images, module:function, "
+    f"or made-up samples: {', '.join(NOISES)} (or {DATA_FREE}:N for N of them)"
+)
 
 
-def open_source(spec: str, inputs: Sequence[InputSpec], recipe: DataRecipe, *, seed: int = 0) -> DataSource:
+def open_source(
+    spec: str, inputs: Sequence[InputSpec], recipe: DataRecipe, *, seed: int = 0, graph: ir.Graph | None = None
+) -> DataSource:
     """Open a source for a model with these inputs; what can be checked without reading it all is.
 
     `module:function` runs the user's own code: pass it on only where the user asked for it.
-    `seed` is for `gaussian`.
+    `seed` and `graph`, the model's, are for made-up samples: the graph tells which whole numbers an input can take.
 
     Raises:
         DataError: the source is missing, corrupt, of an unknown kind, or does not fit the model.
@@ -36,9 +47,12 @@ def open_source(spec: str, inputs: Sequence[InputSpec], recipe: DataRecipe, *, s
     if not spec:
         raise DataError(f"the data source is empty; expected {_KINDS}")
     inputs = resolve(inputs, recipe)
-    if spec.partition(":")[0] == "gaussian":
-        return GaussianSource(spec, inputs, recipe, seed)
+    name = spec.partition(":")[0]
     path = Path(spec)
+    if name in NOISES:
+        if spec == name and path.exists():
+            raise DataError(f"{spec!r}: made-up samples or the path here? write {spec}:20000 or .{os.sep}{spec}")
+        return NoiseSource(spec, inputs, recipe, seed, graph)
     try:
         is_directory, size = path.is_dir(), path.stat().st_size if path.is_file() else None
     except (OSError, ValueError) as error:

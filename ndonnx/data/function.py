@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import os
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from ndonnx.data.preprocess import prepare_array
 from ndonnx.data.source import DataSource, file_bytes, first_line
 from ndonnx.data.specs import Batch, InputSpec, check_labels
+from ndonnx.data.user_code import import_function
 from ndonnx.errors import DataError
 from ndonnx.recipe import DataRecipe
 
@@ -35,7 +34,7 @@ class FunctionSource(DataSource):
             DataError: it cannot be imported or called, or its first item does not fit the model.
         """
         super().__init__(spec, inputs, recipe)
-        self._function = _import(spec)
+        self._function = import_function(spec, os.getcwd(), DataError)
         first = next(self._items(), None)
         if first is None:
             raise DataError(f"{spec}: gives no samples; expected at least one")
@@ -99,23 +98,6 @@ class FunctionSource(DataSource):
         """The spec and the module's source; data that the function reads from elsewhere is not seen."""
         file = inspect.getsourcefile(self._function)
         return chain([self.spec.encode()], file_bytes(Path(file), file) if file is not None else [])
-
-
-def _import(spec: str) -> Callable[[], Any]:
-    module_name, _, function_name = spec.partition(":")
-    # Installed commands do not look in the current directory; stays, since the function may import later.
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # a module may raise anything while it is imported
-        raise DataError(f"{spec}: cannot import '{module_name}' from {os.getcwd()}: "
-                        f"{first_line(error)}") from error  # fmt: skip
-    function = vars(module).get(function_name)
-    if not inspect.isfunction(function):
-        public = [name for name, value in vars(module).items() if inspect.isfunction(value) and name[0] != "_"]
-        raise DataError(f"{spec}: '{module_name}' has no function '{function_name}'; it has {public or 'none'}")
-    return function
 
 
 def _split(raw: object, where: str) -> tuple[Mapping[str, ArrayLike], ArrayLike | None]:

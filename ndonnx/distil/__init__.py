@@ -1,17 +1,28 @@
 """Training of student slices against the teacher's activations."""
 
-from ndonnx.distil.job import DistilJob, DistilResult, load_student, read_result
-from ndonnx.distil.losses import neighbourhood_loss, nmse, target_variance
+from ndonnx.distil.job import DistilJob, DistilResult, HeadSlice, load_student, read_result
+from ndonnx.distil.losses import (
+    DistillationLoss,
+    LookAheadLoss,
+    NeighbourhoodLoss,
+    Objective,
+    nmse,
+    target_variance,
+)
 from ndonnx.distil.trainer import Plan, Training, learning_rate, train
 
 __all__ = [
     "DistilJob",
     "DistilResult",
+    "DistillationLoss",
+    "HeadSlice",
+    "LookAheadLoss",
+    "NeighbourhoodLoss",
+    "Objective",
     "Plan",
     "Training",
     "learning_rate",
     "load_student",
-    "neighbourhood_loss",
     "nmse",
     "read_result",
     "target_variance",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,17 +12,16 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from ndonnx.convert import TorchSlice, check_parity, to_torch, write_back
-from ndonnx.distil.samples import SliceSamples
+from ndonnx.convert import to_torch, write_back
+from ndonnx.distil.gate import check_answer, free_batch, pass_gate
+from ndonnx.distil.losses import Head, LookAheadLoss, NeighbourhoodLoss, Objective, target_variance
+from ndonnx.distil.samples import SliceSamples, Source
 from ndonnx.distil.trainer import OnStep, Plan, train
-from ndonnx.errors import ParityError
 from ndonnx.graph import load, save, slice_cost
-from ndonnx.graph.load import infer_shapes
 from ndonnx.partition import ChannelGroups
 from ndonnx.rundir import Entry
 from ndonnx.students import StudentMethod, TeacherSlice
-from ndonnx.teacher import ActivationStore, make_session
-from ndonnx.teacher.sessions import REFUSALS, first_line
+from ndonnx.teacher import ActivationStore
 
 _PROBE = 16
 """Samples on which torch and onnxruntime are compared."""
@@ -49,6 +48,15 @@ class DistilResult:
 
 
 @dataclass(frozen=True)
+class HeadSlice:
+    """A teacher slice through which a job looks ahead."""
+
+    path: Path
+    context: tuple[str, ...]
+    output: str
+
+
+@dataclass(frozen=True)
 class DistilJob:
     """Everything that a worker needs, by value or by path."""
 
@@ -57,13 +65,17 @@ class DistilJob:
     groups: ChannelGroups
     inputs: tuple[str, ...]
     target: str
-    store_path: Path
+    stores: Mapping[str, Path]
+    """The activation store of each value: the inputs, the target, and what looking ahead reads."""
     entry: Entry
     method: StudentMethod
     plan: Plan
     holdout: float
     parity: float
     threads: int
+    heads: tuple[HeadSlice, ...] = ()
+    """Teacher slices after this one, each beginning where the one before ends."""
+    head_weights: tuple[float, ...] = ()
 
     def __call__(self, on_step: OnStep) -> DistilResult:
         """Shrink, convert, check, train, write back; the student and its result are on disk afterwards.
@@ -74,22 +86,22 @@ class DistilJob:
         began = time.perf_counter()
         torch.set_num_threads(self.threads)
         folder = self.entry.begin()
-        samples = SliceSamples(ActivationStore.open(self.store_path), self.inputs, self.target, self.holdout)
+        samples = self._samples()
         model = free_batch(load(self.slice_path), [name for name in self.inputs if not samples.is_constant(name)])
         captured = samples.arrays(0, _PROBE)
-        probe = [captured[name] for name in self.inputs]
-        self._gate(model, probe)
-        self._check_rows(model, probe, captured[self.target].shape)
+        probe = {name: captured[name] for name in self.inputs}
+        pass_gate(model, probe, self.parity, self.threads, captured[self.target].shape)
         seed = zlib.crc32(self.name.encode(), self.plan.seed)
         candidate = self.method.build(self._teacher(model, samples), np.random.default_rng(seed))
-        module = self._gate(candidate.model, probe)
-        training = train(module, samples, self.plan, on_step)
+        module, _ = pass_gate(candidate.model, probe, self.parity, self.threads)
+        objective = self._objective(samples)
+        training = train(module, samples, objective, self.plan, on_step, candidate.constraint)
         student = write_back(candidate.model, module.trained_weights())
-        check_parity(module, probe, self._answer(student, probe), self.parity)
+        check_answer(module, student, probe, self.parity, self.threads)
         save(student, folder / STUDENT_FILE)
         cost = slice_cost(student)
         result = DistilResult(
-            candidate.spec,
+            candidate.spec + (f", look-ahead {len(self.heads)}" if self.heads else ""),
             training.nmse_start,
             training.nmse,
             training.steps,
@@ -101,50 +113,26 @@ class DistilJob:
         self.entry.commit(asdict(result))
         return result
 
+    def _samples(self) -> SliceSamples:
+        stores = {path: ActivationStore.open(path) for path in dict.fromkeys(self.stores.values())}
+        sources = {name: Source(stores[path], name) for name, path in self.stores.items()}
+        return SliceSamples(sources, self.inputs, self.holdout)
+
+    def _objective(self, samples: SliceSamples) -> Objective:
+        if not self.heads:
+            return NeighbourhoodLoss(self.target)
+        heads = [Head(to_torch(load(head.path)), head.context, head.output) for head in self.heads]
+        loss = LookAheadLoss(self.target, heads, self.head_weights)
+        rows = samples.training_rows(_PROBE)
+        loss.scales = {name: target_variance(torch.from_numpy(rows[name])) for name in loss.values}
+        return loss
+
     def _teacher(self, model: ir.Model, samples: SliceSamples) -> TeacherSlice:
         count = min(_SHAPING_SAMPLES, max(_PROBE, _SHAPING_BYTES // max(1, samples.bytes_per_sample())))
         rows = samples.training_rows(count)
         constants = frozenset(name for name in self.inputs if samples.is_constant(name))
         given = {name: rows[name] for name in self.inputs}
         return TeacherSlice(self.name, model, self.groups, given, self.threads, constants)
-
-    def _gate(self, model: ir.Model, probe: list[np.ndarray]) -> TorchSlice:
-        module = to_torch(model)
-        check_parity(module, probe, self._answer(model, probe), self.parity)
-        return module
-
-    def _check_rows(self, model: ir.Model, probe: list[np.ndarray], expected: tuple[int, ...]) -> None:
-        found = self._answer(model, probe).shape
-        if found != expected:
-            raise ParityError(
-                f"several samples at once give '{self.target}' the shape {found} instead of {expected}; "
-                "export the teacher with a dynamic batch dimension"
-            )
-
-    def _answer(self, model: ir.Model, probe: list[np.ndarray]) -> np.ndarray:
-        try:
-            session = make_session(model, threads=self.threads)
-            answer: np.ndarray = session.run([self.target], dict(zip(self.inputs, probe, strict=True)))[0]
-        except REFUSALS as error:
-            raise ParityError(f"onnxruntime does not run the slice: {first_line(error)}") from error
-        return answer
-
-
-def free_batch(model: ir.Model, inputs: Sequence[str]) -> ir.Model:
-    """Let a slice take any number of samples along the first axis of these inputs, whatever the teacher takes.
-
-    Works in place and returns the slice.
-    """
-    fixed = [v for v in model.graph.inputs if v.name in inputs and v.shape and isinstance(v.shape[0], int)]
-    if not fixed:
-        return model
-    for value in fixed:
-        assert value.shape is not None
-        value.shape = ir.Shape(["samples", *value.shape[1:]])
-    for node in model.graph:
-        for value in node.outputs:
-            value.shape = None
-    return infer_shapes(model)
 
 
 def read_result(entry: Entry) -> DistilResult:

@@ -1,11 +1,12 @@
-"""Captured activations of one slice as training batches: a memory map in, tensors out."""
+"""Captured activations as training batches: a memory map in, tensors out."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -29,21 +30,56 @@ class Blocks:
         return cls(samples, min(max(1, round(part * samples)), samples - 1))
 
 
-class SliceSamples:
-    """Inputs and target of one slice, read from the store in batches."""
+@dataclass(frozen=True)
+class Source:
+    """Where a value of the training is read: a store and the value's name in it."""
 
-    def __init__(self, store: ActivationStore, inputs: Sequence[str], target: str, holdout: float) -> None:
-        for name in (*inputs, target):
-            if name in store.unstorable:
-                raise TrainingError(f"value '{name}' cannot be captured: {store.unstorable[name]}")
-            if name in store.nonfinite:
-                raise TrainingError(f"the teacher's activation '{name}' holds NaN or Inf on this data")
-        self._store = store
+    store: ActivationStore
+    name: str
+
+
+class SliceSamples:
+    """Inputs of a module and the values that its answers are compared with, read in batches."""
+
+    def __init__(
+        self,
+        sources: Mapping[str, Source],
+        inputs: Sequence[str],
+        holdout: float,
+        arrays: Mapping[str, npt.NDArray[np.generic]] | None = None,
+    ) -> None:
+        """Open the values.
+
+        Args:
+            sources: where each value is stored, by the name it goes by here.
+            inputs: those that the module reads, in its order.
+            holdout: part of the samples set aside.
+            arrays: further values that are not in a store (labels), with as many rows.
+
+        Raises:
+            TrainingError: a value cannot be trained on.
+        """
+        for name, source in sources.items():
+            _check(source, is_context=name in inputs[1:])
+        self._stores = {id(source.store): source.store for source in sources.values()}
+        self._constant = {name for name, source in sources.items() if source.store.is_constant(source.name)}
         self.inputs = tuple(inputs)
-        self.target = target
-        self._maps = {name: store.array(name) for name in (*inputs, target)}
-        self.blocks = Blocks.split(store.samples, holdout)
+        self._maps: dict[str, npt.NDArray[np.generic]] = {
+            name: source.store.array(source.name) for name, source in sources.items()
+        }
+        self._maps.update(arrays or {})
+        self.blocks = Blocks.split(min(store.samples for store in self._stores.values()), holdout)
         self._read = 0
+
+    @classmethod
+    def of(cls, store: ActivationStore, inputs: Sequence[str], values: Sequence[str], holdout: float) -> SliceSamples:
+        """All from one store."""
+        return cls({name: Source(store, name) for name in (*inputs, *values)}, inputs, holdout)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All values."""
+        return tuple(self._maps)
 
     def arrays(self, start: int, stop: int) -> dict[str, np.ndarray]:
         """Rows of all values, floats as float32."""
@@ -56,25 +92,35 @@ class SliceSamples:
 
     def is_constant(self, name: str) -> bool:
         """Whether one array serves all samples."""
-        return self._store.is_constant(name)
+        return name in self._constant
 
-    def batch(self, rows: np.ndarray) -> tuple[list[Tensor], Tensor]:
-        """Inputs and target of these rows, in the type in which they are stored."""
-        tensors = [torch.from_numpy(np.ascontiguousarray(self._rows(name, rows))) for name in self._maps]
-        self._read += sum(tensor.nbytes for tensor in tensors)
+    def batch(self, rows: np.ndarray) -> dict[str, Tensor]:
+        """All values of these rows, in the types in which they are stored."""
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(self._rows(name, rows))) for name in self._maps}
+        self._read += sum(tensor.nbytes for tensor in tensors.values())
         if self._read > _RELEASE_EVERY:
-            self._store.release()
+            for store in self._stores.values():
+                store.release()
             self._read = 0
-        return tensors[:-1], tensors[-1]
+        return tensors
 
     def bytes_per_sample(self) -> int:
         """Bytes of one sample of all values as float32."""
-        return sum(int(np.prod(self._maps[name].shape[1:])) * 4 for name in self._maps)
+        return sum(int(np.prod(values.shape[1:])) * 4 for values in self._maps.values())
 
     def _rows(self, name: str, rows: slice | np.ndarray) -> np.ndarray:
-        if self._store.is_constant(name):
+        if self.is_constant(name):
             return np.array(self._maps[name])  # torch warns of arrays that cannot be written
         return np.asarray(self._maps[name][rows])
+
+
+def _check(source: Source, *, is_context: bool) -> None:
+    name, store = source.name, source.store
+    if name in store.unstorable:
+        raise TrainingError(f"value '{name}' cannot be captured: {store.unstorable[name]}")
+    # An attention mask may well hold -Inf; should NaN come of it, the gate refuses the slice's answer.
+    if name in store.nonfinite and not is_context:
+        raise TrainingError(f"the teacher's activation '{name}' holds NaN or Inf on this data")
 
 
 def _float32(array: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Gradient descent on one student slice: seeded, best held-out state kept, NaN stopped."""
+"""Gradient descent on one module: seeded, best held-out state kept, NaN stopped, weights held to their constraint."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ndonnx.distil.losses import neighbourhood_loss, nmse, target_variance
+from ndonnx.convert import TorchSlice
+from ndonnx.distil.losses import Objective, nmse, target_variance
 from ndonnx.distil.samples import SliceSamples
 from ndonnx.errors import TrainingError
+from ndonnx.students import Constraint
 
 OnStep = Callable[[int, int, float], None]
 """Step, steps, held-out NMSE so far."""
@@ -39,29 +41,43 @@ class Plan:
     seed: int
     device: str = "cpu"
     bf16: bool = False
+    seconds: float | None = None
+    """Wall time after which the training ends, its learning rate fallen to zero, whatever the steps."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """What came out: held-out NMSE before and after, and where the best state was found."""
+    """What came out: held-out errors before and after, and where the best state was found."""
 
     nmse_start: float
+    """Of the target itself, whatever the objective."""
     nmse: float
+    loss_start: float
+    """The objective's value."""
+    loss: float
     best_step: int
     steps: int
     seconds: float
 
 
-def learning_rate(step: int, plan: Plan) -> float:
-    """Relative step size: linear warm-up, then half a cosine down to zero; `step` counts from 0."""
-    warmup = max(1, round(plan.warmup * plan.steps))
-    rise = min(1.0, (step + 1) / warmup)
-    fall = 0.5 * (1.0 + math.cos(math.pi * step / max(1, plan.steps)))
-    return plan.lr * rise * fall
+def learning_rate(done: float, plan: Plan) -> float:
+    """Relative step size: linear warm-up, then half a cosine down to zero; `done` is the part that is over, 0 to 1."""
+    first = 1 / max(1, plan.steps)
+    rise = min(1.0, (done + first) / max(plan.warmup, first))
+    return plan.lr * rise * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
 
 
-def train(module: nn.Module, samples: SliceSamples, plan: Plan, on_step: OnStep) -> Training:
+def train(
+    module: TorchSlice,
+    samples: SliceSamples,
+    objective: Objective,
+    plan: Plan,
+    on_step: OnStep,
+    constraint: Constraint | None = None,
+) -> Training:
     """Train in place; the module ends in its best held-out state, never worse than it began.
+
+    With a constraint, the beginning is the start on which it was imposed at once.
 
     Raises:
         TrainingError: the loss, or the held-out error of the start, is NaN or Inf.
@@ -70,47 +86,86 @@ def train(module: nn.Module, samples: SliceSamples, plan: Plan, on_step: OnStep)
     torch.manual_seed(plan.seed)
     device = torch.device(plan.device)
     module.to(device)
-    judge = _Judge(module, samples, device)
-    start = judge.error()
-    if not math.isfinite(start):
-        raise TrainingError(f"the held-out error is {start} before the first step; the captured activations overflow")
-    best, best_step, state = start, 0, _copy(module)
-    weights = [p for p in module.parameters() if p.requires_grad]
-    if plan.steps and weights:
-        for step, error in _descend(module, weights, samples, plan, judge):
-            if error < best:
-                best, best_step, state = error, step, _copy(module)
-            on_step(step, plan.steps, best)
-    with torch.no_grad():
-        for parameter, kept in zip(module.parameters(), state, strict=True):
-            parameter.copy_(kept)
+    objective.to(device)
+    judge = _Judge(module, samples, objective, device)
+    free = _copy(module)
+    if constraint is not None:
+        impose(constraint, module, 1.0)
+    start = best = judge.errors()
+    if not math.isfinite(start.loss):
+        raise TrainingError(
+            f"the held-out error is {start.loss} before the first step; the captured activations overflow"
+        )
+    best_step, state = 0, _copy(module)
+    _restore(module, free)
+    step = 0
+    if plan.steps and any(weight.requires_grad for weight in module.parameters()):
+        for step, done in _descend(module, samples, objective, plan, constraint):
+            if constraint is None or done >= constraint.settled:
+                errors = judge.errors()
+                if errors.loss < best.loss:
+                    best, best_step, state = errors, step, _copy(module)
+            on_step(step, plan.steps, best.nmse)
+    _restore(module, state)
     module.to("cpu")
-    return Training(start, best, best_step, plan.steps, time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    return Training(start.nmse, best.nmse, start.loss, best.loss, best_step, step, seconds)
+
+
+def impose(constraint: Constraint, module: TorchSlice, done: float) -> None:
+    """Hold a module's weights to a constraint."""
+    with torch.no_grad():
+        weights = {name: weight.data for name, weight in zip(module.weight_names, module.weights, strict=True)}
+        constraint.impose(weights, done)
 
 
 def _descend(
-    module: nn.Module, weights: list[nn.Parameter], samples: SliceSamples, plan: Plan, judge: _Judge
+    module: TorchSlice, samples: SliceSamples, objective: Objective, plan: Plan, constraint: Constraint | None
 ) -> Iterator[tuple[int, float]]:
-    """Run the steps; yield the step and the held-out error whenever it is measured."""
+    """Run the steps; yield the step and the part that is over whenever the held-out error is to be measured."""
     device = torch.device(plan.device)
+    weights = [weight for weight in module.parameters() if weight.requires_grad]
     optimiser = torch.optim.Adam([{"params": [w], "scale": _scale(w)} for w in weights], lr=plan.lr, fused=True)
-    every = max(1, plan.steps // _EVALUATIONS)
     half = torch.autocast(device.type, torch.bfloat16, enabled=plan.bf16)
-    for step, rows in enumerate(_batches(samples, plan)):
+    clock = _Clock(plan)
+    measured = 0.0
+    for step, rows in enumerate(_batches(samples, plan), start=1):
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate(step, plan) * group["scale"]
-        inputs, target = samples.batch(rows)
+            group["lr"] = learning_rate(clock.done, plan) * group["scale"]
+        batch = samples.batch(rows)
         with half:
-            answer = module(*(_to_float(tensor, device, plan.bf16) for tensor in inputs))
-        loss = neighbourhood_loss(answer, target.to(device))
+            answer = module(*(_to_float(batch[name], device, plan.bf16) for name in samples.inputs))
+            captured = {name: _to_float(batch[name], device, False) for name in objective.values}
+            loss = objective(answer.float(), captured)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
-        done = step + 1
-        if done % every == 0 or done == plan.steps:
+        clock.tick(step)
+        if constraint is not None:
+            impose(constraint, module, clock.done)
+        if clock.done >= 1 or clock.done - measured >= 1 / _EVALUATIONS - 1e-9:
+            measured = clock.done
             if not math.isfinite(loss.item()):
-                raise TrainingError(f"the loss became {loss.item()} by step {done}; lower --lr")
-            yield done, judge.error()
+                raise TrainingError(f"the loss became {loss.item()} by step {step}; lower --lr")
+            yield step, clock.done
+        if clock.done >= 1:
+            return
+
+
+class _Clock:
+    """The part of a training that is over: of its steps, or of its time where that is further on."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._began = time.perf_counter()
+        self.done = 0.0
+
+    def tick(self, step: int) -> None:
+        self.done = step / self._plan.steps
+        if self._plan.seconds is not None:
+            elapsed = time.perf_counter() - self._began
+            self.done = max(self.done, elapsed / self._plan.seconds)
+        self.done = min(1.0, self.done)
 
 
 def _batches(samples: SliceSamples, plan: Plan) -> Iterator[np.ndarray]:
@@ -135,31 +190,42 @@ def _scale(weight: Tensor) -> float:
     return max(float(weight.detach().double().square().mean().sqrt()), _SMALLEST_SCALE)
 
 
+@dataclass(frozen=True)
+class _Errors:
+    loss: float
+    nmse: float
+
+
 class _Judge:
-    """The held-out error of a module, in float32 whatever it is trained in."""
+    """The held-out errors of a module, in float32 whatever it is trained in."""
 
-    def __init__(self, module: nn.Module, samples: SliceSamples, device: torch.device) -> None:
-        self.module = module
-        self.device = device
-        count = min(samples.blocks.holdout, max(1, _HOLDOUT_BYTES // max(1, samples.bytes_per_sample())))
-        arrays = samples.arrays(0, count)
-        self._inputs = [(torch.from_numpy(arrays[name]), samples.is_constant(name)) for name in samples.inputs]
-        self._target = torch.from_numpy(arrays[samples.target])
-        self._variance = target_variance(self._target if len(self._target) > 1 else self._target.reshape(-1, 1))
+    def __init__(self, module: TorchSlice, samples: SliceSamples, objective: Objective, device: torch.device) -> None:
+        self._module = module
+        self._inputs = samples.inputs
+        self._objective = objective
+        self._device = device
+        self._count = min(samples.blocks.holdout, max(1, _HOLDOUT_BYTES // max(1, samples.bytes_per_sample())))
+        self._values = {name: torch.from_numpy(array) for name, array in samples.arrays(0, self._count).items()}
+        self._constant = {name for name in self._values if samples.is_constant(name)}
+        target = self._values[objective.target]
+        self._variance = target_variance(target if len(target) > 1 else target.reshape(-1, 1))
 
-    def error(self) -> float:
-        """NMSE on the held-out samples."""
-        total, count = 0.0, 0
-        size = len(self._target)
+    def errors(self) -> _Errors:
+        """The objective, and the NMSE of the target, on the held-out samples."""
+        loss, squared, elements = 0.0, 0.0, 0
         with torch.no_grad():
-            for start in range(0, size, _EVALUATION_BATCH):
-                rows = slice(start, start + _EVALUATION_BATCH)
-                inputs = [tensor if constant else tensor[rows] for tensor, constant in self._inputs]
-                target = self._target[rows].to(self.device)
-                answer = self.module(*(tensor.to(self.device) for tensor in inputs))
-                total += float(((answer - target).double() ** 2).sum())
-                count += target.numel()
-        return nmse(total / count, self._variance)
+            for start in range(0, self._count, _EVALUATION_BATCH):
+                stop = min(start + _EVALUATION_BATCH, self._count)
+                batch = {
+                    name: (tensor if name in self._constant else tensor[start:stop]).to(self._device)
+                    for name, tensor in self._values.items()
+                }
+                answer = self._module(*(batch[name] for name in self._inputs))
+                target = batch[self._objective.target]
+                loss += float(self._objective(answer, batch)) * (stop - start)
+                squared += float(((answer - target).double() ** 2).sum())
+                elements += target.numel()
+        return _Errors(loss / self._count, nmse(squared / elements, self._variance))
 
 
 def _to_float(tensor: Tensor, device: torch.device, bf16: bool) -> Tensor:
@@ -168,5 +234,11 @@ def _to_float(tensor: Tensor, device: torch.device, bf16: bool) -> Tensor:
     return tensor.to(device, torch.bfloat16 if bf16 else torch.float32)
 
 
-def _copy(module: nn.Module) -> list[Tensor]:
+def _copy(module: TorchSlice) -> list[Tensor]:
     return [parameter.detach().clone() for parameter in module.parameters()]
+
+
+def _restore(module: TorchSlice, state: list[Tensor]) -> None:
+    with torch.no_grad():
+        for parameter, kept in zip(module.parameters(), state, strict=True):
+            parameter.copy_(kept)

@@ -8,8 +8,10 @@ sample for the usual dynamic batch.
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import onnx_ir as ir
 
@@ -47,6 +49,25 @@ def _with_inner(nodes: Iterable[ir.Node]) -> Iterator[ir.Node]:
 def slice_cost(model: ir.Model) -> Cost:
     """Cost of a whole model or slice."""
     return cost_of(model.graph)
+
+
+def compressed_bytes(path: str | Path) -> int:
+    """Bytes that a file, and the weights kept beside it, take after zlib: what zeros are worth on the way to a device.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    beside = Path(f"{path}.data")
+    packer = zlib.compressobj()
+    size = 0
+    for part in (Path(path), beside) if beside.exists() else (Path(path),):
+        with part.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                size += len(packer.compress(chunk))
+    return size + len(packer.flush())
+
+
+_CHUNK = 2**20
 
 
 def is_weight(value: ir.Value | None) -> bool:

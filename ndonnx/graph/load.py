@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
@@ -15,6 +16,8 @@ from onnx_ir.passes.common import InlinePass, ShapeInferencePass
 
 from ndonnx.errors import ModelError, RunDirError
 from ndonnx.graph.dataflow import sub_graphs
+
+_DECLARED = "ndonnx.declared"
 
 PROTOBUF_LIMIT = 1_900_000_000
 """Bytes of tensors above which a model is written with external data (protobuf stops at 2 GB)."""
@@ -49,18 +52,53 @@ def load(path: str | Path) -> ir.Model:
         raise ModelError(f"{path}: the graph is malformed: {_first_line(_root(error))}") from error
     _resolve_external_data(model, path)
     _check_names(model.graph, set(), path)
-    return infer_shapes(model)
+    declared = frozenset(value.name for value in _inner_values(model) if value.type is not None)
+    model = infer_shapes(model)
+    model.meta[_DECLARED] = declared
+    return model
+
+
+def declared_values(model: ir.Model) -> frozenset[str | None]:
+    """Names of the inner values whose types a loaded file states itself; a copy of the model does not know them."""
+    names: frozenset[str | None] = model.meta[_DECLARED]
+    return names
+
+
+def forget_inferred(model: ir.Model, declared: frozenset[str | None]) -> ir.Model:
+    """Drop what was inferred about inner values, all but the declared ones; in place.
+
+    onnxruntime fuses by the shapes that a file states: with more of them than the teacher's file
+    has, even the same nodes with the same weights may answer with other last bits.
+    """
+    for value in _inner_values(model):
+        if value.name not in declared:
+            value.shape = value.type = None
+    return model
+
+
+def _inner_values(model: ir.Model) -> Iterator[ir.Value]:
+    for graph in model.graphs():
+        for node in graph:
+            yield from (value for value in node.outputs if not value.is_graph_output())
 
 
 def infer_shapes(model: ir.Model) -> ir.Model:
-    """Fill in types and shapes where ONNX can infer them; what it cannot infer stays unknown."""
+    """Fill in types and shapes where ONNX can infer them; what it cannot infer stays unknown.
+
+    Outputs that the model leaves open stay open: inference would narrow what is promised to the caller.
+    """
+    declared = [(value, value.shape.copy() if value.shape is not None else None) for value in model.graph.outputs]
     log = logging.getLogger("onnx_ir.passes.common.shape_inference")
     level = log.level
     log.setLevel(logging.ERROR)  # a model with custom operators is no reason for a page of warnings
     try:
-        return ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model).model
+        model = ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model).model
     finally:
         log.setLevel(level)
+    for value, shape in declared:
+        if shape is None or (value.shape is not None and len(value.shape) == len(shape)):
+            value.shape = shape
+    return model
 
 
 def serialise(model: ir.Model) -> bytes:

@@ -1,4 +1,4 @@
-"""Constant parts of a graph, computed once and held as initializers."""
+"""The working copy: constant parts computed once and held as initializers, open shapes filled in."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from ndonnx.errors import ModelError
 from ndonnx.graph.costs import dims
 from ndonnx.graph.dataflow import Dataflow, Kind
 from ndonnx.graph.load import serialise, tensor_bytes
+from ndonnx.graph.shapes import resolve_shapes
+from ndonnx.graph.targets import write_targets
 
 FOLD_LIMIT = 256 * 2**20
 """Bytes that one constant may always take (a `ConstantOfShape` can ask for anything); more if the model itself does."""
@@ -21,13 +23,23 @@ def fold_constants(model: ir.Model) -> ir.Model:
     """Replace every value computed from constants alone by an initializer of the same name.
 
     Works in place on a slice and returns it. Nodes that became dead go; initializers that
-    nothing reads any more go with them. Initializers are taken off the inputs.
+    nothing reads any more go with them. Initializers are taken off the inputs. Shapes that ONNX's
+    inference left open are filled in where they follow from the graph, and target shapes become constants.
 
     Raises:
         ModelError: a constant cannot be computed, or is far larger than the model.
     """
+    _take_initializers_off_inputs(model.graph)
+    _fold(model)
+    resolve_shapes(model)
+    if write_targets(model):
+        _drop_dead(model.graph)
+        _fold(model)
+    return model
+
+
+def _fold(model: ir.Model) -> None:
     graph = model.graph
-    _take_initializers_off_inputs(graph)
     flow = Dataflow.of(graph)
     wanted = [
         value
@@ -47,7 +59,6 @@ def fold_constants(model: ir.Model) -> ir.Model:
         value.replace_all_uses_with(replacement, replace_graph_outputs=True)
         graph.register_initializer(replacement)
     _drop_dead(graph)
-    return model
 
 
 def _take_initializers_off_inputs(graph: ir.Graph) -> None:

@@ -3,7 +3,7 @@
 from ndonnx.partition.groups import ChannelGroup, ChannelGroups, DimensionEdit, WeightAxis, find_groups
 from ndonnx.partition.neighbourhoods import Neighbourhood, Partition, partition
 from ndonnx.partition.regions import Atom, Chain, find_chains
-from ndonnx.partition.slices import extract, region_nodes
+from ndonnx.partition.slices import extract, is_opaque, region_nodes
 
 __all__ = [
     "Atom",
@@ -17,6 +17,7 @@ __all__ = [
     "extract",
     "find_chains",
     "find_groups",
+    "is_opaque",
     "partition",
     "region_nodes",
 ]

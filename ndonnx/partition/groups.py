@@ -16,7 +16,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from ndonnx.partition.labels import FROZEN, Labels
-from ndonnx.partition.rules import Role, Tracker, apply_rule
+from ndonnx.partition.rules import Edit, Role, Tracker, apply_rule
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,14 +83,31 @@ def find_groups(nodes: Iterable[ir.Node], exit_: ir.Value) -> ChannelGroups:
     Values made outside the nodes are not followed, so their channels stay; so do the exit's.
     """
     nodes = list(nodes)
-    tracker = Tracker()
+    whole, heads_stay = _walk(nodes, exit_, whole_heads=True)
+    if not heads_stay:
+        return whole
+    parts, _ = _walk(nodes, exit_, whole_heads=False)
+    return max(whole, parts, key=lambda groups: _reach(nodes, groups))
+
+
+def _walk(nodes: list[ir.Node], exit_: ir.Value, *, whole_heads: bool) -> tuple[ChannelGroups, bool]:
+    """The groups, and whether there are attention heads all of which have to stay."""
+    tracker = Tracker(whole_heads=whole_heads)
     for node in nodes:
         apply_rule(tracker, node)
     tracker.freeze(exit_)
     _freeze_weights_read_elsewhere(tracker, nodes)
     _make_rectangular(tracker)
     _freeze_unread(tracker)
-    return _assemble(tracker)
+    heads_stay = any((tracker.sets.roots(labels) == FROZEN).all() for labels in tracker.heads)
+    return _assemble(tracker), heads_stay
+
+
+def _reach(nodes: list[ir.Node], groups: ChannelGroups) -> int:
+    """Elements of the weights that the groups shrink."""
+    names = groups.weights()
+    held = {value for node in nodes for value in node.inputs if value is not None and value.name in names}
+    return sum(value.const_value.size for value in held if value.const_value is not None)
 
 
 def _freeze_weights_read_elsewhere(tracker: Tracker, nodes: list[ir.Node]) -> None:
@@ -136,9 +153,19 @@ def _assemble(tracker: Tracker) -> ChannelGroups:
     edits = []
     for edit in tracker.edits:
         along = _varying(tracker.sets.roots(edit.labels), edit.axis)
-        if along is not None and ((found := units(along[: edit.stop])) >= 0).any():
+        if along is None or _follows(tracker, edit, along):
+            continue
+        if ((found := units(along[: edit.stop])) >= 0).any():
             edits.append(DimensionEdit(edit.node.outputs[0].name or "", edit.slot, edit.position, found))
     return ChannelGroups(tuple(groups), tuple(axes), tuple(edits))
+
+
+def _follows(tracker: Tracker, edit: Edit, along: Labels) -> bool:
+    """Whether the graph computes the number from the length of an axis with these very channels."""
+    if edit.follows is None:
+        return False
+    origin = _varying(tracker.sets.roots(edit.follows[0]), edit.follows[1])
+    return origin is not None and np.array_equal(origin, along)
 
 
 def _make_rectangular(tracker: Tracker) -> None:

@@ -1,42 +1,29 @@
-"""From regions to neighbourhoods: cover most weights first, then have most neighbourhoods.
+"""The teacher as neighbourhoods: chosen runs with what joins them, and all the rest in kept pieces.
 
-Along each chain of atoms a dynamic programme chooses the runs that become neighbourhoods. A
-run counts the weights of those of its atoms that a channel group reaches, so a stem that
-gains nothing by joining a unit stays outside. An atom may instead be entered, and the chains
-nested in it partitioned.
+`regions.py` finds what can be cut out, `runs.py` what has a width to shrink inside, `choice.py` what is
+worth taking.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import onnx_ir as ir
 
 from ndonnx.errors import UsageError
-from ndonnx.graph.costs import Cost, cost_of, is_weight
+from ndonnx.graph.costs import Cost, cost_of
 from ndonnx.graph.dataflow import Dataflow, Kind, reads, real_inputs
+from ndonnx.partition.choice import Choice, Chooser
 from ndonnx.partition.groups import ChannelGroups, find_groups
-from ndonnx.partition.regions import Atom, Chain, find_chains
+from ndonnx.partition.layers import layer_runs, why_left_out
+from ndonnx.partition.regions import find_chains
+from ndonnx.partition.runs import TRAILING_OPS, Run
 from ndonnx.partition.slices import extract, is_opaque, region_nodes
 
-_EXTRA_WEIGHTED_ATOMS = 2
-"""Weighted atoms by which a run may outgrow the shortest one with a width inside.
-
-Enough for the projection that closes an inverted bottleneck."""
-
-_COVER_TO_ENTER = 0.9
-"""Part of an atom's weights that the neighbourhoods inside it must cover to be preferred to the
-whole atom: enough to open a U-Net, too much to lose the value projection of an attention."""
-
-_TRAILING_OPS = {
-    "BatchNormalization", "Celu", "Clip", "Elu", "Gelu", "GroupNormalization", "HardSigmoid", "HardSwish",
-    "InstanceNormalization", "LayerNormalization", "LeakyRelu", "Mish", "PRelu", "RMSNormalization", "Relu",
-    "Selu", "Sigmoid", "SimplifiedLayerNormalization", "Softplus", "Softsign", "Swish", "Tanh",
-    "ThresholdedRelu",
-}  # fmt: skip
-"""Operators that join the neighbourhood before them: its error is then measured behind them."""
+_Why = Callable[[list[ir.Node]], str]
+"""From nodes with weights to the reason why they are kept."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +46,7 @@ class Neighbourhood:
 
     @property
     def distillable(self) -> bool:
-        """Whether there is a width to shrink inside."""
+        """Whether a method may be tried on it; one that needs a width may still find none."""
         return self.reason is None
 
     @property
@@ -103,187 +90,50 @@ def partition(
 
     Args:
         model: as `fold_constants` returns it; not changed.
-        granularity: `block`, the smallest regions with a width to shrink inside.
+        granularity: `block`, the smallest regions with a width to shrink inside; `layer`, one linear
+            operator each.
         cut: values that must be boundaries; a region with one of them inside is entered or split.
         freeze: values whose producing neighbourhood is kept.
 
     Raises:
         UsageError: a `cut` or `freeze` value is not in the model, or the granularity is unknown.
     """
-    if granularity != "block":
-        raise UsageError(f"granularity '{granularity}' is not known; use 'block'")
-    flow = _choose_stream(model)
-    by_name = {value.name: value for value in flow.kinds}
+    if granularity not in ("block", "layer"):
+        raise UsageError(f"granularity '{granularity}' is not known; use 'block' or 'layer'")
+    known = {value.name for value in (*model.graph.inputs, *model.graph.initializers.values())}
+    known.update(value.name for node in model.graph for value in node.outputs)
     for name in (*cut, *freeze):
-        if name not in by_name:
+        if name not in known:
             raise UsageError(f"value '{name}' (cut or freeze) is not in the model; `ndonnx inspect` lists the names")
+    if granularity == "layer":
+        flow, choice = Dataflow.of(model.graph), None
+    else:
+        flow, choice = _choose_stream(model)
+    by_name = {value.name: value for value in flow.kinds}
     cuts, frozen = (frozenset(by_name[name] for name in names) for names in (cut, freeze))
-    chooser = _Chooser(flow, cuts)
-    runs = [run for chain in find_chains(flow) for run in chooser.best(chain).runs]
-    return Partition(model, flow, tuple(_name(_with_rest(flow, runs, cuts, frozen))))
+    if choice is None:
+        found = _with_rest(flow, layer_runs(flow, cuts), cuts, frozen, why_left_out)
+        return Partition(model, flow, tuple(_name(found)))
+    if cuts or frozen:
+        choice = Chooser(flow, find_chains(flow), cuts, frozen).best()
+    return Partition(model, flow, tuple(_name(_with_rest(flow, choice.runs(), cuts, frozen, _no_width))))
 
 
-def _choose_stream(model: ir.Model) -> Dataflow:
-    """Try which inputs are the stream and keep the choice that covers most parameters.
+def _choose_stream(model: ir.Model) -> tuple[Dataflow, Choice]:
+    """Try which inputs are the stream and keep the choice whose channel groups touch most weights.
 
     All inputs together first, then each alone with the others as context.
     """
     names = [value.name or "" for value in real_inputs(model.graph)]
     choices: list[list[str]] = [names] if len(names) == 1 else [names, *([name] for name in names)]
-    flows = [Dataflow.of(model.graph, choice) for choice in choices]
-    if len(flows) == 1:
-        return flows[0]
-    return max(flows, key=_covered)
-
-
-def _covered(flow: Dataflow) -> int:
-    chooser = _Chooser(flow, frozenset())
-    return sum(chooser.best(chain).weights for chain in find_chains(flow))
-
-
-@dataclass(frozen=True)
-class _Run:
-    entry: ir.Value
-    exit: ir.Value
-    groups: ChannelGroups
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """What a stretch of a chain is worth; compared by weights, then number, then fewest nodes."""
-
-    weights: int = 0
-    runs: tuple[_Run, ...] = ()
-    nodes: int = 0
-
-    def __add__(self, other: _Choice) -> _Choice:
-        return _Choice(self.weights + other.weights, self.runs + other.runs, self.nodes + other.nodes)
-
-    @property
-    def rank(self) -> tuple[int, int, int]:
-        return self.weights, len(self.runs), -self.nodes
-
-    def opens(self, whole: _Choice) -> bool:
-        """Whether going inside is better than taking an atom whole."""
-        return len(self.runs) > 1 and self.weights >= _COVER_TO_ENTER * whole.weights
-
-
-class _Chooser:
-    """The dynamic programme over chains."""
-
-    def __init__(self, flow: Dataflow, cuts: frozenset[ir.Value]) -> None:
-        self.flow = flow
-        self.cuts = cuts
-
-    def best(self, chain: Chain) -> _Choice:
-        """The best choice of runs along a chain and inside its atoms."""
-        outer_first = [chain]
-        for found in outer_first:
-            outer_first.extend(nested for atom in found.atoms for nested in atom.nested)
-        choices: dict[Chain, _Choice] = {}
-        for found in reversed(outer_first):
-            choices[found] = self._along(found, choices)
-        return choices[chain]
-
-    def _along(self, chain: Chain, inner: dict[Chain, _Choice]) -> _Choice:
-        runs = self._runs(chain.atoms)
-        best = [_Choice()]
-        arriving: list[list[_Choice]] = [[] for _ in range(len(chain.atoms) + 1)]
-        for i, atom in enumerate(chain.atoms):
-            entered = sum((inner[nested] for nested in atom.nested), _Choice())
-            whole = runs[i].pop(i + 1, None)
-            step = entered if whole is None or entered.opens(whole) else whole
-            arriving[i + 1].append(best[i] + step)
-            for stop, choice in runs[i].items():
-                arriving[stop].append(best[i] + choice)
-            best.append(max(arriving[i + 1], key=lambda c: c.rank))
-        return best[-1]
-
-    def _runs(self, atoms: list[Atom]) -> list[dict[int, _Choice]]:
-        """For each first atom, the worthwhile runs by where they stop.
-
-        A run that holds two neighbourhoods side by side is none itself: it would be split.
-        """
-        weighted = [self._has_weights(atom) for atom in atoms]
-        runs: list[dict[int, _Choice]] = [{} for _ in atoms]
-        never = len(atoms) + 1
-        first_stop = [never] * (never + 1)  # the earliest stop of any run that starts here or later
-        for start in reversed(range(len(atoms))):
-            for stop, choice in self._runs_from(atoms, weighted, start):
-                first_stop[start] = min(first_stop[start], first_stop[start + 1], stop)
-                if first_stop[first_stop[start]] > stop:
-                    runs[start][stop] = choice
-            first_stop[start] = min(first_stop[start], first_stop[start + 1])
-        return runs
-
-    def _runs_from(self, atoms: list[Atom], weighted: list[bool], start: int) -> Iterator[tuple[int, _Choice]]:
-        """Runs that begin with atom `start`: the shortest with a width inside, and somewhat longer ones."""
-        extra = stretch = found = 0
-        for stop in range(start + 1, len(atoms) + 1):
-            last = atoms[stop - 1]
-            if self.cuts & last.inner or (stop > start + 1 and last.entry in self.cuts) or self._opaque(last):
-                return
-            stretch = 0 if weighted[stop - 1] else stretch + 1
-            if stretch > _LONGEST_WEIGHTLESS_STRETCH or not weighted[start]:
-                return
-            if stretch:
-                continue
-            extra += bool(found)
-            if extra > _EXTRA_WEIGHTED_ATOMS or stop - start > _LONGEST_RUN:
-                return
-            choice = self._worth(atoms[start:stop])
-            if choice is not None:
-                found += 1
-                yield stop, choice
-
-    def _worth(self, atoms: list[Atom]) -> _Choice | None:
-        entry, exit_ = atoms[0].entry, atoms[-1].exit
-        nodes, _ = region_nodes(self.flow, entry, exit_)
-        if any(is_opaque(node) for node in nodes) or self._leaks(nodes, exit_):
-            return None
-        groups = find_groups(nodes, exit_)
-        if not groups.groups:
-            return None
-        reached = groups.weights()
-        weights = 0
-        for atom in atoms:
-            held = {value for node in self._nodes(atom) for value in reads(node) if is_weight(value)}
-            if any(value.name in reached for value in held):
-                weights += sum(value.const_value.size for value in held if value.const_value is not None)
-        return _Choice(weights, (_Run(entry, exit_, groups),), len(nodes))
-
-    def _leaks(self, nodes: list[ir.Node], exit_: ir.Value) -> bool:
-        """Whether a shape inside the region is read outside it: shrinking would change what is read there."""
-        own = set(nodes)
-        for node in nodes:
-            for value in node.outputs:
-                if value is not exit_ and self.flow.is_stream(value):
-                    for user in value.consumers():
-                        if user not in own and self.flow.kinds.get(user.outputs[0]) is Kind.METADATA:
-                            return True
-        return False
-
-    def _nodes(self, atom: Atom) -> list[ir.Node]:
-        producers = dict.fromkeys(value.producer() for value in (*atom.inner, atom.exit))
-        return [node for node in producers if node is not None]
-
-    def _has_weights(self, atom: Atom) -> bool:
-        return any(is_weight(value) for node in self._nodes(atom) for value in reads(node))
-
-    def _opaque(self, atom: Atom) -> bool:
-        return any(is_opaque(node) for node in self._nodes(atom))
-
-
-_LONGEST_WEIGHTLESS_STRETCH = 64
-"""Atoms without weights after which a run is not drawn out further."""
-_LONGEST_RUN = 256
-"""Atoms after which a run is given up."""
+    flows = (Dataflow.of(model.graph, choice) for choice in choices)
+    return max(((flow, Chooser(flow, find_chains(flow)).best()) for flow in flows), key=lambda found: found[1].touched)
 
 
 def _with_rest(
-    flow: Dataflow, runs: list[_Run], cuts: frozenset[ir.Value], frozen: frozenset[ir.Value]
+    flow: Dataflow, runs: list[Run], cuts: frozenset[ir.Value], frozen: frozenset[ir.Value], why: _Why
 ) -> list[Neighbourhood]:
-    """Join trailing operators to the runs, and gather all other nodes into kept pieces."""
+    """Join trailing operators to the runs, and gather all other nodes into kept pieces: `why` says so of weights."""
     found: list[Neighbourhood] = []
     taken: set[ir.Node] = set()
     barriers = cuts | {run.entry for run in runs}
@@ -293,12 +143,12 @@ def _with_rest(
         made = (value for node in nodes for value in node.outputs)
         hit = next((value for value in made if value in frozen), None)
         reason = f"frozen: it makes '{hit.name}'" if hit is not None else None
-        groups = find_groups(nodes, exit_)
+        groups = run.groups if exit_ is run.exit else find_groups(nodes, exit_)
         found.append(Neighbourhood("", run.entry, exit_, tuple(context), tuple(nodes), groups, reason))
         assert not any(node in taken and flow.is_stream(node.outputs[0]) for node in nodes)
         taken.update(nodes)
     rest = [n for n in flow.graph if n not in taken and flow.kinds[n.outputs[0]] not in (Kind.METADATA, Kind.CONSTANT)]
-    pieces = [_kept(flow, piece) for piece in _connected(rest)]
+    pieces = [_kept(flow, piece, why) for piece in _connected(rest)]
     return sorted(found + pieces, key=lambda n: flow.order[n.nodes[0]])
 
 
@@ -306,7 +156,7 @@ def _extend(flow: Dataflow, exit_: ir.Value, barriers: frozenset[ir.Value]) -> i
     """Move an exit behind the activations and norms that alone read it, up to a value that must be a boundary."""
     while exit_ not in barriers and not exit_.is_graph_output():
         users = [user for user in exit_.consumers() if flow.kinds.get(user.outputs[0]) is not Kind.METADATA]
-        if len(users) != 1 or len(exit_.consumers()) != 1 or users[0].op_type not in _TRAILING_OPS:
+        if len(users) != 1 or len(exit_.consumers()) != 1 or users[0].op_type not in TRAILING_OPS:
             break
         if is_opaque(users[0]) or users[0] not in flow.order:
             break
@@ -321,8 +171,8 @@ def _connected(nodes: Iterable[ir.Node]) -> list[list[ir.Node]]:
     piece_of: dict[ir.Node, list[ir.Node]] = {}
     for node in nodes:
         before = [piece_of[p] for value in reads(node) if (p := value.producer()) in piece_of]
-        piece = before[0] if before else []
-        for other in before[1:]:
+        piece = max(before, key=len, default=[])
+        for other in {id(other): other for other in before}.values():
             if other is not piece:
                 piece += other
                 piece_of.update(dict.fromkeys(other, piece))
@@ -331,24 +181,30 @@ def _connected(nodes: Iterable[ir.Node]) -> list[list[ir.Node]]:
     return list({id(piece): piece for piece in piece_of.values()}.values())
 
 
-def _kept(flow: Dataflow, nodes: list[ir.Node]) -> Neighbourhood:
+def _kept(flow: Dataflow, nodes: list[ir.Node], why: _Why) -> Neighbourhood:
     nodes = sorted(nodes, key=flow.order.__getitem__)
     own = {value for node in nodes for value in node.outputs}
     inputs = list(dict.fromkeys(v for node in nodes for v in flow.stream_reads(node) if v not in own))
     outputs = [v for v in own if v.is_graph_output() or any(user.outputs[0] not in own for user in v.consumers())]
     outputs.sort(key=lambda value: value.name or "")
+    reason = _why_kept(nodes, why)
     return Neighbourhood(
-        "", inputs[0] if inputs else None, outputs[-1] if outputs else None, (), tuple(nodes), None, _why_kept(nodes)
+        "", inputs[0] if inputs else None, outputs[-1] if outputs else None, (), tuple(nodes), None, reason
     )
 
 
-def _why_kept(nodes: list[ir.Node]) -> str:
+def _why_kept(nodes: list[ir.Node], why: _Why) -> str:
     opaque = next((node for node in nodes if is_opaque(node)), None)
     if opaque is not None:
         domain = f"{opaque.domain}::" if opaque.domain else ""
         return f"holds {domain}{opaque.op_type}, which cannot be trained"
     if cost_of(nodes).parameters == 0:
         return "holds no weights"
+    return why(nodes)
+
+
+def _no_width(nodes: Iterable[ir.Node]) -> str:
+    del nodes
     return "no width to shrink inside: its channels reach its ends"
 
 

@@ -10,13 +10,14 @@ in it (the layers of a residual unit).
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import networkx as nx
 import onnx_ir as ir
 
 from ndonnx.graph.dataflow import SINK, SOURCE, Dataflow
+from ndonnx.partition.dominators import DominatorTree
 
 
 @dataclass(eq=False)
@@ -25,10 +26,15 @@ class Atom:
 
     entry: ir.Value
     exit: ir.Value
-    inner: frozenset[ir.Value]
-    """Stream values strictly between entry and exit."""
+    loose: list[ir.Value] = field(default_factory=list)
+    """Values inside that end no atom, those of nested atoms left out."""
     nested: list[Chain] = field(default_factory=list)
     """Chains that lie wholly inside, in topological order."""
+
+    @property
+    def inner(self) -> frozenset[ir.Value]:
+        """Stream values strictly between entry and exit; collected anew each time, as atoms may nest deeply."""
+        return frozenset(_inner(self))
 
 
 @dataclass(eq=False)
@@ -41,26 +47,17 @@ class Chain:
 def find_chains(flow: Dataflow) -> list[Chain]:
     """Outermost chains of the graph in topological order, with the others nested in their atoms.
 
-    Runs in near-linear time: one dominator tree each way, and one walk over each atom that
-    stops at the first value read outside.
+    Runs in near-linear time, however deeply atoms nest: what lies in an atom is held once, by the
+    innermost.
     """
     graph = flow.flow
-    dominator = immediate_dominators(graph, SOURCE)
-    post_dominator = immediate_dominators(graph.reverse(copy=False), SINK)
     rank = _ranks(flow)
-    below = _Subtree(post_dominator, SINK)
-    atoms: dict[ir.Value, Atom] = {}
-    for value in sorted((v for v in graph if isinstance(v, ir.Value)), key=rank.__getitem__):
-        entry = dominator.get(value)
-        if isinstance(entry, ir.Value) and (inner := _inner(graph, entry, value, below)) is not None:
-            atoms[value] = Atom(entry, value, inner)
-    chains = _link(atoms, post_dominator)
-    return _nest(chains, rank)
-
-
-def immediate_dominators(graph: nx.DiGraph, start: Hashable) -> dict[Hashable, Hashable]:
-    """Immediate dominator of every node reachable from `start`, `start` itself left out."""
-    return {node: parent for node, parent in nx.immediate_dominators(graph, start).items() if node != start}
+    order = sorted((v for v in graph if isinstance(v, ir.Value)), key=rank.__getitem__)
+    dominators = DominatorTree.of(SOURCE, [*order, SINK], graph.predecessors)
+    post_dominators = DominatorTree.of(SINK, [*reversed(order), SOURCE], graph.successors)
+    atoms = _find_atoms(graph, order, dominators, post_dominators)
+    chains = _link(atoms, post_dominators.parent)
+    return _nest(graph, atoms, chains, rank)
 
 
 def _ranks(flow: Dataflow) -> dict[ir.Value, int]:
@@ -72,56 +69,52 @@ def _ranks(flow: Dataflow) -> dict[ir.Value, int]:
     return rank
 
 
-class _Subtree:
-    """Ancestor test in a dominator tree by entry and exit times."""
+def _find_atoms(
+    graph: nx.DiGraph,
+    order: Iterable[ir.Value],
+    dominators: DominatorTree[Hashable],
+    post_dominators: DominatorTree[Hashable],
+) -> dict[ir.Value, Atom]:
+    """Atoms by exit: a value that post-dominates all that lies between its immediate dominator and it ends one.
 
-    def __init__(self, parent: dict[Hashable, Hashable], root: Hashable) -> None:
-        children: dict[Hashable, list[Hashable]] = {}
-        for node, above in parent.items():
-            children.setdefault(above, []).append(node)
-        self._span: dict[Hashable, tuple[int, int]] = {}
-        opened: dict[Hashable, int] = {}
-        clock, stack = 0, [(root, False)]
-        while stack:
-            node, leaving = stack.pop()
-            if leaving:
-                self._span[node] = (opened[node], clock)
-                continue
-            opened[node] = clock
-            clock += 1
-            stack.append((node, True))
-            stack.extend((child, False) for child in children.get(node, ()))
-
-    def holds(self, node: Hashable, ancestor: Hashable) -> bool:
-        """Whether `ancestor` dominates `node` (a node dominates itself)."""
-        low, high = self._span[ancestor]
-        return low <= self._span[node][0] < high
-
-
-def _inner(graph: nx.DiGraph, entry: ir.Value, exit_: ir.Value, below: _Subtree) -> frozenset[ir.Value] | None:
-    """Values between entry and exit; None when one of them is read outside."""
-    inner: set[ir.Value] = set()
-    stack = [exit_]
-    while stack:
-        for value in graph.predecessors(stack.pop()):
-            if value is entry or value in inner:
-                continue
-            if not below.holds(value, exit_):
-                return None
-            inner.add(value)
-            stack.append(value)
-    return frozenset(inner)
+    Post-dominated values have numbers in one interval, so the lowest and the highest number of
+    those between tell. They are taken along the paths of the dominator tree from each
+    predecessor up to the dominator; jump pointers remember what they jump over.
+    """
+    spans = post_dominators.spans()
+    depth, jump, parent = dominators.depth, dominators.jump, dominators.parent
+    between: dict[Hashable, tuple[int, int]] = {}  # of a value, with itself: lowest and highest number
+    jumped: dict[Hashable, tuple[int, int]] = {}  # the same over all from a value to below its jump
+    found: dict[ir.Value, Atom] = {}
+    for value in order:
+        entry = parent[value]
+        low = high = spans[value][0]
+        for above in graph.predecessors(value):
+            at = above
+            while at is not entry:
+                far = depth[jump[at]] >= depth[entry]
+                reach = jumped[at] if far else between[at]
+                low, high = min(low, reach[0]), max(high, reach[1])
+                at = jump[at] if far else parent[at]
+        between[value] = low, high
+        start, end = spans[value]
+        if isinstance(entry, ir.Value) and start <= low and high < end:
+            found[value] = Atom(entry, value)
+        at = entry
+        while at is not jump[value]:
+            low, high = min(low, jumped[at][0]), max(high, jumped[at][1])
+            at = jump[at]
+        jumped[value] = low, high
+    return found
 
 
 def _link(atoms: dict[ir.Value, Atom], post_dominator: dict[Hashable, Hashable]) -> list[Chain]:
     """Join each atom to the one that starts where it ends, when nothing else reads its exit."""
-    starting: dict[ir.Value, list[Atom]] = {}
-    for atom in atoms.values():
-        starting.setdefault(atom.entry, []).append(atom)
 
     def following(atom: Atom) -> Atom | None:
         ahead = post_dominator.get(atom.exit)
-        return next((other for other in starting.get(atom.exit, ()) if other.exit is ahead), None)
+        after = atoms.get(ahead) if isinstance(ahead, ir.Value) else None
+        return after if after is not None and after.entry is atom.exit else None
 
     after = {atom: successor for atom in atoms.values() if (successor := following(atom)) is not None}
     followers = set(after.values())
@@ -135,14 +128,40 @@ def _walk(atom: Atom | None, after: dict[Atom, Atom]) -> Iterator[Atom]:
         atom = after.get(atom)
 
 
-def _nest(chains: list[Chain], rank: dict[ir.Value, int]) -> list[Chain]:
-    """Hang each chain into the smallest atom that holds it; return those that none holds."""
+def _nest(
+    graph: nx.DiGraph, atoms: dict[ir.Value, Atom], chains: list[Chain], rank: dict[ir.Value, int]
+) -> list[Chain]:
+    """Hang each chain into the smallest atom that holds it; return those that none holds.
+
+    From an atom's exit the walk goes backwards and leaps over atoms that it meets, whose inside
+    is known: each value is visited once in all.
+    """
     owner: dict[ir.Value, Atom] = {}
-    for atom in sorted((a for chain in chains for a in chain.atoms if a.inner), key=lambda a: len(a.inner)):
-        for value in atom.inner:
-            owner.setdefault(value, atom)
+    for atom in atoms.values():  # inner atoms before those that hold them
+        stack = [*graph.predecessors(atom.exit)]
+        while stack:
+            value = stack.pop()
+            if value is atom.entry or value in owner:
+                continue
+            owner[value] = atom
+            if (inside := atoms.get(value)) is not None:
+                stack.append(inside.entry)
+            else:
+                atom.loose.append(value)
+                stack.extend(graph.predecessors(value))
     outermost: list[Chain] = []
     for chain in sorted(chains, key=lambda c: rank[c.atoms[0].exit]):
         holder = owner.get(chain.atoms[0].exit)
         (outermost if holder is None else holder.nested).append(chain)
     return outermost
+
+
+def _inner(atom: Atom) -> Iterator[ir.Value]:
+    stack = [atom]
+    while stack:
+        holder = stack.pop()
+        yield from holder.loose
+        for chain in holder.nested:
+            for inside in chain.atoms:
+                yield inside.exit
+                stack.append(inside)

@@ -37,6 +37,20 @@ class NeighbourhoodReport:
 
 
 @dataclass(frozen=True)
+class FinetuneReport:
+    """The fine-tuning of the whole student: held-out loss and NMSE of the output, before and after."""
+
+    steps: int
+    seconds: float
+    loss_start: float | None = None
+    loss: float | None = None
+    nmse_start: float | None = None
+    nmse: float | None = None
+    reason: str | None = None
+    """Why there was none."""
+
+
+@dataclass(frozen=True)
 class Seconds:
     """Wall time of the stages."""
 
@@ -44,6 +58,7 @@ class Seconds:
     partition: float = 0.0
     capture: float = 0.0
     distil: float = 0.0
+    refit: float = 0.0
     splice: float = 0.0
     finetune: float = 0.0
     evaluate: float = 0.0
@@ -58,6 +73,8 @@ class CompressReport:
     student: ModelSummary
     metrics: dict[str, Evaluation]
     neighbourhoods: list[NeighbourhoodReport]
+    finetune: FinetuneReport | None
+    """None where it was not asked for."""
     seconds: Seconds
     peak_rss_bytes: int
     run_dir: str

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
+from torch import Tensor
 
 from ndonnx.errors import ShrinkError
 from ndonnx.partition import ChannelGroups
@@ -43,6 +44,8 @@ class TeacherSlice:
         Raises:
             ShrinkError: onnxruntime does not run it.
         """
+        if not values:
+            return {}
         probe = model.clone()
         inner = ir.convenience.create_value_mapping(probe.graph)
         present = {value.name for value in probe.graph.outputs}
@@ -62,6 +65,24 @@ class Candidate:
     """In words, as the report prints it: `width k=0.5`."""
     model: ir.Model
     """Same inputs and output as the slice; starting weights."""
+    constraint: Constraint | None = None
+    """What its weights have to fulfil while and after they are trained; None: nothing."""
+
+
+class Constraint(ABC):
+    """Something that weights must fulfil in the end, such as zeros: imposed after every optimiser step."""
+
+    settled: float
+    """Part of the training, 0 to 1, after which it is in force as a whole; only then is a state good to keep."""
+
+    @abstractmethod
+    def impose(self, weights: Mapping[str, Tensor], done: float) -> None:
+        """Change the weights in place.
+
+        Args:
+            weights: float tensors by the name of the candidate's initializers, on any device.
+            done: part of the training that is over, above 0 to 1.
+        """
 
 
 class StudentMethod(ABC):

@@ -6,6 +6,8 @@ moments of the features are all that ranking and refitting need.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +15,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
-from ndonnx.convert.linear import Window, torch_pads
+from ndonnx.convert.linear import Window
 from ndonnx.errors import ShrinkError
 from ndonnx.graph.costs import constant_of
 from ndonnx.partition import ChannelGroups
@@ -22,6 +24,10 @@ Matrix = npt.NDArray[np.float64]
 
 ROWS = 60_000
 """Feature rows, at most, from which moments are taken."""
+_CHUNK = 2**24
+"""Numbers of features, about, that are in memory at a time."""
+_STRIP = 128
+"""Least width of the strips in which a symmetric product is computed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +47,18 @@ class LinearReader:
     def has_bias(self) -> bool:
         """Whether an offset can be refitted with the weights."""
         return self.bias is not None
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """Kernel of a convolution; empty for a matrix."""
+        tensor = constant_of(self.node.inputs[1])
+        assert tensor is not None
+        return kernel_of(tuple(int(d) for d in tensor.shape.numpy()))
+
+    @property
+    def features(self) -> int:
+        """Features that one output sums over: input channels times kernel positions."""
+        return len(self.units) * int(np.prod(self.kernel, dtype=np.int64))
 
     def weight_matrix(self) -> npt.NDArray[np.float32]:
         """Weights as (features, outputs); features are input channels times kernel positions."""
@@ -66,7 +84,7 @@ def linear_readers(model: ir.Model, groups: ChannelGroups) -> list[LinearReader]
     units = {axis.initializer: axis.units for axis in groups.axes if axis.role == "in"}
     found = []
     for node in model.graph:
-        if not _is_plain(node) or (name := node.inputs[1].name if node.inputs[1] is not None else None) not in units:
+        if not is_plain(node) or (name := node.inputs[1].name if node.inputs[1] is not None else None) not in units:
             continue
         data, bias = node.inputs[0], node.inputs[2] if len(node.inputs) > 2 else None
         assert data is not None and data.name and name
@@ -79,7 +97,7 @@ def linear_readers(model: ir.Model, groups: ChannelGroups) -> list[LinearReader]
     return found
 
 
-def _is_plain(node: ir.Node) -> bool:
+def is_plain(node: ir.Node) -> bool:
     attributes = node.attributes
     if node.op_type == "Conv":
         return ("group" not in attributes or attributes["group"].as_int() == 1) and len(node.inputs[1].shape or ()) == 4  # type: ignore[union-attr]
@@ -107,23 +125,43 @@ def from_matrix(node: ir.Node, matrix: Matrix, shape: tuple[int, ...]) -> npt.ND
 
 
 def features(node: ir.Node, data: npt.NDArray[np.float32], kernel: tuple[int, ...]) -> torch.Tensor:
-    """Rows that the weight matrix is applied to: (rows, features)."""
-    tensor = torch.from_numpy(np.ascontiguousarray(data))
+    """Rows that the weight matrix is applied to: (rows, features).
+
+    Rows of a convolution are in the order of positions, then samples; `targets` follows it.
+    """
     if node.op_type != "Conv":
-        return tensor.reshape(-1, tensor.shape[-1])
+        return torch.from_numpy(np.ascontiguousarray(data)).reshape(-1, data.shape[-1])
+    patches = _patches(node, torch.from_numpy(data), kernel)
+    return patches.reshape(int(np.prod(patches.shape[:3])), -1).T
+
+
+def _patches(node: ir.Node, data: torch.Tensor, kernel: tuple[int, ...]) -> torch.Tensor:
+    """What a convolution sees: (channels, kernel height, width, output height, width, samples), overlapping in memory.
+
+    With the samples innermost, a copy moves runs of them; `torch.nn.functional.unfold` moves rows
+    of the image, which are short where there are many channels.
+    """
     window = Window({name: _plain(attribute) for name, attribute in node.attributes.items()})
-    before, behind = window.padding(tensor.shape[2:], kernel)
-    padded = torch.nn.functional.pad(tensor, torch_pads(before, behind))
-    patches = torch.nn.functional.unfold(padded, kernel, tuple(window.dilation(2)), 0, tuple(window.stride(2)))
-    return patches.transpose(1, 2).reshape(-1, patches.shape[1])
+    stride, dilation = window.stride(2), window.dilation(2)
+    (top, left), (bottom, right) = window.padding(data.shape[2:], kernel)
+    padded = torch.nn.functional.pad(data.permute(1, 2, 3, 0), (0, 0, left, right, top, bottom)).contiguous()
+    channels, height, width, samples = padded.shape
+    per_channel, per_line, per_pixel, _ = padded.stride()
+    sizes = [
+        (length - d * (k - 1) - 1) // s + 1
+        for length, k, s, d in zip((height, width), kernel, stride, dilation, strict=True)
+    ]
+    return padded.as_strided(
+        (channels, *kernel, *sizes, samples),
+        (per_channel, per_line * dilation[0], per_pixel * dilation[1], per_line * stride[0], per_pixel * stride[1], 1),
+    )
 
 
 def targets(node: ir.Node, output: npt.NDArray[np.float32]) -> torch.Tensor:
     """A node's output in the order of `features`: (rows, outputs)."""
-    tensor = torch.from_numpy(np.ascontiguousarray(output))
     if node.op_type == "Conv":
-        tensor = tensor.flatten(2).transpose(1, 2)
-    return tensor.reshape(-1, tensor.shape[-1])
+        return torch.from_numpy(output).permute(1, 2, 3, 0).reshape(output.shape[1], -1).T
+    return torch.from_numpy(np.ascontiguousarray(output)).reshape(-1, output.shape[-1])
 
 
 def kernel_of(weight_shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -137,13 +175,39 @@ def samples_for(rows_per_sample: int) -> int:
 
 
 def moments(reader: LinearReader, data: npt.NDArray[np.float32]) -> Moments:
-    """Moments of a reader's features on captured data."""
-    tensor = constant_of(reader.node.inputs[1])
-    assert tensor is not None
-    rows = features(reader.node, _thinned(data), kernel_of(tuple(int(d) for d in tensor.shape.numpy())))
-    mean = rows.mean(dim=0)
-    # Centred first: in float32 a large mean would drown what varies about it.
-    return Moments(mean.double().numpy(), (gram(rows - mean) / len(rows)).numpy())
+    """Moments of a reader's features on captured data.
+
+    Raises:
+        ShrinkError: the features are so large that their squares overflow.
+    """
+    chunks = _chunks(reader, _thinned(data))
+    first = next(chunks)
+    # In float32 a large mean would drown what varies about it, so most of it goes before squaring.
+    shift = first.mean(dim=0)
+    count, total = 0, torch.zeros(len(shift), dtype=torch.float64)
+    square = torch.zeros(len(shift), len(shift), dtype=torch.float64)
+    for chunk in itertools.chain([first], chunks):
+        rows = chunk - shift
+        count += len(rows)
+        total += rows.sum(dim=0)
+        square += gram(rows)
+    rest = total / count
+    covariance = (square / count).addr_(rest, rest, alpha=-1)
+    return Moments((shift.double() + rest).numpy(), covariance.numpy())
+
+
+def _chunks(reader: LinearReader, data: npt.NDArray[np.float32]) -> Iterator[torch.Tensor]:
+    step = max(1, _CHUNK // max(1, _rows(data) * reader.features))
+    for start in range(0, len(data), step):
+        yield features(reader.node, data[start : start + step], reader.kernel)
+
+
+def energies(reader: LinearReader, data: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """Mean square of each of a reader's features: the diagonal of `Moments.second`."""
+    squares = torch.from_numpy(_thinned(data)).double().square()
+    if reader.node.op_type == "Conv":
+        return _patches(reader.node, squares, reader.kernel).mean(dim=(3, 4, 5)).flatten().numpy()
+    return squares.reshape(-1, squares.shape[-1]).mean(dim=0).numpy()
 
 
 def gram(rows: torch.Tensor) -> torch.Tensor:
@@ -152,7 +216,14 @@ def gram(rows: torch.Tensor) -> torch.Tensor:
     Raises:
         ShrinkError: the features are so large that their squares overflow.
     """
-    products = (rows.T @ rows).double()
+    size = rows.shape[1]
+    products = torch.empty(size, size, dtype=torch.float64)
+    # Half of a symmetric matrix is enough; in strips, as torch has no product that knows.
+    strip = max(_STRIP, -(-size // 8))
+    for start in range(0, size, strip):
+        end = min(start + strip, size)
+        products[start:end, start:] = rows[:, start:end].T @ rows[:, start:]
+        products[end:, start:end] = products[start:end, end:].T
     if not bool(products.isfinite().all()):
         raise ShrinkError(f"activations as large as {float(rows.abs().max()):.1g} overflow when they are squared")
     return products

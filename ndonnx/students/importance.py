@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from ndonnx.partition import ChannelGroup
 from ndonnx.students.base import TeacherSlice
-from ndonnx.students.features import LinearReader, Moments, linear_readers, moments
+from ndonnx.students.features import LinearReader, Moments, energies, linear_readers, moments
 
 Order = npt.NDArray[np.int64]
 """Units of a group, counted from its start, the most important first."""
@@ -34,11 +35,10 @@ def rank_units(teacher: TeacherSlice, keep: Callable[[ChannelGroup], int]) -> di
     orders: dict[ChannelGroup, Order] = {}
     for group in teacher.groups.groups:
         own = [reader for reader in readers if _reads(reader, group)]
-        stats = [moments(reader, values[reader.data]) for reader in own]
-        if len(own) == 1 and stats[0].covariance.shape[0] <= _SURGERY_LIMIT and (own[0].units >= 0).all():
-            orders[group] = _by_surgery(own[0], stats[0], group, keep(group))
+        if len(own) == 1 and own[0].features <= _SURGERY_LIMIT and (own[0].units >= 0).all():
+            orders[group] = _by_surgery(own[0], moments(own[0], values[own[0].data]), group, keep(group))
         else:
-            orders[group] = _by_energy(teacher, own, stats, group)
+            orders[group] = _by_energy(teacher, own, values, group)
     return orders
 
 
@@ -46,10 +46,13 @@ def _reads(reader: LinearReader, group: ChannelGroup) -> bool:
     return bool(((reader.units >= group.start) & (reader.units < group.stop)).any())
 
 
-def _by_energy(teacher: TeacherSlice, readers: list[LinearReader], stats: list[Moments], group: ChannelGroup) -> Order:
+def _by_energy(
+    teacher: TeacherSlice, readers: list[LinearReader], values: Mapping[str, npt.NDArray[Any]], group: ChannelGroup
+) -> Order:
     score = np.zeros(group.width)
-    for reader, stat in zip(readers, stats, strict=True):
-        energy = np.diag(stat.second()) * (reader.weight_matrix().astype(np.float64) ** 2).sum(axis=1)
+    for reader in readers:
+        energy = energies(reader, values[reader.data])
+        energy *= (reader.weight_matrix().astype(np.float64) ** 2).sum(axis=1)
         by_channel = energy.reshape(len(reader.units), -1).sum(axis=1)
         inside = (reader.units >= group.start) & (reader.units < group.stop)
         np.add.at(score, reader.units[inside] - group.start, by_channel[inside])
@@ -72,29 +75,102 @@ def _weight_norms(teacher: TeacherSlice, group: ChannelGroup) -> npt.NDArray[np.
 
 def _by_surgery(reader: LinearReader, stat: Moments, group: ChannelGroup, keep: int) -> Order:
     """Remove, one after another, the unit whose loss costs least after the others are refitted."""
-    gram = stat.covariance if reader.has_bias else stat.second()
-    width = gram.shape[0] // len(reader.units)
+    gram = torch.from_numpy(stat.covariance if reader.has_bias else stat.second())
+    weight = torch.from_numpy(reader.weight_matrix().astype(np.float64))
+    surgery = _Surgery(_ridged_inverse(gram), weight, _blocks(reader, group))
+    for _ in range(group.width - keep):
+        surgery.remove(int(surgery.losses().argmin()))
+    alive = np.setdiff1d(np.arange(group.width), surgery.removed)
+    return np.concatenate([alive, surgery.removed[::-1]]).astype(np.int64)
+
+
+def _ridged_inverse(gram: torch.Tensor) -> torch.Tensor:
     # Scaled to a mean energy of 1; features that are all dead have none, and any order will do.
-    energy = float(np.trace(gram)) / len(gram)
-    inverse = np.linalg.inv(gram / (energy or 1.0) + _RIDGE * np.eye(len(gram)))
-    weight = reader.weight_matrix().astype(np.float64)
-    features = {
-        unit: np.flatnonzero(np.repeat(reader.units == group.start + unit, width)) for unit in range(group.width)
-    }
-    alive = list(range(group.width))
-    removed: list[int] = []
-    while len(alive) > keep:
-        losses = [_loss(inverse, weight, features[unit]) for unit in alive]
-        unit = alive.pop(int(np.argmin(losses)))
-        block = features[unit]
-        pivot = np.linalg.solve(inverse[np.ix_(block, block)], np.hstack([inverse[block], weight[block]]))
-        update = inverse[:, block] @ pivot
-        inverse -= update[:, : len(inverse)]
-        weight -= update[:, len(inverse) :]
-        removed.append(unit)
-    return np.array(alive + removed[::-1], dtype=np.int64)
+    gram = gram / (float(gram.trace()) / len(gram) or 1.0)
+    ridge = _RIDGE
+    gram.diagonal().add_(ridge)
+    while (found := torch.linalg.cholesky_ex(gram)).info:
+        # Its float32 products were rounded by more than the ridge.
+        gram.diagonal().add_(9 * ridge)
+        ridge *= 10
+    return torch.cholesky_inverse(found.L)
 
 
-def _loss(inverse: npt.NDArray[Any], weight: npt.NDArray[Any], block: npt.NDArray[np.int64]) -> float:
-    rows = weight[block]
-    return float((rows * np.linalg.solve(inverse[np.ix_(block, block)], rows)).sum())
+def _blocks(reader: LinearReader, group: ChannelGroup) -> npt.NDArray[np.int64]:
+    """Features of each unit: (units, most features of a unit), filled up with -1."""
+    units = np.repeat(reader.units, reader.features // len(reader.units))
+    own = [np.flatnonzero(units == unit) for unit in range(group.start, group.stop)]
+    blocks = np.full((group.width, max(map(len, own))), -1, dtype=np.int64)
+    for block, features in zip(blocks, own, strict=True):
+        block[: len(features)] = features
+    return blocks
+
+
+class _Surgery:
+    """Elimination of blocks of features from a least-squares problem, block after block.
+
+    A is the inverse Gram matrix of the features that are left, W their weights. To lose block u
+    costs tr(W_u' A_uu^-1 W_u); with L L' = A_uu, v = L^-1 A_u. and z = L^-1 W_u it turns A into
+    A - v'v and W into W - v'z (Hassibi & Stork 1993, on blocks). Every loss needs no more than
+    A_jj and W_j W_j', which are kept current; the row A_u. is brought up to date when u goes, from
+    all v so far, as a Cholesky factorisation does that goes by columns.
+    """
+
+    def __init__(self, inverse: torch.Tensor, weight: torch.Tensor, blocks: npt.NDArray[np.int64]) -> None:
+        """Start with every block.
+
+        Args:
+            inverse: of the Gram matrix, float64 (features, features).
+            weight: float64 (features, outputs).
+            blocks: features of each block, (blocks, features of a block); -1 for a missing one.
+        """
+        self.removed: list[int] = []
+        self._size = blocks.shape[1]
+        self._inverse, self._weight = _in_order(inverse, weight, blocks.ravel())
+        if self._weight.shape[1] > len(self._weight):
+            # Only W W' counts, and a square W has the same.
+            self._weight = torch.linalg.qr(self._weight.T, mode="r").R.T.contiguous()
+        by_block = self._weight.reshape(*blocks.shape, -1)
+        self._energy = by_block @ by_block.mT
+        self._pivots = self._inverse.reshape(*blocks.shape, *blocks.shape).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        self._pivots = self._pivots.contiguous()
+        self._v, self._z = (matrix.new_empty(matrix.shape) for matrix in (self._inverse, self._weight))
+
+    def losses(self) -> npt.NDArray[np.float64]:
+        """What the loss of each block costs; infinite where it is lost already."""
+        # A division where blocks have one feature; LAPACK would be called for each.
+        solved = self._energy / self._pivots if self._size == 1 else torch.linalg.solve(self._pivots, self._energy)
+        losses: npt.NDArray[np.float64] = solved.diagonal(dim1=1, dim2=2).sum(dim=1).numpy()
+        losses[self.removed] = np.inf
+        return losses
+
+    def remove(self, block: int) -> None:
+        """Take a block out and refit the others."""
+        size, done = self._size, len(self.removed) * self._size
+        own, v, z = slice(block * size, (block + 1) * size), self._v[:done], self._z[:done]
+        factor = torch.linalg.cholesky(self._pivots[block])
+        current = self._weight[own] - v[:, own].T @ z
+        scaled = torch.linalg.solve_triangular(factor, current, upper=False)
+        # The row of A, and z times the transpose of W, both brought up to date by one pass over all v.
+        passes = torch.cat([v[:, own].T, scaled @ z.T]) @ v
+        row = torch.linalg.solve_triangular(factor, self._inverse[own] - passes[:size], upper=False)
+        product = scaled @ self._weight.T - passes[size:]
+        self._v[done : done + size], self._z[done : done + size] = row, scaled
+        by_block = row.reshape(size, -1, size).permute(1, 2, 0).contiguous()
+        half = by_block @ (product.reshape(size, -1, size).transpose(0, 1) - 0.5 * (scaled @ scaled.T) @ by_block.mT)
+        self._pivots -= by_block @ by_block.mT
+        self._energy -= half + half.mT
+        self._pivots[block] = torch.eye(size)
+        self.removed.append(block)
+
+
+def _in_order(inverse: torch.Tensor, weight: torch.Tensor, order: npt.NDArray[np.int64]) -> tuple[torch.Tensor, ...]:
+    """Both in this order of features, without the others; a missing one is independent and has no weight."""
+    if np.array_equal(order, np.arange(len(inverse))):
+        return inverse, weight
+    index, missing = torch.from_numpy(order), torch.from_numpy(order < 0)
+    inverse, weight = inverse[index][:, index], weight[index]
+    inverse[missing], weight[missing] = 0.0, 0.0
+    inverse[:, missing] = 0.0
+    inverse.diagonal()[missing] = 1.0
+    return inverse, weight

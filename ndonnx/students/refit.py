@@ -24,8 +24,10 @@ from ndonnx.students.features import (
     thin,
 )
 
-_RIDGE = 1e-6
-"""Ridge, relative to the mean energy of a feature."""
+_RIDGES = (1e-6, 1e-4, 1e-2, 1e-1)
+"""Ridges, relative to the mean energy of a feature; the first where rows are ample."""
+_AMPLE = 5
+"""Rows per feature from which the slightest ridge is safe."""
 
 
 def refit_consumers(teacher: TeacherSlice, student: ir.Model, kept: npt.NDArray[np.bool_]) -> ir.Model:
@@ -67,21 +69,44 @@ def _refit(student: ir.Model, reader: LinearReader, given: np.ndarray, expected:
     mean_x, mean_y = x.mean(dim=0), y.mean(dim=0)
     if reader.has_bias:
         x, y = x - mean_x, y - mean_y
-    solution = solve(x, y)
+    solution = solve(x, y, len(given) if reader.node.op_type == "Conv" else None)
     _set(weight, from_matrix(reader.node, solution, shape))
     if reader.bias is not None:
         bias = student.graph.initializers[reader.bias]
         _set(bias, (mean_y.double().numpy() - mean_x.double().numpy() @ solution).reshape(_shape(bias)))
 
 
-def solve(x: torch.Tensor, y: torch.Tensor) -> npt.NDArray[np.float64]:
-    """Weights (features, outputs) of least squares with a slight ridge, solved in float64."""
-    square, cross = gram(x), (x.T @ y).double()
-    ridge = _RIDGE * square.trace() / len(square)
-    square.diagonal().add_(ridge + torch.finfo(torch.float64).tiny)
+def solve(x: torch.Tensor, y: torch.Tensor, innermost: int | None = None) -> npt.NDArray[np.float64]:
+    """Weights (features, outputs) of least squares with a ridge, solved in float64.
+
+    Where rows are scarce, the ridge is the one that does best on a quarter of the samples after
+    a fit to the others.
+    """
+    if len(x) >= _AMPLE * x.shape[1]:
+        return _ridged(gram(x), (x.T @ y).double(), _RIDGES[0])
+    judged = _last_quarter(len(x), innermost)
+    square, cross = gram(x[~judged]), (x[~judged].T @ y[~judged]).double()
+    further, mixed = gram(x[judged]), (x[judged].T @ y[judged]).double()
+
+    def error(ridge: float) -> float:
+        weights = torch.from_numpy(_ridged(square, cross, ridge))
+        return float((weights * (further @ weights - 2 * mixed)).sum())
+
+    return _ridged(square + further, cross + mixed, min(_RIDGES, key=error))
+
+
+def _last_quarter(rows: int, innermost: int | None) -> torch.Tensor:
+    samples = innermost or rows
+    start = samples - max(1, samples // 4)
+    return (torch.arange(rows) % samples) >= start
+
+
+def _ridged(square: torch.Tensor, cross: torch.Tensor, relative: float) -> npt.NDArray[np.float64]:
+    square = square.clone()
+    square.diagonal().add_(relative * square.trace() / len(square) + torch.finfo(torch.float64).tiny)
     factor, failed = torch.linalg.cholesky_ex(square)
     if failed:
-        return np.asarray(torch.linalg.lstsq(square, cross).solution.numpy())
+        return np.asarray(torch.linalg.lstsq(square, cross, driver="gelsd").solution.numpy())
     return np.asarray(torch.cholesky_solve(cross, factor).numpy())
 
 

@@ -13,6 +13,7 @@ from ndonnx.convert import relative_error
 from ndonnx.errors import ShrinkError
 from ndonnx.graph.costs import is_weight
 from ndonnx.graph.load import infer_shapes
+from ndonnx.graph.shapes import resolve_shapes
 from ndonnx.partition import ChannelGroups, DimensionEdit
 from ndonnx.partition.sizes import write_number
 from ndonnx.students.base import Candidate, StudentMethod, TeacherSlice
@@ -49,7 +50,7 @@ class Width(StudentMethod):
         if self.init == "least-squares":
             shrunk = refit_consumers(teacher, shrunk, kept)
         elif self.init == "random":
-            shrunk = _randomise(shrunk, rng)
+            shrunk = randomise(shrunk, rng)
         return Candidate(spec, shrunk)
 
 
@@ -86,7 +87,7 @@ def shrink(model: ir.Model, groups: ChannelGroups, kept: npt.NDArray[np.bool_]) 
         for value in node.outputs:
             if value not in boundary:
                 value.shape = None
-    return infer_shapes(copy)
+    return resolve_shapes(infer_shapes(copy))
 
 
 def _write(graph: ir.Graph, node: ir.Node, edit: DimensionEdit, number: int) -> None:
@@ -131,7 +132,7 @@ def _stays(units: npt.NDArray[np.int64], kept: npt.NDArray[np.bool_]) -> npt.NDA
     return stays
 
 
-def _randomise(model: ir.Model, rng: np.random.Generator) -> ir.Model:
+def randomise(model: ir.Model, rng: np.random.Generator) -> ir.Model:
     """Draw the weights of linear operators anew (He et al. 2015); biases, scales and slopes stay."""
     copy = model.clone()
     drawn: set[ir.Value] = set()

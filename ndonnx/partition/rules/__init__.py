@@ -14,9 +14,9 @@ from ndonnx.partition.rules.pointwise import POINTWISE
 from ndonnx.partition.rules.shapes import freeze_widths_calculated_with
 from ndonnx.partition.rules.tracker import Edit, Role, Rule, Tracker
 
-__all__ = ["Edit", "Role", "Tracker", "apply_rule"]
+__all__ = ["RULES", "Edit", "Role", "Tracker", "apply_rule"]
 
-_RULES: dict[str, Rule] = {**LINEAR, **MOVEMENT, **POINTWISE}
+RULES: dict[str, Rule] = {**LINEAR, **MOVEMENT, **POINTWISE}
 
 _READ_SHAPE_ONLY = {"Shape", "Size"}
 """What they compute follows a changed width by itself (see `shapes.py` for where it must not)."""
@@ -28,12 +28,27 @@ def apply_rule(tracker: Tracker, node: ir.Node) -> None:
     """Label the outputs and weights of one node, or freeze what it reads."""
     if node.op_type in _READ_SHAPE_ONLY:
         return
-    freeze_widths_calculated_with(tracker, node)
-    if node.op_type not in _KNOW_FOLDED:
-        for value in node.inputs:
-            tracker.freeze_folded(value)
-    rule = _RULES.get(node.op_type) if node.domain in ("", "ai.onnx") else None
-    if rule is None or not rule(tracker, node):
+    if not _holds(tracker, node):
         tracker.freeze_reads(node)
+        tracker.freeze_weights(node)
         for value in node.outputs:
-            tracker.values.pop(value, None)
+            tracker.forget(value)
+
+
+def _holds(tracker: Tracker, node: ir.Node) -> bool:
+    """Apply the node's rule; False where there is none, or it does not know the case, or does not fit the shapes."""
+    rule = RULES.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+    if rule is None:
+        return False
+    try:
+        freeze_widths_calculated_with(tracker, node)
+        if node.op_type not in _KNOW_FOLDED:
+            for value in node.inputs:
+                tracker.freeze_folded(value)
+        return rule(tracker, node) and all(tracker.fits(value) for value in node.outputs)
+    except _MISFITS:
+        return False
+
+
+_MISFITS = (ArithmeticError, AttributeError, IndexError, KeyError, MemoryError, TypeError, ValueError)
+"""What a node provokes that does not fit its operator's definition: ranks, attributes or inputs that cannot be."""

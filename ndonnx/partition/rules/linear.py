@@ -7,7 +7,16 @@ import onnx_ir as ir
 
 from ndonnx.graph.costs import constant_of, dims
 from ndonnx.partition.labels import Labels, axis_labels, on_axis
-from ndonnx.partition.rules.tracker import Edit, Rule, Tracker, are_constant, input_at, int_attribute, rank_of
+from ndonnx.partition.rules.tracker import (
+    Edit,
+    Rule,
+    Tracker,
+    are_constant,
+    input_at,
+    int_attribute,
+    labelled_axes,
+    rank_of,
+)
 
 
 def conv(tracker: Tracker, node: ir.Node) -> bool:
@@ -108,7 +117,7 @@ def _product(tracker: Tracker, node: ir.Node, left: ir.Value | None, right: ir.V
     rank = rank_of(left)
     if rank is None or rank != rank_of(right) or rank < 2:
         return False
-    a, b = tracker.labels(left), tracker.labels(right)
+    a, b = _by_head(tracker, left), _by_head(tracker, right)
     if a is None and b is None:
         return True
     a = a if a is not None else np.zeros([1] * rank, dtype=np.int64)
@@ -138,6 +147,22 @@ def _product(tracker: Tracker, node: ir.Node, left: ir.Value | None, right: ir.V
             tracker.sets.freeze(part)
         return True
     return tracker.set(node.outputs[0], merged if merged.size > 1 else None)
+
+
+def _by_head(tracker: Tracker, value: ir.Value | None) -> Labels | None:
+    """Labels of one side of a product: whole heads, or, where those have to stay, the same part of each."""
+    labels = tracker.labels(value)
+    if labels is None:
+        return None
+    batch = [axis for axis in labelled_axes(labels) if axis < labels.ndim - 2]
+    tracker.heads += [labels] * bool(batch)
+    if tracker.whole_heads or not batch:
+        return labels
+    first = labels.take([0], axis=batch[0])
+    for axis in batch[1:]:
+        first = first.take([0], axis=axis)
+    tracker.sets.unite(labels, first)
+    return first if first.size > 1 else None
 
 
 def _meeting(a: Labels, left: ir.Value | None, b: Labels, right: ir.Value | None) -> list[tuple[int, int]] | None:

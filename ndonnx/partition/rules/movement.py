@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from itertools import accumulate
 
 import numpy as np
@@ -11,6 +9,7 @@ import onnx_ir as ir
 
 from ndonnx.graph.costs import constant_of, dims
 from ndonnx.partition.labels import FROZEN, Labels, on_axis
+from ndonnx.partition.rules.reshaping import reshape
 from ndonnx.partition.rules.tracker import (
     Edit,
     Folded,
@@ -131,156 +130,6 @@ def flatten(tracker: Tracker, node: ir.Node) -> bool:
     return tracker.set(node.outputs[0], whole.reshape(1, -1).copy())
 
 
-def reshape(tracker: Tracker, node: ir.Node) -> bool:
-    """`Reshape` that splits or joins axes; the target's numbers follow the channels that stay."""
-    data, out = node.inputs[0], node.outputs[0]
-    if data is not None and data in tracker.folded:
-        return _unfold(tracker, node, tracker.folded[data])
-    labels = tracker.labels(data)
-    if labels is None:
-        return True
-    before, after = _symbolic(data, labels), _symbolic(out)
-    if before is None or after is None:
-        return False
-    after = _resolved(before, after)
-    span = _spans(labels, before, after)
-    if span is None:
-        return _fold(tracker, node, labels, before, after)
-    (start, stop), (first, last) = span
-    block = np.broadcast_to(labels.reshape(labels.shape[start:stop]), [int(n) for n in before[start:stop]])
-    target = [int(n) for n in after[first:last]]
-    moved = _narrowed(block.reshape(target))
-    target = list(moved.shape)
-    result = moved.reshape([1] * first + target + [1] * (len(after) - last))
-    if not _follow_numbers(tracker, node, result, {axis: axis for axis in range(first, last)}):
-        return False
-    return tracker.set(out, result.copy())
-
-
-def _narrowed(labels: Labels) -> Labels:
-    """Axes along which the labels are all the same (an axis between two that carry channels) as one position."""
-    for axis in range(labels.ndim):
-        first = labels.take([0], axis=axis)
-        if (labels == first).all():
-            labels = first
-    return labels
-
-
-def _follow_numbers(tracker: Tracker, node: ir.Node, labels: Labels, axes: dict[int, int]) -> bool:
-    """Let the target's numbers follow the labels; `axes` maps positions of the target to axes of the labels."""
-    edits = []
-    for position, axis in axes.items():
-        source = number_source(node, 1, position)
-        if source is None:
-            return False
-        if source.number not in (-1, 0) and labels.shape[axis] > 1:
-            edits.append(Edit(node, 1, position, labels, axis))
-    tracker.edits += edits
-    return True
-
-
-def _resolved(before: list[int | str], after: list[int | str]) -> list[int | str]:
-    """The target with its one unknown length as a number, where the others account for all that is dynamic."""
-    held, symbols = _signature(before)
-    for axis, size in enumerate(after):
-        taken, others = _signature([*after[:axis], *after[axis + 1 :]])
-        if isinstance(size, str) and symbols == others and taken and held % taken == 0:
-            return [*after[:axis], held // taken, *after[axis + 1 :]]
-    return after
-
-
-def _fold(tracker: Tracker, node: ir.Node, labels: Labels, before: list[int | str], after: list[int | str]) -> bool:
-    """Channels joined with a dynamic axis (heads with the batch): remembered until they are parted again."""
-    folded = _joined(labels, before, after)
-    if folded is None:
-        return False
-    others = [axis for axis in range(folded.rank) if axis != folded.first]
-    if not _follow_numbers(tracker, node, folded.labels, {axis: folded.apart(axis)[0] for axis in others}):
-        return False
-    source = number_source(node, 1, folded.first)
-    if source is None or source.number != -1:  # -1 stands for what the graph computes, too
-        return False
-    tracker.folded[node.outputs[0]] = folded
-    return True
-
-
-def _joined(labels: Labels, before: list[int | str], after: list[int | str]) -> Folded | None:
-    """Axes joined as they are (N, H, L, D -> N*H, L, D), or the front part of the last with the one before it
-    (L, N, H*D -> L, N*H, D, as multi-head attention is often written)."""
-    joined = len(before) - len(after) + 1
-    if joined > 1:
-        fits = [i for i in range(len(after)) if before[:i] == after[:i] and before[i + joined :] == after[i + 1 :]]
-        return Folded(labels, fits[0], joined) if len(fits) == 1 and isinstance(after[fits[0]], str) else None
-    whole, part = before[-1], after[-1]
-    if joined < 1 or len(after) < 2 or before[:-2] != after[:-2] or isinstance(after[-2], int):
-        return None
-    if not isinstance(whole, int) or not isinstance(part, int) or whole % part or labels.shape[-1] != whole:
-        return None
-    return Folded(labels.reshape(*labels.shape[:-1], whole // part, part), len(after) - 2, 2)
-
-
-def _unfold(tracker: Tracker, node: ir.Node, folded: Folded) -> bool:
-    """Joined axes parted as they were."""
-    labels, after = folded.labels, _symbolic(node.outputs[0])
-    if after is None or len(after) != labels.ndim:
-        return False
-    if any(labels.shape[axis] not in (1, size) for axis, size in enumerate(after)):
-        return False
-    if not _follow_numbers(tracker, node, labels, {axis: axis for axis in range(labels.ndim)}):
-        return False
-    return tracker.set(node.outputs[0], labels)
-
-
-def _spans(labels: Labels, before: list[int | str], after: list[int | str]) -> tuple[tuple[int, int], ...] | None:
-    """The axes that carry channels on either side of a reshape, wide enough to hold the same elements."""
-    carried = labelled_axes(labels)
-    start, stop = carried[0], carried[-1] + 1
-    while True:
-        inside = before[start:stop]
-        if not all(isinstance(n, int) for n in inside):
-            return None
-        found = _place(math.prod(int(n) for n in inside), before[:start], before[stop:], after)
-        if found is not None:
-            return (start, stop), found
-        # What follows the channels may be joined with them (a flattened feature map).
-        if stop < len(before):
-            stop += 1
-        else:
-            return None
-
-
-def _place(size: int, lead: list[int | str], trail: list[int | str], after: list[int | str]) -> tuple[int, int] | None:
-    """Where in `after` axes of `size` elements stand, by what is before or behind them."""
-    for first in range(len(after)):
-        for last in range(first + 1, len(after) + 1):
-            inside = after[first:last]
-            if not all(isinstance(n, int) for n in inside) or math.prod(int(n) for n in inside) != size:
-                continue
-            if _same(after[last:], trail) or (lead and _same(after[:first], lead)):
-                return first, last
-    return None
-
-
-def _same(one: list[int | str], other: list[int | str]) -> bool:
-    """Whether two stretches of axes hold equally many elements, as far as their names tell."""
-
-    return _signature(one) == _signature(other)
-
-
-def _signature(axes: list[int | str]) -> tuple[int, Counter[str]]:
-    return math.prod(n for n in axes if isinstance(n, int)), Counter(n for n in axes if isinstance(n, str))
-
-
-def _symbolic(value: ir.Value | None, labels: Labels | None = None) -> list[int | str] | None:
-    """Lengths, and names of dynamic axes; an axis that carries labels is as long as they are."""
-    if value is None or value.shape is None:
-        return None
-    sizes: list[int | str] = [d if isinstance(d, int) else str(d) for d in value.shape]
-    if labels is None:
-        return sizes
-    return [length if length > 1 else size for length, size in zip(labels.shape, sizes, strict=True)]
-
-
 def split(tracker: Tracker, node: ir.Node) -> bool:
     """`Split`: along the channels the sizes follow, or equal parts stay equal."""
     labels = tracker.labels(node.inputs[0])
@@ -392,7 +241,9 @@ def expand(tracker: Tracker, node: ir.Node) -> bool:
         source = number_source(node, 1, axis)
         if source is None:
             return False
-        if source.number > 1:
+        if source.number is not None and source.number > 1:
+            if not source.writable:
+                return False
             tracker.edits.append(Edit(node, 1, axis, result, axis))
     return tracker.set(node.outputs[0], result)
 

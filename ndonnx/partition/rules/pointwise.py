@@ -70,16 +70,28 @@ def along_axis(tracker: Tracker, node: ir.Node) -> bool:
     labels = tracker.labels(node.inputs[0])
     if labels is None:
         return True
-    default = -1 if node.op_type != "LpNormalization" else 1
-    first = int_attribute(node, "axis", default) % labels.ndim
-    last = first + 1 if node.op_type in ("Softmax", "LogSoftmax", "Hardmax", "LpNormalization") else labels.ndim
-    if any(first <= axis < last for axis in labelled_axes(labels)):
-        # Heads stay possible: a normalised axis must stay whole, the others may lose positions.
-        if len(labelled_axes(labels)) == 1:
-            return False
-        rest = labels.take([0], axis=first)
-        tracker.sets.unite(labels, rest)
+    first, last = _normalised(node, labels.ndim)
+    carried = labelled_axes(labels)
+    inside = [axis for axis in carried if first <= axis < last]
+    if inside and inside == carried:
+        return False
+    for axis in inside:  # a normalised axis must stay whole; the others (heads) may lose positions
+        tracker.sets.unite(labels, labels.take([0], axis=axis))
     return tracker.set(node.outputs[0], labels)
+
+
+def _normalised(node: ir.Node, rank: int) -> tuple[int, int]:
+    """The axes that are normalised together, as a range."""
+    opset = node.graph.opset_imports.get("", _ONE_AXIS_SINCE) if node.graph is not None else _ONE_AXIS_SINCE
+    flattens = node.op_type in _SOFTMAX and opset < _ONE_AXIS_SINCE
+    first = int_attribute(node, "axis", 1 if flattens else -1) % rank
+    one = node.op_type == "LpNormalization" or (node.op_type in _SOFTMAX and not flattens)
+    return first, first + 1 if one else rank
+
+
+_SOFTMAX = ("Softmax", "LogSoftmax", "Hardmax")
+_ONE_AXIS_SINCE = 13
+"""Opset from which these normalise one axis; before, all from `axis` on."""
 
 
 def reduce(tracker: Tracker, node: ir.Node) -> bool:

@@ -40,6 +40,9 @@ class Edit:
     """The number is the length of this axis of the labels ..."""
     stop: int | None = None
     """... or, where given, of its part before this position."""
+    follows: tuple[Labels, int] | None = None
+    """Labels, and the axis of them, whose length the graph computes the number from: it needs no edit if they are
+    the same channels."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +79,10 @@ class Tracker:
     folded: dict[ir.Value, Folded] = field(default_factory=dict)
     """Values in which axes with channels are joined with a dynamic one (batch and heads)."""
     edits: list[Edit] = field(default_factory=list)
+    whole_heads: bool = True
+    """Whether of channels behind a batch axis of a product (heads) whole heads go; else a part of every head."""
+    heads: list[Labels] = field(default_factory=list)
+    """Labels of the batch axes of products."""
     blocks: list[Labels] = field(default_factory=list)
     """Labels that vary along several axes at once: what stays of them must be a rectangle."""
 
@@ -109,6 +116,30 @@ class Tracker:
         """Let all channels that a node reads stay."""
         for value in reads(node):
             self.freeze(value)
+
+    def freeze_weights(self, node: ir.Node) -> None:
+        """Let all labelled axes of the constants that a node reads stay."""
+        for value in node.inputs:
+            if value is not None and value in self.weights:
+                for labels in self.weights[value].axes.values():
+                    self.sets.freeze(labels)
+
+    def fits(self, value: ir.Value) -> bool:
+        """Whether a value's labels, if it has any, have its rank and the lengths of its axes."""
+        labels = self.values.get(value)
+        if labels is None or value.shape is None:
+            return True
+        if labels.ndim != len(value.shape):
+            return False
+        lengths = zip(labels.shape, value.shape, strict=True)
+        return all(length in (1, size) or not isinstance(size, int) for length, size in lengths)
+
+    def forget(self, value: ir.Value) -> None:
+        """Follow a value no longer; the channels that it may have been given stay."""
+        for labels in (self.values.pop(value, None), self.made.get(value.name or "")):
+            self.sets.freeze(labels)
+        if (folded := self.folded.pop(value, None)) is not None:
+            self.sets.freeze(folded.labels)
 
     def make(self, value: ir.Value, count: int) -> Labels:
         """New channels that `value` is the first to carry."""

@@ -1,0 +1,90 @@
+"""The gate before any training: a slice must take any batch, and answer in torch as it does in onnxruntime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy.typing as npt
+import onnx_ir as ir
+
+from ndonnx.convert import TorchSlice, check_parity, to_torch
+from ndonnx.errors import ParityError
+from ndonnx.graph.load import infer_shapes
+from ndonnx.teacher import make_session
+from ndonnx.teacher.sessions import REFUSALS, first_line
+
+Arrays = Mapping[str, npt.NDArray[Any]]
+"""Inputs of a slice by name, float32 where floating; the first axis is the sample."""
+
+
+def free_batch(model: ir.Model, inputs: Sequence[str]) -> ir.Model:
+    """Let a slice take any number of samples along the first axis of these inputs, whatever the teacher takes.
+
+    Works in place and returns the slice.
+    """
+    fixed = [v for v in model.graph.inputs if v.name in inputs and v.shape and isinstance(v.shape[0], int)]
+    if not fixed:
+        return model
+    for value in fixed:
+        assert value.shape is not None
+        value.shape = ir.Shape(["samples", *value.shape[1:]])
+    for node in model.graph:
+        for value in node.outputs:
+            value.shape = None
+    return infer_shapes(model)
+
+
+def answer(model: ir.Model, probe: Arrays, threads: int = 1) -> npt.NDArray[Any]:
+    """What onnxruntime makes of the probe: the slice's one output.
+
+    Raises:
+        ParityError: onnxruntime does not run the slice.
+    """
+    try:
+        session = make_session(model, threads=threads)
+        found: npt.NDArray[Any] = session.run([model.graph.outputs[0].name], dict(probe))[0]
+    except REFUSALS as error:
+        raise ParityError(f"onnxruntime does not run the slice: {first_line(error)}") from error
+    return found
+
+
+def pass_gate(
+    model: ir.Model, probe: Arrays, tolerance: float, threads: int = 1, shape: tuple[int, ...] | None = None
+) -> tuple[TorchSlice, float]:
+    """The slice as a torch module, and the largest error of its answer relative to the output's scale.
+
+    Args:
+        model: a slice (constants folded, one output).
+        probe: several samples of its inputs.
+        tolerance: largest relative error that passes.
+        threads: for onnxruntime.
+        shape: what the teacher's activations have for these samples, where that is to be checked too.
+
+    Raises:
+        ConversionError: an operator does not convert, or a value is no float32.
+        ParityError: onnxruntime does not run the slice, torch answers differently, or the slice does not
+            keep the samples of a batch apart.
+    """
+    module = to_torch(model)
+    expected = answer(model, probe, threads)
+    error = check_parity(module, _in_order(model, probe), expected, tolerance)
+    if shape is not None and expected.shape != shape:
+        raise ParityError(
+            f"several samples at once give '{model.graph.outputs[0].name}' the shape {expected.shape} instead of "
+            f"{shape}; export the teacher with a dynamic batch dimension"
+        )
+    return module, error
+
+
+def check_answer(module: TorchSlice, model: ir.Model, probe: Arrays, tolerance: float, threads: int = 1) -> float:
+    """Compare a module with the ONNX slice that was written from it; the relative error.
+
+    Raises:
+        ParityError: as `pass_gate`.
+    """
+    return check_parity(module, _in_order(model, probe), answer(model, probe, threads), tolerance)
+
+
+def _in_order(model: ir.Model, probe: Arrays) -> list[npt.NDArray[Any]]:
+    return [probe[value.name or ""] for value in model.graph.inputs]

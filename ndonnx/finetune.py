@@ -1,0 +1,184 @@
+"""End-to-end distillation of the spliced student: a short polish after the neighbourhoods (equation 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from ndonnx.convert import TorchSlice, write_back
+from ndonnx.distil import Plan, Training, train
+from ndonnx.distil.gate import check_answer, pass_gate
+from ndonnx.distil.losses import LABEL, DistillationLoss, NeighbourhoodLoss, Objective
+from ndonnx.distil.samples import SliceSamples, Source
+from ndonnx.distil.trainer import OnStep
+from ndonnx.errors import ConversionError
+from ndonnx.graph import fold_constants, load, save
+from ndonnx.graph.dataflow import real_inputs
+from ndonnx.rundir import Entry
+from ndonnx.students import Constraint
+from ndonnx.teacher import ActivationStore
+
+STUDENT_FILE = "student.onnx"
+
+_PROBE = 16
+_PROBABILITIES = {"Softmax", "LogSoftmax", "Sigmoid", "HardSigmoid"}
+"""Operators whose output is no longer class scores."""
+_CLASS_RANK = 2
+"""Rank of class scores: (samples, classes)."""
+_MANY_ZEROS = 0.05
+"""Part of zeros from which they are a weight's pattern, which has to be kept."""
+
+
+@dataclass(frozen=True)
+class FinetuneJob:
+    """Fine-tuning as an executor's job: everything by value or by path."""
+
+    name: str
+    student_path: Path
+    store_path: Path
+    """An activation store with the student's inputs and the teacher's output."""
+    labels_path: Path | None
+    """An `.npy` of class numbers, one per sample; None without labels."""
+    entry: Entry
+    plan: Plan
+    temperature: float
+    """Of the softened class scores."""
+    label_weight: float
+    """Of the labels' cross-entropy, 0 to 1."""
+    holdout: float
+    """Part of the samples that chooses the best state."""
+    parity: float
+    """Largest relative error of torch against onnxruntime."""
+    threads: int
+
+    def __call__(self, on_step: OnStep) -> Training:
+        """Train the student as a whole; it is on disk afterwards, in the job's entry.
+
+        Raises:
+            SliceError: the whole does not convert or match onnxruntime, or the training broke down.
+        """
+        torch.set_num_threads(self.threads)
+        folder = self.entry.begin()
+        store = ActivationStore.open(self.store_path)
+        labels = None if self.labels_path is None else np.load(self.labels_path, allow_pickle=False)
+        tuned, training = finetune(
+            load(self.student_path),
+            store,
+            self.plan,
+            temperature=self.temperature,
+            label_weight=self.label_weight,
+            labels=labels,
+            holdout=self.holdout,
+            parity=self.parity,
+            on_step=on_step,
+        )
+        save(tuned, folder / STUDENT_FILE)
+        self.entry.commit(asdict(training))
+        return training
+
+
+def finetune(
+    student: ir.Model,
+    store: ActivationStore,
+    plan: Plan,
+    *,
+    temperature: float,
+    label_weight: float = 0.0,
+    labels: npt.NDArray[np.int64] | None = None,
+    holdout: float,
+    parity: float,
+    on_step: OnStep,
+) -> tuple[ir.Model, Training]:
+    """A copy of the student, trained as a whole against the teacher's captured outputs.
+
+    Class scores, (samples, classes) that are not yet probabilities, are matched by the softened
+    cross-entropy; any other output by the squared error. Only weights that are initializers of the
+    student are trained, so that everything is written back by name; patterns of zeros stay.
+
+    Args:
+        student: the spliced student, one output.
+        store: the student's inputs and the teacher's output.
+        plan: how long and how fast.
+        temperature: of the softened class scores.
+        label_weight: of the labels' cross-entropy, 0 to 1; 0 without labels.
+        labels: class numbers, one per sample of the store.
+        holdout: part of the samples that chooses the best state.
+        parity: largest relative error of torch against onnxruntime.
+        on_step: told the step, the steps and the held-out NMSE of the output.
+
+    Raises:
+        SliceError: the whole does not convert or match onnxruntime, or the training broke down.
+    """
+    if len(student.graph.outputs) != 1:
+        raise ConversionError(f"the model has {len(student.graph.outputs)} outputs; only one can be fine-tuned")
+    inputs = [value.name or "" for value in real_inputs(student.graph)]
+    output = student.graph.outputs[0]
+    sources = {name: Source(store, name) for name in (*inputs, output.name or "")}
+    samples = SliceSamples(sources, inputs, holdout, {} if labels is None else {LABEL: labels})
+    whole = fold_constants(student.clone())
+    probe = {name: rows for name, rows in samples.arrays(0, _PROBE).items() if name in inputs}
+    module, _ = pass_gate(whole, probe, parity)
+    _train_only(module, student)
+    objective = _objective(output, temperature, label_weight if labels is not None else 0.0)
+    training = train(module, samples, objective, plan, on_step, KeepZeros.of(module))
+    trained = {name: array for name, array in module.trained_weights().items() if _holds(student, name, array)}
+    tuned = write_back(student, trained)
+    check_answer(module, tuned, probe, parity)
+    return tuned, training
+
+
+class KeepZeros(Constraint):
+    """Weights that are zero in a pattern stay zero."""
+
+    settled = 0.0
+
+    def __init__(self, masks: Mapping[str, Tensor]) -> None:
+        self._masks = masks
+
+    @classmethod
+    def of(cls, module: TorchSlice) -> KeepZeros | None:
+        """Of weights with many zeros; None if there are none."""
+        masks = {
+            name: weight != 0
+            for name, weight in zip(module.weight_names, module.weights, strict=True)
+            if weight.dim() > 1 and float((weight == 0).float().mean()) > _MANY_ZEROS
+        }
+        return cls(masks) if masks else None
+
+    def impose(self, weights: Mapping[str, Tensor], done: float) -> None:
+        del done
+        for name, mask in self._masks.items():
+            weights[name].mul_(mask.to(weights[name].device))
+
+
+def is_class_scores(output: ir.Value) -> bool:
+    """Whether an output holds class scores, (samples, classes), before any softmax."""
+    producer = output.producer()
+    is_probability = producer is not None and producer.op_type in _PROBABILITIES
+    return output.shape is not None and len(output.shape) == _CLASS_RANK and output.shape[1] != 1 and not is_probability
+
+
+def _objective(output: ir.Value, temperature: float, label_weight: float) -> Objective:
+    name = output.name or ""
+    return DistillationLoss(name, temperature, label_weight) if is_class_scores(output) else NeighbourhoodLoss(name)
+
+
+def _train_only(module: TorchSlice, student: ir.Model) -> None:
+    """Hold what could not be written back: constants that the student computes from others."""
+    for name, weight in zip(module.weight_names, module.weights, strict=True):
+        if not _holds(student, name, weight.detach().numpy()):
+            weight.requires_grad_(False)
+
+
+def _holds(student: ir.Model, name: str, array: npt.NDArray[np.float32]) -> bool:
+    value = student.graph.initializers.get(name)
+    if value is None or value.const_value is None:
+        return False
+    return tuple(int(d) for d in value.const_value.shape.numpy()) == array.shape

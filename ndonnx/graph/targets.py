@@ -1,0 +1,112 @@
+"""Target shapes as constants: `Reshape` and `Expand` take them from the graph's own shapes without need.
+
+A number that a graph computes from one of its shapes is a riddle when channels go: it follows some widths
+and not others. Where the sizes are known, a constant says the same, and a rule can see what it stands for.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from ndonnx.graph.costs import constant_of
+from ndonnx.graph.dataflow import STANDARD_DOMAINS, sub_graphs
+
+_READERS = "ndonnx.shape_readers"
+"""Key of a value's metadata."""
+_LONGEST = 256
+"""Nodes between a shape and a target up to which one is followed to the other."""
+
+
+def shape_readers(value: ir.Value) -> frozenset[str]:
+    """Nodes (their first outputs) whose target shape is a constant now, but in the model as it was read from
+    the shape of this value."""
+    return frozenset(value.meta.get(_READERS, ()))
+
+
+def write_targets(model: ir.Model) -> bool:
+    """Put constants for computed target shapes wherever they mean the same; whether there were any. In place.
+
+    Who read whose shape is remembered, see `shape_readers`: students go into the model as it was.
+    """
+    changed = False
+    for node in model.graph:
+        rule = _RULES.get(node.op_type) if node.domain in STANDARD_DOMAINS and len(node.inputs) == 2 else None
+        if rule is None or constant_of(node.inputs[1]) is not None:
+            continue
+        before, after = (_sizes(value) for value in (node.inputs[0], node.outputs[0]))
+        target = rule(before, after) if before is not None and after is not None else None
+        means_zero = "allowzero" in node.attributes and node.attributes["allowzero"].as_int() != 0
+        measured = _measured(node.inputs[1])
+        if target is None or measured is None or (means_zero and 0 in target):
+            continue
+        for value in measured:
+            value.meta[_READERS] = shape_readers(value) | {node.outputs[0].name or ""}
+        _write(model.graph, node, target)
+        changed = True
+    return changed
+
+
+def _measured(target: ir.Value | None) -> list[ir.Value] | None:
+    """The values whose shapes a target is computed from; None where it is computed from more than shapes."""
+    found: dict[ir.Value, None] = {}
+    seen: set[ir.Node] = set()
+    stack = [target]
+    while stack:
+        value = stack.pop()
+        node = value.producer() if value is not None else None
+        if value is None or value.is_initializer() or node in seen:
+            continue
+        if node is None or len(seen) == _LONGEST or any(True for _ in sub_graphs(node)):
+            return None
+        seen.add(node)
+        if node.op_type in _SHAPE_OPS and node.inputs[0] is not None:
+            found[node.inputs[0]] = None
+        else:
+            stack.extend(node.inputs)
+    return list(found)
+
+
+_SHAPE_OPS = {"Shape", "Size"}
+
+
+def _sizes(value: ir.Value | None) -> list[int | str] | None:
+    if value is None or value.shape is None:
+        return None
+    sizes = [size if isinstance(size, int) else size.value for size in value.shape]
+    return None if 0 in sizes else [size for size in sizes if size is not None] if None not in sizes else None
+
+
+def _reshaped(before: list[int | str], after: list[int | str]) -> list[int] | None:
+    """Numbers as they are, 0 for a size that stays at its place, -1 for what the others leave."""
+    stays = [axis < len(before) and before[axis] == size for axis, size in enumerate(after)]
+    target = [size if isinstance(size, int) else 0 if same else -1 for size, same in zip(after, stays, strict=True)]
+    return target if target.count(-1) <= 1 else None
+
+
+def _expanded(before: list[int | str], after: list[int | str]) -> list[int] | None:
+    """Numbers as they are, 1 for a size that is not widened."""
+    given = [1] * (len(after) - len(before)) + before
+    target = [
+        size if isinstance(size, int) else 1 if size == old else None for size, old in zip(after, given, strict=True)
+    ]
+    known = [size for size in target if size is not None]
+    return known if len(known) == len(target) else None
+
+
+_RULES = {"Expand": _expanded, "Reshape": _reshaped}
+
+
+def _write(graph: ir.Graph, node: ir.Node, target: list[int]) -> None:
+    array = np.array(target, dtype=np.int64)
+    name = f"{node.outputs[0].name}/target"
+    while name in graph.initializers:
+        name += "'"
+    value = ir.Value(
+        name=name,
+        const_value=ir.tensor(array, name=name),
+        shape=ir.Shape(array.shape),
+        type=ir.TensorType(ir.DataType.INT64),
+    )
+    graph.register_initializer(value)
+    node.replace_input_with(1, value)

@@ -1,0 +1,52 @@
+"""How a data source is fed to a teacher: how many samples, in which batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+
+from ndonnx.data import DataSource
+from ndonnx.errors import DataError
+
+CAPTURE_BATCH = 64
+PROBE = 8
+"""Samples on which the finished student is checked."""
+
+
+def count_samples(source: DataSource, wanted: int) -> int:
+    """How many samples there are, up to what is wanted; a source that cannot tell is run through."""
+    available = source.length
+    if available is None:
+        available = sum(len(batch) for batch in source.batches(CAPTURE_BATCH, samples=wanted))
+    if available < 2:
+        raise DataError(f"{source.spec}: holds {available} samples; at least 2 are needed, better some hundreds")
+    return min(available, wanted)
+
+
+def whole_batches(
+    source: DataSource,
+    size: int,
+    *,
+    samples: int,
+    seed: int | None = None,
+    on_labels: Callable[[np.ndarray], None] = lambda labels: None,
+) -> Iterator[Mapping[str, np.ndarray]]:
+    """Batches of about this size; where the model fixes it, of that, the last one filled up with its last sample.
+
+    `on_labels` is told the labels of each batch that has any, without the filling.
+    """
+    fixed = [spec.shape[0] for spec in source.inputs if spec.shape and isinstance(spec.shape[0], int)]
+    for batch in source.batches(fixed[0] if fixed else size, samples=samples, seed=seed):
+        if batch.labels is not None:
+            on_labels(batch.labels)
+        missing = fixed[0] - len(batch) if fixed else 0
+        yield {
+            name: np.concatenate([rows, np.repeat(rows[-1:], missing, axis=0)]) if missing > 0 else rows
+            for name, rows in batch.inputs.items()
+        }
+
+
+def probe(source: DataSource) -> Mapping[str, np.ndarray]:
+    """A few samples for the last check."""
+    return next(whole_batches(source, PROBE, samples=PROBE))

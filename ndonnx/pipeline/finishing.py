@@ -1,0 +1,200 @@
+"""After the neighbourhoods: the refit walk and the fine-tuning, each kept in the run directory when done."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from ndonnx.data import DataSource
+from ndonnx.distil import Plan, Training
+from ndonnx.errors import SliceError
+from ndonnx.executor import make_executor
+from ndonnx.finetune import STUDENT_FILE, FinetuneJob
+from ndonnx.graph import load, save
+from ndonnx.graph.dataflow import real_inputs
+from ndonnx.machine import pick_device, usable_cores
+from ndonnx.partition import Partition
+from ndonnx.pipeline.batches import CAPTURE_BATCH, whole_batches
+from ndonnx.pipeline.schedule import Schedule
+from ndonnx.progress import Progress
+from ndonnx.recipe import Recipe
+from ndonnx.report import FinetuneReport
+from ndonnx.rundir import Entry, RunDir, fingerprint
+from ndonnx.teacher import ActivationStore, capture, capture_bytes
+from ndonnx.walk import refit_walk
+
+_REFIT_SAMPLES = 2048
+"""Most samples of the refit walk."""
+
+
+@dataclass
+class Finishing:
+    """What is done to the students together."""
+
+    run: RunDir
+    parts: Partition
+    source: DataSource
+    samples: int
+    recipe: Recipe
+    schedule: Schedule
+    progress: Progress
+    workers_rss: int = 0
+
+    def refit(self, students: Mapping[str, ir.Model], key: tuple[str, ...]) -> dict[str, ir.Model]:
+        """Walk down the chain and refit each student's last linear operator; see `ndonnx.walk.refit_walk`.
+
+        Args:
+            students: by the name of the neighbourhood.
+            key: what they depend on.
+        """
+        if not students:
+            return {}
+        samples = self._refit_samples()
+        entry = self.run.entry("refitted", fingerprint(*key, sorted(students), samples))
+        if not entry.done:
+            self.progress.stage("refit", len(students), "neighbourhoods")
+            folder = entry.begin()
+            scratch = self.run.path / "walk"
+            try:
+                refitted = refit_walk(
+                    self.parts,
+                    students,
+                    lambda: whole_batches(self.source, CAPTURE_BATCH, samples=samples, seed=self.recipe.seed),
+                    scratch,
+                    samples,
+                    threads=usable_cores(),
+                    on_neighbourhood=lambda name, done: self.progress.advance(),
+                )
+            except SliceError as error:
+                self.progress.note(f"the students are not refitted on their own inputs: {error}")
+                return dict(students)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+            for name, student in refitted.items():
+                save(student, folder / f"{name}.onnx")
+            entry.commit({"students": sorted(refitted)})
+        return {name: load(entry.path / f"{name}.onnx") for name in students}
+
+    def _refit_samples(self) -> int:
+        """As many as the cache budget holds of the largest neighbourhood, on both sides, in full precision."""
+        model = self.parts.model
+        most = 1
+        for neighbourhood in self.parts.distillable:
+            values = (neighbourhood.entry, *neighbourhood.context, neighbourhood.exit)
+            names = [value.name or "" for value in values if value is not None]
+            batch = next(whole_batches(self.source, 1, samples=1))
+            most = max(most, capture_bytes(model, names, 1, np.float32, batch=batch))
+        return max(2, min(_REFIT_SAMPLES, self.samples, self.recipe.cache_budget // (2 * most)))
+
+    def finetune(self, student: ir.Model, key: tuple[str, ...]) -> tuple[ir.Model, FinetuneReport]:
+        """Train the whole student against the teacher's answers; it comes back as it was where that cannot be done.
+
+        Args:
+            student: the spliced student.
+            key: what it depends on.
+        """
+        plan = self.schedule.finetune()
+        samples = self._finetune_samples()
+        settings = (self.recipe.temperature, self.recipe.label_weight, self.recipe.holdout, samples)
+        # Of a time budget, not what is left of it: a run that goes on finds what it has done.
+        length = (str(self.recipe.time_budget), str(self.recipe.finetune_steps))
+        same = asdict(replace(plan, steps=0, seconds=None))
+        entry = self.run.entry("finetuned", fingerprint(*key, same, *length, *map(str, settings)))
+        if not entry.done:
+            reason = self._train(student, entry, plan, samples)
+            if reason is not None:
+                self.progress.note(f"the student is not fine-tuned: {reason}")
+                return student, FinetuneReport(steps=0, seconds=0.0, reason=reason)
+        found = Training(**entry.meta())
+        return load(entry.path / STUDENT_FILE), FinetuneReport(
+            steps=found.steps,
+            seconds=round(found.seconds, 3),
+            loss_start=found.loss_start,
+            loss=found.loss,
+            nmse_start=found.nmse_start,
+            nmse=found.nmse,
+        )
+
+    def _train(self, student: ir.Model, entry: Entry, plan: Plan, samples: int) -> str | None:
+        """Why there is no fine-tuned student; None when there is one."""
+        scratch = self.run.path / "finetune"
+        shutil.rmtree(scratch, ignore_errors=True)
+        try:
+            answers, labels = self._answers(scratch / "answers", student, samples)
+            if self.recipe.label_weight > 0 and labels is None:
+                self.progress.note("--label-weight has no effect: the data hold no labels")
+            save(student, scratch / STUDENT_FILE)
+            labels_path = None if labels is None else scratch / "labels.npy"
+            if labels is not None:
+                np.save(scratch / "labels.npy", labels)
+            job = FinetuneJob(
+                name="student",
+                student_path=scratch / STUDENT_FILE,
+                store_path=answers.path,
+                labels_path=labels_path,
+                entry=entry,
+                plan=plan,
+                temperature=self.recipe.temperature,
+                label_weight=self.recipe.label_weight,
+                holdout=self.recipe.holdout,
+                parity=self.recipe.parity,
+                threads=usable_cores(),
+            )
+            return self._run(job, plan.steps)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    def _run(self, job: FinetuneJob, steps: int) -> str | None:
+        self.progress.stage("finetune", steps if job.plan.seconds is None else None, "steps")
+        reached = 0
+
+        def on_step(name: str, step: int, steps: int, nmse: float) -> None:
+            nonlocal reached
+            self.progress.advance(step - reached)
+            reached = step
+            self.progress.step(name, step, steps, nmse)
+
+        # A process of its own, for its threads' sake: see `ndonnx.executor.worker`.
+        executor = make_executor(self.recipe.executor, 1)
+        (outcome,) = executor.run([job], on_step)
+        self.workers_rss = max(self.workers_rss, executor.peak_rss_bytes)
+        return outcome.error
+
+    def _answers(
+        self, folder: Path, student: ir.Model, samples: int
+    ) -> tuple[ActivationStore, npt.NDArray[np.int64] | None]:
+        """The teacher's answers, its inputs beside them, and the labels if there are any."""
+        labels: list[npt.NDArray[np.int64]] = []
+
+        def batches() -> Iterator[Mapping[str, np.ndarray]]:
+            labels.clear()
+            yield from whole_batches(
+                self.source, CAPTURE_BATCH, samples=samples, seed=self.recipe.seed, on_labels=labels.append
+            )
+
+        self.progress.stage("answers", samples, "samples")
+        names = [value.name or "" for value in (*real_inputs(student.graph), *student.graph.outputs)]
+        store = capture(
+            self.parts.model,
+            names,
+            batches,
+            folder,
+            samples=samples,
+            device=pick_device(self.recipe.device),
+            on_batch=self.progress.advance,
+        )
+        return store, np.concatenate(labels) if labels else None
+
+    def _finetune_samples(self) -> int:
+        names = [value.name or "" for value in (*real_inputs(self.parts.model.graph), *self.parts.model.graph.outputs)]
+        batch = next(whole_batches(self.source, 1, samples=1))
+        each = capture_bytes(self.parts.model, names, 1, batch=batch)
+        length = self.source.length
+        available = self.samples if length is None else min(length, self.recipe.finetune_samples)
+        return max(2, min(available, self.recipe.cache_budget // max(1, each)))

@@ -1,0 +1,56 @@
+"""How long what is trained: by steps as the recipe says, or by a time budget for everything."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from ndonnx.distil import Plan
+from ndonnx.machine import computes_in_bf16, pick_device
+from ndonnx.recipe import Recipe
+
+_DISTIL_PART = 0.25
+"""Part of a time budget for the neighbourhoods, where the whole student is fine-tuned after them."""
+_ALONE_PART = 0.75
+"""The same where it cannot be."""
+_RESERVE = 0.1
+"""Part of a time budget left for the checks and the comparison at the end."""
+_ENDLESS = 10**7
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Plans of training; the clock of a time budget runs from its making."""
+
+    recipe: Recipe
+    finetunable: bool
+    """Whether the whole student can be fine-tuned, as far as is known beforehand."""
+    _began: float = field(default_factory=time.perf_counter)
+
+    @property
+    def finetunes(self) -> bool:
+        """Whether there is to be a fine-tuning."""
+        return self.finetunable and (self.recipe.time_budget is not None or self.recipe.finetune_steps > 0)
+
+    def distil(self, jobs: int, workers: int) -> Plan:
+        """Of one neighbourhood, when `jobs` of them are trained by so many workers at a time."""
+        recipe, seconds = self.recipe, None
+        if recipe.time_budget is not None:
+            part = _DISTIL_PART if self.finetunable else _ALONE_PART
+            seconds = part * recipe.time_budget * min(workers, jobs) / max(1, jobs)
+        steps = recipe.steps if seconds is None else min(_ENDLESS, max(recipe.steps, 1) * 1000)
+        return self._plan(steps, recipe.lr, seconds)
+
+    def finetune(self) -> Plan:
+        """Of the whole student; with a time budget, in what is left of it."""
+        recipe = self.recipe
+        if recipe.time_budget is None:
+            return self._plan(recipe.finetune_steps, recipe.finetune_lr, None)
+        left = (1 - _RESERVE) * recipe.time_budget - (time.perf_counter() - self._began)
+        return self._plan(_ENDLESS, recipe.finetune_lr, max(1.0, left))
+
+    def _plan(self, steps: int, lr: float, seconds: float | None) -> Plan:
+        recipe = self.recipe
+        device = pick_device(recipe.device)
+        bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and computes_in_bf16(device))
+        return Plan(steps, recipe.batch_size, lr, recipe.warmup, recipe.seed, device, bf16, seconds)

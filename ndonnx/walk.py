@@ -1,0 +1,220 @@
+"""Down the chain in order: what every neighbourhood gets when those before it are students.
+
+Neighbourhoods are trained apart from each other, on the teacher's activations. Here the student
+is walked through once, neighbourhood after neighbourhood, with only the values in hand that
+something further on still reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from ndonnx.errors import ShrinkError, TrainingError
+from ndonnx.graph.dataflow import reads, real_inputs
+from ndonnx.partition import Neighbourhood, Partition, extract
+from ndonnx.students.exit import refit_exit
+from ndonnx.teacher import ActivationStore, capture
+
+Batches = Callable[[], Iterator[Mapping[str, npt.NDArray[np.generic]]]]
+
+_BATCH = 64
+
+
+class Prefix:
+    """The values in front of the next neighbourhood, in a teacher some of whose slices are replaced.
+
+    Give every neighbourhood in the partition's order: `inputs_of` it, then `put` the slice that
+    stands in its place. What nothing further on reads is dropped from the disk.
+    """
+
+    def __init__(
+        self, parts: Partition, order: Sequence[Neighbourhood], batches: Batches, folder: Path, samples: int
+    ) -> None:
+        """Begin with the model's inputs.
+
+        Args:
+            parts: the teacher.
+            order: neighbourhoods that will be put, in topological order.
+            batches: the data, by the names of the model's inputs; the same on every call.
+            folder: where values are kept meanwhile.
+            samples: how many.
+        """
+        self._parts = parts
+        self._folder = folder
+        self._samples = samples
+        self._stores: dict[str, ActivationStore] = {}
+        self._count = 0
+        inputs = real_inputs(parts.model.graph)
+        names = [value.name or "" for value in inputs]
+        fixed = [int(value.shape[0]) for value in inputs if value.shape and isinstance(value.shape[0], int)]
+        self._batch = fixed[0] if fixed else _BATCH
+        self._keep(capture(parts.model, names, batches, self._next_folder(), samples=samples))
+        self._values = ir.convenience.create_value_mapping(parts.model.graph, include_subgraphs=False)
+        self._last_reader = _last_readers(parts, order)
+        self._position = {n.name: position for position, n in enumerate(order)}
+
+    def inputs_of(self, neighbourhood: Neighbourhood) -> dict[str, ActivationStore]:
+        """The store of each of a neighbourhood's inputs: entry and context."""
+        wanted = _inputs(neighbourhood)
+        missing = [name for name in wanted if name not in self._stores]
+        if missing:
+            nodes, held = _between([self._values[name] for name in missing], set(self._stores))
+            model = extract(self._parts.model, nodes, held, [self._values[name] for name in missing])
+            self._keep(self._run(model, missing))
+        return {name: self._stores[name] for name in wanted}
+
+    def put(self, neighbourhood: Neighbourhood, slice_: ir.Model) -> None:
+        """Go on behind a neighbourhood in whose place this slice stands."""
+        self.inputs_of(neighbourhood)
+        assert neighbourhood.exit is not None
+        self._keep(self._run(slice_, [neighbourhood.exit.name or ""]))
+        position = self._position[neighbourhood.name]
+        for name in [name for name in self._stores if self._last_reader.get(name, -1) <= position]:
+            store = self._stores.pop(name)
+            store.drop(name)
+
+    def close(self) -> None:
+        """Drop everything."""
+        for name, store in self._stores.items():
+            store.drop(name)
+        self._stores.clear()
+
+    def _run(self, model: ir.Model, names: list[str]) -> ActivationStore:
+        inputs = [value.name or "" for value in model.graph.inputs]
+
+        def batches() -> Iterator[Mapping[str, npt.NDArray[np.generic]]]:
+            for start in range(0, self._samples, self._batch):
+                yield {name: self._rows(name, start) for name in inputs}
+
+        store = capture(model, names, batches, self._next_folder(), samples=self._samples)
+        for name in names:
+            if name in store.unstorable:
+                raise TrainingError(f"value '{name}' cannot be captured: {store.unstorable[name]}")
+        return store
+
+    def _rows(self, name: str, start: int) -> npt.NDArray[np.generic]:
+        """A whole batch, the last one filled up with its last sample; a constant as it is. In the model's type."""
+        store = self._stores[name]
+        array = store.array(name)
+        if not store.is_constant(name):
+            array = array[np.minimum(np.arange(start, start + self._batch), self._samples - 1)]
+        return np.array(array, dtype=np.float32 if array.dtype == np.float16 else array.dtype)
+
+    def _keep(self, store: ActivationStore) -> None:
+        self._stores.update(dict.fromkeys(store.names, store))
+
+    def _next_folder(self) -> Path:
+        self._count += 1
+        return self._folder / f"{self._count:04}"
+
+
+def refit_walk(
+    parts: Partition,
+    students: Mapping[str, ir.Model],
+    batches: Batches,
+    folder: Path,
+    samples: int,
+    *,
+    threads: int,
+    on_neighbourhood: Callable[[str, bool], None] = lambda name, refitted: None,
+) -> dict[str, ir.Model]:
+    """Walk down the student once and refit the last linear operator of each slice on what it really gets.
+
+    Args:
+        parts: the teacher.
+        students: by the name of the neighbourhood; not changed.
+        batches: unlabelled inputs by name; the same on every call.
+        folder: for values in between.
+        samples: how many of them.
+        threads: for onnxruntime.
+        on_neighbourhood: told the name of each, and whether its student was refitted.
+
+    Returns:
+        All students, refitted where that lowers the error at the neighbourhood's exit.
+
+    Raises:
+        TrainingError: a value on the way cannot be kept.
+    """
+    order = [n for n in parts.neighbourhoods if n.name in students]
+    theirs = Prefix(parts, order, batches, folder / "teacher", samples)
+    ours = Prefix(parts, order, batches, folder / "student", samples)
+    done: dict[str, ir.Model] = {}
+    for neighbourhood in order:
+        slice_, student = parts.slice_of(neighbourhood), students[neighbourhood.name]
+        given, found = (_arrays(prefix.inputs_of(neighbourhood)) for prefix in (theirs, ours))
+        constants = frozenset(name for name, store in ours.inputs_of(neighbourhood).items() if store.is_constant(name))
+        try:
+            refitted = refit_exit(slice_, student, given, found, constants=constants, threads=threads)
+        except ShrinkError:  # the student then stays as it was trained, which is no worse than before
+            refitted = None
+        done[neighbourhood.name] = refitted or student
+        theirs.put(neighbourhood, slice_)
+        ours.put(neighbourhood, done[neighbourhood.name])
+        on_neighbourhood(neighbourhood.name, refitted is not None)
+    theirs.close()
+    ours.close()
+    return done
+
+
+def _arrays(stores: Mapping[str, ActivationStore]) -> dict[str, npt.NDArray[np.generic]]:
+    return {name: store.array(name) for name, store in stores.items()}
+
+
+def _inputs(neighbourhood: Neighbourhood) -> list[str]:
+    assert neighbourhood.entry is not None
+    return [value.name or "" for value in (neighbourhood.entry, *neighbourhood.context)]
+
+
+def _last_readers(parts: Partition, order: Sequence[Neighbourhood]) -> dict[str, int]:
+    """For every value that is held on the way, the position of the last neighbourhood that needs it."""
+    values = ir.convenience.create_value_mapping(parts.model.graph, include_subgraphs=False)
+    held = {value.name or "" for value in real_inputs(parts.model.graph)}
+    last: dict[str, int] = {}
+    for position, neighbourhood in enumerate(order):
+        wanted = _inputs(neighbourhood)
+        _, read = _between([values[name] for name in wanted if name not in held], held)
+        for name in (*wanted, *(value.name or "" for value in read)):
+            last[name] = position
+        held.update(wanted)
+        assert neighbourhood.exit is not None
+        held.add(neighbourhood.exit.name or "")
+    return last
+
+
+def _between(wanted: Sequence[ir.Value], held: set[str]) -> tuple[list[ir.Node], list[ir.Value]]:
+    """Nodes that compute the wanted values from held ones, in the graph's order, and the held values they read."""
+    nodes: dict[ir.Node, None] = {}
+    read: dict[ir.Value, None] = {}
+    stack = list(wanted)
+    while stack:
+        value = stack.pop()
+        producer = value.producer()
+        if value.name in held:
+            read[value] = None
+        elif producer is not None and producer not in nodes:
+            nodes[producer] = None
+            stack.extend(reads(producer))
+    return _sorted(list(nodes)), list(read)
+
+
+def _sorted(nodes: list[ir.Node]) -> list[ir.Node]:
+    """In topological order."""
+    chosen = set(nodes)
+    ready: list[ir.Node] = []
+    seen: set[ir.Node] = set()
+    for start in nodes:
+        stack = [(start, False)]
+        while stack:
+            node, expanded = stack.pop()
+            if expanded:
+                ready.append(node)
+            elif node not in seen:
+                seen.add(node)
+                stack.append((node, True))
+                stack.extend((p, False) for v in reads(node) if (p := v.producer()) in chosen and p is not None)
+    return ready

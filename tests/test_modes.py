@@ -1,0 +1,156 @@
+"""What students learn on, how far they look, and what is done to them together: every mode from end to end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from ndonnx.errors import RecipeError
+from ndonnx.executor import processes
+from ndonnx.pipeline import CompressResult, compress, distilling, finishing
+from ndonnx.recipe import Recipe
+from ndonnx.teacher import sessions
+from tests.models import Array, Net, inputs_of, mlp, residual_cnn, run
+from tests.test_pipeline import Recorder
+
+SETTINGS: dict[str, Any] = {
+    "steps": 20,
+    "lr": 0.02,
+    "batch_size": 16,
+    "holdout": 0.2,
+    "inputs": "teacher",
+    "executor": "serial",
+    "workers": 1,
+    "device": "cpu",
+    "precision": "fp32",
+}
+
+
+@pytest.fixture(autouse=True)
+def one_core(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for module in (distilling, finishing, sessions, processes):
+        monkeypatch.setattr(module, "usable_cores", lambda: 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def go(folder: Path, model: onnx.ModelProto, name: str = "student", samples: int = 128, **options: Any) -> CompressResult:
+    teacher, data = folder / "teacher.onnx", folder / "data.npz"
+    if not teacher.exists():
+        onnx.save(model, teacher)
+        arrays: dict[str, Array] = inputs_of(model, samples)
+        np.savez(data, label=np.arange(samples) % 5, **arrays)  # type: ignore[arg-type]
+    progress = options.pop("progress", None)
+    return compress(
+        teacher,
+        data=str(data),
+        recipe=Recipe(**(SETTINGS | options)),
+        output=folder / f"{name}.onnx",
+        run_dir=folder / f"{name}.run",
+        progress=progress,
+    )
+
+
+def error(folder: Path, name: str) -> float:
+    """Mean squared error of a student's logits on new inputs."""
+    fresh = inputs_of(onnx.load(folder / "teacher.onnx"), 100, seed=7)
+    teacher, student = (run(onnx.load(folder / f"{n}.onnx"), fresh)["logits"] for n in ("teacher", name))
+    return float(np.square(teacher - student).mean())
+
+
+def test_each_way_to_learn_beats_the_one_before(tmp_path: Path) -> None:
+    """Apart; then with a refit on the students' own inputs; in order on those inputs."""
+    for mode in ("teacher", "refit", "student"):
+        result = go(tmp_path, residual_cnn(4), f"by-{mode}", inputs=mode)
+        assert [n.status for n in result.report.neighbourhoods].count("distilled") == 4
+    apart, refitted, ordered = (error(tmp_path, f"by-{mode}") for mode in ("teacher", "refit", "student"))
+    assert refitted < apart
+    assert ordered < apart
+
+
+@pytest.mark.parametrize("mode", ["refit", "student"])
+def test_a_second_run_repeats_the_bytes_and_trains_nothing(tmp_path: Path, mode: str) -> None:
+    go(tmp_path, residual_cnn(), inputs=mode, finetune_steps=5)
+    first = (tmp_path / "student.onnx").read_bytes()
+    recorder = Recorder()
+    again = go(tmp_path, residual_cnn(), inputs=mode, finetune_steps=5, progress=recorder)
+    assert {n.status for n in again.report.neighbourhoods} == {"reused", "kept"}
+    assert not {"capture", "distil", "refit", "answers", "finetune"}.intersection(recorder.stages)
+    assert (tmp_path / "student.onnx").read_bytes() == first
+
+
+def test_a_chain_continues_behind_what_is_done(tmp_path: Path) -> None:
+    """In order, each student depends on all before it: those before a missing one are re-used, the rest is made again."""
+    go(tmp_path, residual_cnn(), inputs="student")
+    first = (tmp_path / "student.onnx").read_bytes()
+    (gone,) = (tmp_path / "student.run").glob("students/n03-*/done.json")
+    gone.unlink()
+    again = go(tmp_path, residual_cnn(), inputs="student")
+    ends = {n.name: n.status for n in again.report.neighbourhoods}
+    assert (ends["n02"], ends["n03"], ends["n04"]) == ("reused", "distilled", "reused")
+    assert (tmp_path / "student.onnx").read_bytes() == first
+    assert not (tmp_path / "student.run" / "prefix").exists()
+
+
+def test_looking_ahead_is_another_student_and_says_so(tmp_path: Path) -> None:
+    go(tmp_path, residual_cnn(), "plain")
+    result = go(tmp_path, residual_cnn(), "ahead", look_ahead=2)
+    candidates = {n.name: n.candidate for n in result.report.neighbourhoods if n.candidate}
+    assert candidates == {
+        "n02": "width k=0.5, look-ahead 2",
+        "n03": "width k=0.5, look-ahead 1",
+        "n04": "width k=0.5",
+    }
+    assert (tmp_path / "plain.onnx").read_bytes() != (tmp_path / "ahead.onnx").read_bytes()
+    assert error(tmp_path, "ahead") < 1.2 * error(tmp_path, "plain")
+
+
+def test_look_ahead_weights_are_one_for_each(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="1 given for --look-ahead 2"):
+        go(tmp_path, residual_cnn(), look_ahead=2, look_ahead_weights=(0.5,))
+    weighted = go(tmp_path, residual_cnn(), "none", look_ahead=1, look_ahead_weights=(0.0,), steps=5)
+    plain = go(tmp_path, residual_cnn(), "plain", steps=5)
+    for one, other in zip(weighted.report.neighbourhoods, plain.report.neighbourhoods, strict=True):
+        assert one.nmse == pytest.approx(other.nmse)
+
+
+def test_fine_tuning_brings_the_whole_nearer_to_the_teacher(tmp_path: Path) -> None:
+    go(tmp_path, residual_cnn(), "plain", steps=0)
+    result = go(tmp_path, residual_cnn(), "tuned", steps=0, finetune_steps=100, finetune_lr=0.005)
+    tuned = result.report.finetune
+    assert tuned is not None and tuned.reason is None and tuned.steps == 100
+    assert tuned.loss is not None and tuned.loss_start is not None and tuned.loss < tuned.loss_start
+    assert error(tmp_path, "tuned") < 0.8 * error(tmp_path, "plain")
+    assert not (tmp_path / "tuned.run" / "finetune").exists()
+
+
+def test_labels_of_the_data_are_used_when_asked_for(tmp_path: Path) -> None:
+    go(tmp_path, residual_cnn(), "plain", steps=0, finetune_steps=10)
+    go(tmp_path, residual_cnn(), "labelled", steps=0, finetune_steps=10, label_weight=0.5)
+    assert (tmp_path / "plain.onnx").read_bytes() != (tmp_path / "labelled.onnx").read_bytes()
+
+
+def test_a_model_that_does_not_train_as_a_whole_keeps_its_distilled_student(tmp_path: Path) -> None:
+    net = Net()
+    x = net.relu(net.gemm(net.relu(net.gemm(net.input("x", "N", 6), 6, 16)), 16, 6), out="middle")
+    net.gemm(net.relu(net.gemm(x, 6, 16)), 16, 5, out="logits")
+    recorder = Recorder()
+    result = go(tmp_path, net.proto("logits", "middle"), finetune_steps=5, progress=recorder)
+    assert result.report.finetune is not None and "2 outputs" in (result.report.finetune.reason or "")
+    assert any("not fine-tuned" in note and "2 outputs" in note for note in recorder.notes)
+    assert error(tmp_path, "student") > 0
+
+
+def test_data_free_needs_no_data(tmp_path: Path) -> None:
+    onnx.save(mlp(), tmp_path / "teacher.onnx")
+    recipe = Recipe(**(SETTINGS | {"data_free": True, "samples": 64, "steps": 2}))
+    result = compress(tmp_path / "teacher.onnx", recipe=recipe, output=tmp_path / "student.onnx")
+    assert any(n.status == "distilled" for n in result.report.neighbourhoods)

@@ -1,4 +1,4 @@
-"""End-to-end knowledge distillation (KD) of a whole student: the baseline that ND is measured against."""
+"""End-to-end training of a whole student, by knowledge distillation (KD) or by labels: what ND is measured against."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -17,7 +17,8 @@ from torch import Tensor
 from benchmarks import common
 from benchmarks.common import Notes, Slice, Stopwatch, Subject
 from ndonnx.convert import TorchSlice, check_parity, to_torch, write_back
-from ndonnx.distil.samples import SliceSamples
+from ndonnx.distil.losses import LABEL
+from ndonnx.distil.samples import SliceSamples, Source
 from ndonnx.errors import ConversionError, ModelError, ParityError, ShrinkError, UsageError
 from ndonnx.graph import fold_constants, load
 from ndonnx.graph.dataflow import real_inputs
@@ -26,6 +27,9 @@ from ndonnx.partition import Partition
 from ndonnx.recipe import Recipe
 from ndonnx.splice import splice
 from ndonnx.teacher import ActivationStore, capture, make_session
+
+Loss = Literal["kd", "ce"]
+"""KL divergence from the teacher's softened logits, or cross-entropy with the labels."""
 
 TEMPERATURE = 4.0
 WARMUP = 0.05
@@ -62,8 +66,9 @@ class Images:
         self.batch = common.capture_batch(model)
 
     def training(self, holdout: float) -> SliceSamples:
-        """Images and logits to train on."""
-        return SliceSamples.of(self.store, self.inputs, [self.logits], holdout)
+        """Images and logits to train on, and the labels where there are any."""
+        sources = {name: Source(self.store, name) for name in (*self.inputs, self.logits)}
+        return SliceSamples(sources, self.inputs, holdout, {} if self.labels is None else {LABEL: self.labels})
 
     def feeds(self, first: int, last: int) -> Iterator[dict[str, Any]]:
         """The model's inputs of these samples, a batch at a time."""
@@ -72,14 +77,19 @@ class Images:
 
 
 class EndToEnd:
-    """KD of a whole student from one start; every training begins there anew."""
+    """Training of a whole student from one start; every training begins there anew."""
 
-    def __init__(self, student: ir.Model, data: SliceSamples, target: str, recipe: Recipe, batch: int) -> None:
+    def __init__(
+        self, student: ir.Model, data: SliceSamples, target: str, recipe: Recipe, batch: int, loss: Loss = "kd"
+    ) -> None:
         """Convert the whole student.
 
         Raises:
-            UsageError: it does not convert to torch, or answers differently there.
+            UsageError: it does not convert to torch, or answers differently there, or there are no labels for `ce`.
         """
+        if loss == "ce" and LABEL not in data.names:
+            raise UsageError("cross-entropy needs labels, and the data hold none")
+        self._kind = loss
         self._data = data
         self._target = target
         self._batch = min(batch, data.blocks.samples - data.blocks.holdout)
@@ -131,6 +141,8 @@ class EndToEnd:
         batch = self._data.batch(rows)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
             student = self._module(*(self._ready(tensor) for tensor in map(batch.__getitem__, self._data.inputs)))
+        if self._kind == "ce":
+            return F.cross_entropy(student.float(), batch[LABEL].to(self._device))
         return softened_kl(student, batch[self._target].to(self._device))
 
     def _ready(self, tensor: Tensor) -> Tensor:

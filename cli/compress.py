@@ -93,7 +93,7 @@ def compress(
         precision=precision,
         cache_budget=cache_budget,
     )
-    if data is None and not settings.data_free:
+    if data is None and not settings.data_free and settings.inputs != "noise":
         raise UsageError(f"--data is missing: give {options.SOURCES}; --data-free works without data")
     target = Path(output) if output is not None else Path(f"{Path(model).stem}-student.onnx")
     folder = Path(run_dir) if run_dir is not None else target.with_suffix(".run")

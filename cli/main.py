@@ -16,6 +16,7 @@ from ndonnx.errors import NdonnxError, UsageError
 from .compress import compress
 from .demo import demo
 from .evaluate import evaluate
+from .harden import harden
 from .inspect import inspect
 from .outcome import BAD_INPUT, BUG, DONE, INTERRUPTED, Interrupted
 
@@ -27,6 +28,7 @@ app = typer.Typer(
 app.command()(compress)
 app.command()(inspect)
 app.command()(evaluate)
+app.command()(harden)
 app.command()(demo)
 
 

@@ -183,3 +183,15 @@ def output(default: str) -> Any:
     return typer.Option(
         "--output", "-o", metavar="FILE.onnx", help=f"Where the student is written. (default: {default})"
     )
+
+
+# Of `ndonnx harden`
+Noise = Annotated[
+    float | None,
+    _flag("--noise", "PART", "Deviation of the noise, as a part of each activation's own.", "0.1", _TRAIN),
+]
+HardenSteps = Annotated[int | None, _flag("--steps", "N", "Optimiser steps of the whole model.", "2000", _TRAIN)]
+HardenLr = Annotated[
+    float | None, _flag("--lr", "RATE", "Peak step of Adam, relative to the size of each weight.", "0.01", _TRAIN)
+]
+HardenSamples = Annotated[int | None, _flag("--samples", "N", "Most samples taken from the data.", "50000", _TRAIN)]

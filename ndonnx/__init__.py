@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ndonnx.api import Speed, benchmark, evaluate, inspect, partition
     from ndonnx.evaluate import Evaluation
     from ndonnx.graph.load import load
+    from ndonnx.harden import HardenReport, HardenResult, harden
     from ndonnx.pipeline import CompressResult, compress
     from ndonnx.recipe import DataRecipe, Recipe, load_recipe
     from ndonnx.report import CompressReport
@@ -30,12 +31,15 @@ __all__ = [
     "CompressResult",
     "DataRecipe",
     "Evaluation",
+    "HardenReport",
+    "HardenResult",
     "Inspection",
     "Recipe",
     "Speed",
     "benchmark",
     "compress",
     "evaluate",
+    "harden",
     "inspect",
     "load",
     "load_recipe",
@@ -47,12 +51,15 @@ _HOMES = {
     "CompressResult": "ndonnx.pipeline",
     "DataRecipe": "ndonnx.recipe",
     "Evaluation": "ndonnx.evaluate",
+    "HardenReport": "ndonnx.harden",
+    "HardenResult": "ndonnx.harden",
     "Inspection": "ndonnx.report.inspection",
     "Recipe": "ndonnx.recipe",
     "Speed": "ndonnx.api",
     "benchmark": "ndonnx.api",
     "compress": "ndonnx.pipeline",
     "evaluate": "ndonnx.api",
+    "harden": "ndonnx.harden",
     "inspect": "ndonnx.api",
     "load": "ndonnx.graph.load",
     "load_recipe": "ndonnx.recipe",

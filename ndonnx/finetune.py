@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ndonnx.convert import TorchSlice, write_back
 from ndonnx.distil import Plan, Training, train
-from ndonnx.distil.gate import check_answer, pass_gate
+from ndonnx.distil.gate import check_answer, free_batch, pass_gate
 from ndonnx.distil.losses import LABEL, DistillationLoss, NeighbourhoodLoss, Objective
 from ndonnx.distil.samples import SliceSamples, Source
 from ndonnx.distil.trainer import OnStep
@@ -122,15 +122,15 @@ def finetune(
     output = student.graph.outputs[0]
     sources = {name: Source(store, name) for name in (*inputs, output.name or "")}
     samples = SliceSamples(sources, inputs, holdout, {} if labels is None else {LABEL: labels})
-    whole = fold_constants(student.clone())
+    whole = free_batch(fold_constants(student.clone()), inputs)
     probe = {name: rows for name, rows in samples.arrays(0, _PROBE).items() if name in inputs}
     module, _ = pass_gate(whole, probe, parity)
-    _train_only(module, student)
-    objective = _objective(output, temperature, label_weight if labels is not None else 0.0)
+    train_only(module, student)
+    objective = objective_of(output, temperature, label_weight if labels is not None else 0.0)
     training = train(module, samples, objective, plan, on_step, KeepZeros.of(module))
-    trained = {name: array for name, array in module.trained_weights().items() if _holds(student, name, array)}
+    trained = {name: array for name, array in module.trained_weights().items() if holds(student, name, array)}
     tuned = write_back(student, trained)
-    check_answer(module, tuned, probe, parity)
+    check_answer(module, free_batch(fold_constants(tuned.clone()), inputs), probe, parity)
     return tuned, training
 
 
@@ -165,19 +165,21 @@ def is_class_scores(output: ir.Value) -> bool:
     return output.shape is not None and len(output.shape) == _CLASS_RANK and output.shape[1] != 1 and not is_probability
 
 
-def _objective(output: ir.Value, temperature: float, label_weight: float) -> Objective:
+def objective_of(output: ir.Value, temperature: float, label_weight: float) -> Objective:
+    """What a whole model is trained on: softened cross-entropy for class scores, squared error otherwise."""
     name = output.name or ""
     return DistillationLoss(name, temperature, label_weight) if is_class_scores(output) else NeighbourhoodLoss(name)
 
 
-def _train_only(module: TorchSlice, student: ir.Model) -> None:
+def train_only(module: TorchSlice, student: ir.Model) -> None:
     """Hold what could not be written back: constants that the student computes from others."""
     for name, weight in zip(module.weight_names, module.weights, strict=True):
-        if not _holds(student, name, weight.detach().numpy()):
+        if not holds(student, name, weight.detach().numpy()):
             weight.requires_grad_(False)
 
 
-def _holds(student: ir.Model, name: str, array: npt.NDArray[np.float32]) -> bool:
+def holds(student: ir.Model, name: str, array: npt.NDArray[np.float32]) -> bool:
+    """Whether the student has an initializer of this name and shape, into which the array can be written back."""
     value = student.graph.initializers.get(name)
     if value is None or value.const_value is None:
         return False

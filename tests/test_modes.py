@@ -42,7 +42,9 @@ def one_core(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def go(folder: Path, model: onnx.ModelProto, name: str = "student", samples: int = 128, **options: Any) -> CompressResult:
+def go(
+    folder: Path, model: onnx.ModelProto, name: str = "student", samples: int = 128, **options: Any
+) -> CompressResult:
     teacher, data = folder / "teacher.onnx", folder / "data.npz"
     if not teacher.exists():
         onnx.save(model, teacher)

@@ -76,7 +76,13 @@ def test_a_walk_lowers_the_error_of_the_whole(tmp_path: Path) -> None:
     students = shrunk(parts, data)
     seen: list[str] = []
     better = refit_walk(
-        parts, students, batches_of(data), tmp_path, 160, threads=1, on_neighbourhood=lambda name, done: seen.append(name)
+        parts,
+        students,
+        batches_of(data),
+        tmp_path,
+        160,
+        threads=1,
+        on_neighbourhood=lambda name, done: seen.append(name),
     )
     assert seen == list(students)
     fresh = inputs_of(model, 100, seed=5)

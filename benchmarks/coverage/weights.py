@@ -15,8 +15,8 @@ _TOLD_SHARE = 0.001
 """Share of the weights from which a piece that is kept is worth a line."""
 _LINEAR = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 _PASS = {
-    "Add", "Cast", "Concat", "Div", "Flatten", "Identity", "LogSoftmax", "Mul", "Reshape", "Resize", "Sigmoid",
-    "Slice", "Softmax", "Squeeze", "Tanh", "Transpose", "Unsqueeze",
+    "Add", "Cast", "Concat", "Div", "Exp", "Flatten", "Identity", "LogSoftmax", "Mul", "Reshape", "Resize", "Sigmoid",
+    "Slice", "Softmax", "Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze",
 }  # fmt: skip
 
 
@@ -42,7 +42,7 @@ def embeddings(graph: ir.Graph) -> set[ir.Value]:
 
 
 def classifiers(graph: ir.Graph) -> set[ir.Value]:
-    """Weights of linear operators whose output is the model's, but for a change of form."""
+    """Weights of linear operators whose output is the model's, but for a change of form (boxes decoded, say)."""
     found: set[ir.Value] = set()
     stack, seen = list(graph.outputs), set()
     while stack:
@@ -54,11 +54,26 @@ def classifiers(graph: ir.Graph) -> set[ir.Value]:
             found |= _weights([node])
             continue
         inputs = [v for v in node.inputs if v is not None and constant_of(v) is None]
-        # A sum of two activations closes a residual unit: what is behind it is no classifier.
-        if node.op_type == "Concat" or (node.op_type in _PASS and len(inputs) == 1):
+        # A sum of two activations closes a residual unit, unless both come from the very same operators.
+        if node.op_type == "Concat" or (node.op_type in _PASS and len({_made_by(v) for v in inputs}) == 1):
             stack += inputs
             found |= _weights([node])
     return found
+
+
+def _made_by(value: ir.Value) -> frozenset[ir.Value]:
+    """Outputs of the linear operators, and inputs of the model, that a value is made from without others between."""
+    made, stack, seen = set(), [value], {value}
+    while stack:
+        value = stack.pop()
+        node = value.producer()
+        if node is None or node.op_type in _LINEAR:
+            made.add(value)
+            continue
+        before = {v for v in node.inputs if v is not None and constant_of(v) is None} - seen
+        seen |= before
+        stack += before
+    return frozenset(made)
 
 
 def _weights(nodes: Iterable[ir.Node]) -> set[ir.Value]:

@@ -24,6 +24,8 @@ _EVALUATIONS = 20
 """Times that the held-out error is measured during a training."""
 _HOLDOUT_BYTES = 64 * 2**20
 """Most bytes of held-out samples that are kept in memory, as float32."""
+_HOLDOUT_SAMPLES = 1024
+"""Most of them."""
 _EVALUATION_BATCH = 64
 _SMALLEST_SCALE = 1e-2
 """Scale of weights that are all (nearly) zero."""
@@ -204,7 +206,9 @@ class _Judge:
         self._inputs = samples.inputs
         self._objective = objective
         self._device = device
-        self._count = min(samples.blocks.holdout, max(1, _HOLDOUT_BYTES // max(1, samples.bytes_per_sample())))
+        self._count = min(
+            samples.blocks.holdout, _HOLDOUT_SAMPLES, max(1, _HOLDOUT_BYTES // max(1, samples.bytes_per_sample()))
+        )
         self._values = {name: torch.from_numpy(array) for name, array in samples.arrays(0, self._count).items()}
         self._constant = {name for name in self._values if samples.is_constant(name)}
         target = self._values[objective.target]

@@ -6,12 +6,14 @@ was interrupted continues with what is done there, whichever executor did it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
 
 from ndonnx.data import DATA_FREE, DataSource, input_specs, open_source
+from ndonnx.data.source import RowSource
 from ndonnx.distil import load_student
 from ndonnx.errors import DataError, ModelError
 from ndonnx.evaluate import Evaluation, evaluate
@@ -30,6 +32,7 @@ from ndonnx.report import CompressReport, FinetuneReport, ModelSummary
 from ndonnx.rundir import RunDir
 from ndonnx.splice import is_changed, splice
 from ndonnx.teacher import make_session
+from ndonnx.teacher.balance import POOL, balanced
 from ndonnx.verify import verify
 
 _CHECK_SAMPLES = 2000
@@ -158,17 +161,22 @@ def _open(model: Path, output: str | Path | None, data: str | None, eval_data: s
             raise ModelError(f"{output}: is the teacher itself, which is never modified; choose another output")
     teacher = load(model)
     specs = input_specs(make_session(model))
-    source = open_source(_spec_of(data, recipe), specs, recipe.data, seed=recipe.seed)
-    judge = open_source(eval_data, specs, recipe.data, seed=recipe.seed) if eval_data is not None else source
+
+    def source_of(spec: str) -> DataSource:
+        return open_source(spec, specs, recipe.data, seed=recipe.seed, graph=teacher.graph)
+
+    source = source_of(data) if data is not None else _made_up(source_of, teacher, recipe)
+    judge = source_of(eval_data) if eval_data is not None else source
     return _Given(model, teacher, source, judge, count_samples(source, recipe.samples))
 
 
-def _spec_of(data: str | None, recipe: Recipe) -> str:
-    if data is not None:
-        return data
-    if recipe.data_free:
-        return DATA_FREE
-    raise DataError("no data: give a data source, or set data_free to make inputs up")
+def _made_up(source_of: Callable[[str], DataSource], teacher: ir.Model, recipe: Recipe) -> DataSource:
+    """Samples that nobody collected, as many as the recipe wants, of all that the teacher can tell apart."""
+    if not recipe.data_free and recipe.inputs != "noise":
+        raise DataError("no data: give a data source, or set data_free to make inputs up")
+    pool = source_of(f"{DATA_FREE}:{POOL * recipe.samples}")
+    # One thread: another last bit could choose other samples, and nothing of an earlier run would be found again.
+    return balanced(pool, teacher, recipe.samples, threads=1) if isinstance(pool, RowSource) else pool
 
 
 def partition_model(teacher: ir.Model, recipe: Recipe) -> Partition:

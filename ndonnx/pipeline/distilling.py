@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from ndonnx.data import DataSource
 from ndonnx.distil import DistilJob, DistilResult, HeadSlice, Plan, load_student, read_result
-from ndonnx.errors import ModelError, RecipeError, RunDirError
+from ndonnx.errors import ModelError, RecipeError, RunDirError, SliceError
 from ndonnx.executor import make_executor
 from ndonnx.graph import save
 from ndonnx.graph.load import external_tensors
@@ -27,6 +27,8 @@ from ndonnx.report import NeighbourhoodReport
 from ndonnx.rundir import Entry, RunDir, fingerprint, fingerprint_file
 from ndonnx.students import method_of
 from ndonnx.teacher import ActivationStore, capture, capture_bytes
+from ndonnx.teacher.moments import entry_noise
+from ndonnx.teacher.noise import EntryNoise, noise_store
 from ndonnx.walk import Prefix
 
 
@@ -94,6 +96,8 @@ class Distillation:
         self.data = (self._model_fingerprint(), self.source.fingerprint(), str(samples), str(self.recipe.seed))
         if self.recipe.inputs == "student":
             self._in_order(waves, samples)
+        elif self.recipe.inputs == "noise":
+            self._on_noise(waves, samples)
         else:
             self._apart(waves, samples)
         return self.outcomes
@@ -118,6 +122,32 @@ class Distillation:
                 self._train({n.name: self._job(n, stores, self._entry(n)) for n in open_})
             done += len(open_)
             entry.remove()
+
+    def _on_noise(self, waves: list[list[Neighbourhood]], samples: int) -> None:
+        """Each on Gaussian noise at its own input, rectified behind a ReLU: no data at all (section 6)."""
+        drawn = entry_noise(self.parts, carry=False, seed=self.recipe.seed, threads=1)
+        folder = self.run.path / "noise"
+        for wave in waves:
+            jobs = {}
+            with self.clock.measure("capture"):
+                for number, neighbourhood in enumerate(wave):
+                    entry = self._entry(neighbourhood)
+                    if self._reuse(neighbourhood, entry):
+                        continue
+                    noise = drawn.get(neighbourhood.name, EntryNoise("white", None))
+                    slice_ = self.parts.slice_of(neighbourhood)
+                    try:
+                        store = noise_store(
+                            slice_, folder / f"{number:04}", samples, self.recipe.seed, noise.kind, noise.moments
+                        )
+                    except SliceError as error:
+                        self.outcomes[neighbourhood.name] = Outcome("kept", reason=str(error))
+                        continue
+                    jobs[neighbourhood.name] = self._job(neighbourhood, dict.fromkeys(store.names, store.path), entry)
+            with self.clock.measure("distil"):
+                self.progress.stage("distil", len(jobs), "neighbourhoods")
+                self._train(jobs)
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _in_order(self, waves: list[list[Neighbourhood]], samples: int) -> None:
         """One after the other, each on what the students before it give, so that errors do not add up."""
@@ -187,6 +217,7 @@ class Distillation:
             self.recipe.holdout,
             self.recipe.parity,
             ahead,
+            self.recipe.inputs == "noise",
             list(self._chain),
         )
         return self.run.entry("students", f"{neighbourhood.name}-{key}")

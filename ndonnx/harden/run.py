@@ -1,0 +1,267 @@
+"""From a model file and data to the hardened model and what there is to tell of it."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from ndonnx.data import DataSource, input_specs, open_source
+from ndonnx.distil import Plan, Training
+from ndonnx.errors import ModelError, SliceError, UsageError
+from ndonnx.evaluate import Evaluation, evaluate
+from ndonnx.executor import make_executor
+from ndonnx.graph import load, save
+from ndonnx.graph.dataflow import real_inputs
+from ndonnx.graph.load import check_writable, declared_values, forget_inferred
+from ndonnx.harden.noise import Noise, measure_noises
+from ndonnx.harden.training import MODEL_FILE, HardenJob
+from ndonnx.machine import computes_in_bf16, pick_device, usable_cores
+from ndonnx.partition import Partition
+from ndonnx.pipeline import partition_model
+from ndonnx.pipeline.batches import CAPTURE_BATCH, count_samples, probe, whole_batches
+from ndonnx.progress import Progress, Silent
+from ndonnx.recipe import Recipe
+from ndonnx.rundir import Entry
+from ndonnx.teacher import ActivationStore, capture, capture_bytes, make_session
+from ndonnx.verify import verify
+
+NOISE = 0.1
+"""Deviation of the noise, as a part of the activation's own."""
+STEPS = 2000
+
+_CHECK_SAMPLES = 2000
+"""Samples of the training data on which teacher and hardened model are compared without evaluation data."""
+
+
+@dataclass(frozen=True)
+class HardenReport:
+    """What came of a hardening."""
+
+    model: str
+    output: str | None
+    noise: float
+    """Deviation of the noise, as a part of each activation's own."""
+    values: tuple[str, ...]
+    """Exits of neighbourhoods, to which it was added."""
+    steps: int
+    seconds: float
+    """Of the training."""
+    loss_start: float
+    """Held-out, under noise, as all four."""
+    loss: float
+    nmse_start: float
+    """Of the output, the teacher's clean answer being right."""
+    nmse: float
+    metrics: dict[str, Evaluation]
+    """Of `teacher` and `hardened`, without any noise."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As one JSON document."""
+        return asdict(self) | {"metrics": {name: found.to_json() for name, found in self.metrics.items()}}
+
+
+@dataclass(frozen=True)
+class HardenResult:
+    """The hardened model, and what there is to tell of it."""
+
+    model: ir.Model
+    report: HardenReport
+
+    def save(self, path: str | Path) -> None:
+        """Write it under its final name only when complete (see `ndonnx.graph.save`)."""
+        save(self.model, path)
+
+
+def harden(
+    model: str | Path,
+    *,
+    data: str,
+    noise: float = NOISE,
+    steps: int | None = None,
+    recipe: Recipe | None = None,
+    output: str | Path | None = None,
+    eval_data: str | None = None,
+    progress: Progress | None = None,
+) -> HardenResult:
+    """Train a model to answer the same with noise on its inner activations (appendix B.1).
+
+    The targets are the model's own clean answers: class scores by the softened cross-entropy
+    (and the labels', if `label_weight` says so), any other output by the squared error. The best
+    held-out state is kept, so the model never bears noise worse than it did.
+
+    Args:
+        model: path of the teacher; never modified. It has one output.
+        data: inputs to train on, as a data source.
+        noise: deviation of the noise at the exit of every neighbourhood, as a part of the activation's own.
+        steps: optimiser steps. None: the recipe's `finetune_steps`, and 2,000 where that is 0.
+        recipe: the partition, `finetune_lr`, `finetune_samples`, `temperature`, `label_weight` and how to run.
+        output: where the hardened model is written. None: nowhere, see `HardenResult.model`.
+        eval_data: data for the comparison without noise; labels give accuracy. None: part of `data`.
+        progress: told what goes on.
+
+    Raises:
+        UsageError: bad input, a model that does not convert to torch, or a training that broke down.
+    """
+    recipe, progress = recipe or Recipe(), progress or Silent()
+    if not (math.isfinite(noise) and noise >= 0):
+        raise UsageError(f"--noise {noise:g}: expected a number from 0, as a part of each activation's deviation")
+    if steps is not None and steps < 0:
+        raise UsageError(f"--steps {steps}: expected at least 0")
+    steps = (recipe.finetune_steps or STEPS) if steps is None else steps
+    progress.stage("load")
+    path = Path(model)
+    given = _open(path, output, data, eval_data, recipe)
+    progress.stage("partition")
+    parts = partition_model(given.teacher, recipe)
+    try:
+        noises = measure_noises(parts, given.source, noise, recipe.seed)
+        with tempfile.TemporaryDirectory(prefix="ndonnx-") as folder:
+            hardened, training = _Run(path, parts, given.source, recipe, progress, Path(folder)).train(noises, steps)
+    except SliceError as error:
+        raise UsageError(f"{path}: cannot be hardened: {error}") from error
+    forget_inferred(hardened, declared_values(given.teacher))
+    verify(given.teacher, hardened, parts, {}, probe(given.source), recipe.parity)
+    if output is not None:
+        save(hardened, output)
+    limit = None if eval_data is not None else _CHECK_SAMPLES
+    report = HardenReport(
+        model=str(path),
+        output=None if output is None else str(output),
+        noise=noise,
+        values=tuple(found.value for found in noises),
+        steps=training.steps,
+        seconds=round(training.seconds, 3),
+        loss_start=training.loss_start,
+        loss=training.loss,
+        nmse_start=training.nmse_start,
+        nmse=training.nmse,
+        metrics={
+            "teacher": evaluate(path, given.judge, samples=limit),
+            "hardened": evaluate(hardened, given.judge, teacher=path, samples=limit, progress=progress),
+        },
+    )
+    return HardenResult(hardened, report)
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What a hardening starts from."""
+
+    teacher: ir.Model
+    source: DataSource
+    judge: DataSource
+
+
+def _open(path: Path, output: str | Path | None, data: str, eval_data: str | None, recipe: Recipe) -> _Given:
+    """Open everything that may be missing or damaged, before any work is done."""
+    if output is not None:
+        check_writable(output)
+        if Path(output).exists() and path.exists() and Path(output).samefile(path):
+            raise ModelError(f"{output}: is the teacher itself, which is never modified; choose another output")
+    teacher = load(path)
+    if len(teacher.graph.outputs) != 1:
+        raise ModelError(f"{path}: has {len(teacher.graph.outputs)} outputs; only a model with one can be hardened")
+    specs = input_specs(make_session(path))
+
+    def source_of(spec: str) -> DataSource:
+        return open_source(spec, specs, recipe.data, seed=recipe.seed, graph=teacher.graph)
+
+    source = source_of(data)
+    judge = source if eval_data is None else source_of(eval_data)
+    return _Given(teacher, source, judge)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One hardening: the teacher's answers, then the training in a process of its own."""
+
+    path: Path
+    parts: Partition
+    source: DataSource
+    recipe: Recipe
+    progress: Progress
+    folder: Path
+
+    def train(self, noises: tuple[Noise, ...], steps: int) -> tuple[ir.Model, Training]:
+        store, labels = self._answers()
+        recipe = self.recipe
+        if recipe.label_weight > 0 and labels is None:
+            self.progress.note("--label-weight has no effect: the data hold no labels")
+        entry = Entry(self.folder / "hardened")
+        job = HardenJob(
+            name="model",
+            teacher_path=self.path,
+            store_path=store.path,
+            labels_path=labels,
+            noises=noises,
+            entry=entry,
+            plan=self._plan(steps),
+            temperature=recipe.temperature,
+            label_weight=recipe.label_weight,
+            holdout=recipe.holdout,
+            parity=recipe.parity,
+            threads=usable_cores(),
+        )
+        self.progress.stage("harden", steps, "steps")
+        reached = 0
+
+        def on_step(name: str, step: int, steps: int, nmse: float) -> None:
+            nonlocal reached
+            self.progress.advance(step - reached)
+            reached = step
+            self.progress.step(name, step, steps, nmse)
+
+        (outcome,) = make_executor(recipe.executor, 1).run([job], on_step)
+        if outcome.error is not None:
+            raise SliceError(outcome.error)
+        hardened = load(entry.path / MODEL_FILE)
+        ir.external_data.load_to_model(hardened)  # its files go with the folder
+        return hardened, Training(**entry.meta())
+
+    def _plan(self, steps: int) -> Plan:
+        recipe, device = self.recipe, pick_device(self.recipe.device)
+        bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and computes_in_bf16(device))
+        return Plan(steps, recipe.batch_size, recipe.finetune_lr, recipe.warmup, recipe.seed, device, bf16)
+
+    def _answers(self) -> tuple[ActivationStore, Path | None]:
+        """The teacher's inputs and clean answers, and a file of labels if there are any."""
+        graph = self.parts.model.graph
+        names = [value.name or "" for value in (*real_inputs(graph), *graph.outputs)]
+        samples = self._samples(names)
+        labels: list[npt.NDArray[np.int64]] = []
+
+        def batches() -> Iterator[Mapping[str, npt.NDArray[Any]]]:
+            labels.clear()
+            yield from whole_batches(
+                self.source, CAPTURE_BATCH, samples=samples, seed=self.recipe.seed, on_labels=labels.append
+            )
+
+        self.progress.stage("answers", samples, "samples")
+        store = capture(
+            self.parts.model,
+            names,
+            batches,
+            self.folder / "answers",
+            samples=samples,
+            device=pick_device(self.recipe.device),
+            on_batch=self.progress.advance,
+        )
+        if not labels:
+            return store, None
+        np.save(self.folder / "labels.npy", np.concatenate(labels))
+        return store, self.folder / "labels.npy"
+
+    def _samples(self, names: Sequence[str]) -> int:
+        """As many as there are, the recipe asks for, and the cache budget holds."""
+        batch = next(whole_batches(self.source, 1, samples=1))
+        each = capture_bytes(self.parts.model, names, 1, batch=batch)
+        available = count_samples(self.source, self.recipe.finetune_samples)
+        return max(2, min(available, self.recipe.cache_budget // max(1, each)))

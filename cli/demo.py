@@ -28,7 +28,7 @@ def demo(
     verbose: options.Verbose = False,
 ) -> int:
     """Compress a small digit classifier that ships with ndonnx, and compare the two: under a minute."""
-    settings = ndonnx.load_recipe(keep=_KEEP, round_to=_ROUND_TO, steps=_STEPS)
+    settings = ndonnx.load_recipe(keep=_KEEP, round_to=_ROUND_TO, steps=_STEPS, finetune_steps=_STEPS)
 
     from .progress import telling  # noqa: PLC0415 - rich and pydantic are not for `--help`
     from .tables import print_demo, print_json  # noqa: PLC0415

@@ -106,7 +106,7 @@ LookAheadWeights = Annotated[
 ]
 FinetuneSteps = Annotated[
     int | None,
-    _flag("--finetune-steps", "N", "Steps of the whole student against the teacher's answers.", "0", _TRAIN),
+    _flag("--finetune-steps", "N", "Steps of the whole student against the teacher's answers.", "three times --steps", _TRAIN),
 ]
 FinetuneSamples = Annotated[
     int | None, _flag("--finetune-samples", "N", "Most samples of fine-tuning.", "50000", _TRAIN)
@@ -123,7 +123,7 @@ TimeBudget = Annotated[
     str | None,
     _flag("--time-budget", "TIME", "Choose the steps to fit this time (90s, 3m, 1h).", "none", _TRAIN),
 ]
-Steps = Annotated[int | None, _flag("--steps", "N", "Optimiser steps per neighbourhood.", "4000", _TRAIN)]
+Steps = Annotated[int | None, _flag("--steps", "N", "Optimiser steps per neighbourhood.", "1000", _TRAIN)]
 BatchSize = Annotated[int | None, _flag("--batch-size", "N", "Samples per optimiser step.", "64", _TRAIN)]
 Lr = Annotated[
     float | None, _flag("--lr", "RATE", "Peak step of Adam, relative to the size of each weight.", "0.1", _TRAIN)

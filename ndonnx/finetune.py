@@ -32,7 +32,7 @@ _PROBABILITIES = {"Softmax", "LogSoftmax", "Sigmoid", "HardSigmoid"}
 """Operators whose output is no longer class scores."""
 _CLASS_RANK = 2
 """Rank of class scores: (samples, classes)."""
-_MANY_ZEROS = 0.05
+_MANY_ZEROS = 0.01
 """Part of zeros from which they are a weight's pattern, which has to be kept."""
 
 
@@ -57,6 +57,8 @@ class FinetuneJob:
     parity: float
     """Largest relative error of torch against onnxruntime."""
     threads: int
+    kept: frozenset[str] = frozenset()
+    """Names of weights that stay as they are: those outside the replaced neighbourhoods."""
 
     def __call__(self, on_step: OnStep) -> Training:
         """Train the student as a whole; it is on disk afterwards, in the job's entry.
@@ -78,6 +80,7 @@ class FinetuneJob:
             holdout=self.holdout,
             parity=self.parity,
             on_step=on_step,
+            kept=self.kept,
         )
         save(tuned, folder / STUDENT_FILE)
         self.entry.commit(asdict(training))
@@ -95,6 +98,7 @@ def finetune(
     holdout: float,
     parity: float,
     on_step: OnStep,
+    kept: frozenset[str] = frozenset(),
 ) -> tuple[ir.Model, Training]:
     """A copy of the student, trained as a whole against the teacher's captured outputs.
 
@@ -112,6 +116,7 @@ def finetune(
         holdout: part of the samples that chooses the best state.
         parity: largest relative error of torch against onnxruntime.
         on_step: told the step, the steps and the held-out NMSE of the output.
+        kept: names of weights that stay as they are.
 
     Raises:
         SliceError: the whole does not convert or match onnxruntime, or the training broke down.
@@ -125,7 +130,7 @@ def finetune(
     whole = free_batch(fold_constants(student.clone()), inputs)
     probe = {name: rows for name, rows in samples.arrays(0, _PROBE).items() if name in inputs}
     module, _ = pass_gate(whole, probe, parity)
-    train_only(module, student)
+    train_only(module, student, kept)
     objective = objective_of(output, temperature, label_weight if labels is not None else 0.0)
     training = train(module, samples, objective, plan, on_step, KeepZeros.of(module))
     trained = {name: array for name, array in module.trained_weights().items() if holds(student, name, array)}
@@ -171,10 +176,10 @@ def objective_of(output: ir.Value, temperature: float, label_weight: float) -> O
     return DistillationLoss(name, temperature, label_weight) if is_class_scores(output) else NeighbourhoodLoss(name)
 
 
-def train_only(module: TorchSlice, student: ir.Model) -> None:
-    """Hold what could not be written back: constants that the student computes from others."""
+def train_only(module: TorchSlice, student: ir.Model, kept: frozenset[str] = frozenset()) -> None:
+    """Hold the kept weights, and what could not be written back: constants that the student computes from others."""
     for name, weight in zip(module.weight_names, module.weights, strict=True):
-        if not holds(student, name, weight.detach().numpy()):
+        if name in kept or not holds(student, name, weight.detach().numpy()):
             weight.requires_grad_(False)
 
 

@@ -95,6 +95,10 @@ class DataRecipe(_Section):
     """numpy name of the input's element type. None: the model's own."""
 
 
+FINETUNE_FACTOR = 3
+"""Steps of fine-tuning for each step of a neighbourhood, unless the recipe says how many."""
+
+
 class Recipe(_Section):
     """The whole of a compression run; see `ndonnx compress --help` for the same list."""
 
@@ -126,7 +130,7 @@ class Recipe(_Section):
     inputs: Literal["teacher", "student", "refit", "noise"] = "refit"
     """What a student learns on: the teacher's activations (the paper's method), those of the students before it
     (one after the other), the teacher's and then a closed-form refit on the students' own, or Gaussian noise."""
-    steps: int = Field(4000, ge=0)
+    steps: int = Field(1000, ge=0)
     """Optimiser steps per neighbourhood."""
     batch_size: int = Field(64, ge=1)
     """Samples per optimiser step."""
@@ -138,8 +142,8 @@ class Recipe(_Section):
     """Teacher slices after a neighbourhood through which its error is measured too (equations 4 and 5)."""
     look_ahead_weights: tuple[Annotated[float, Field(ge=0)], ...] = ()
     """Weight of each look-ahead loss. Empty: 1 for each."""
-    finetune_steps: int = Field(0, ge=0)
-    """Optimiser steps of the whole student against the teacher's answers, after splicing (equation 3)."""
+    finetune_steps: int | None = Field(None, ge=0)
+    """Optimiser steps of the whole student against the teacher's answers (equation 3). None: three times `steps`."""
     finetune_samples: int = Field(50_000, ge=2)
     """Most samples of fine-tuning, for which only inputs and outputs are kept."""
     finetune_lr: float = Field(0.01, gt=0)

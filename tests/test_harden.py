@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +14,17 @@ import torch
 
 import ndonnx
 from ndonnx.data import input_specs, open_source
+from ndonnx.distil import Plan
 from ndonnx.errors import SliceError, UsageError
+from ndonnx.finetune import finetune
 from ndonnx.graph import fold_constants, load
 from ndonnx.harden.noise import Noise, NoisyBody, add_noise_inputs, measure_noises
 from ndonnx.partition import Partition, partition
 from ndonnx.recipe import DataRecipe
-from ndonnx.teacher import make_session
+from ndonnx.teacher import capture, make_session
 from ndonnx_cli.main import main
 from tests.models import Array, Net, inputs_of, residual_cnn, run
+from tests.test_distil import silent
 
 SAMPLES = 160
 RECIPE = ndonnx.Recipe(executor="serial", precision="fp32", batch_size=16, holdout=0.2, temperature=1.0)
@@ -156,19 +160,41 @@ def test_labels_pull_the_model_their_way(tmp_path: Path) -> None:
     assert (run(hardened, inputs_of(model, 50, seed=9))["logits"].argmax(1) == 3).mean() > 0.9
 
 
+def _ones(rows: Array) -> Iterator[dict[str, Array]]:
+    """One sample at a time."""
+    for row in rows:
+        yield {"x": row[None]}
+
+
 def test_a_fixed_batch_of_one_is_trained_on_all_the_same(tmp_path: Path) -> None:
     model = residual_cnn(2)
     for value in (*model.graph.input, *model.graph.output):
         value.type.tensor_type.shape.dim[0].dim_value = 1
     del model.graph.value_info[:]
     onnx.save(model, tmp_path / "teacher.onnx")
-    rng = np.random.default_rng(0)
-    np.savez(tmp_path / "data.npz", x=rng.standard_normal((60, 3, 8, 8)).astype(np.float32))
+    rows = np.random.default_rng(0).standard_normal((60, 3, 8, 8)).astype(np.float32)
+    np.savez(tmp_path / "data.npz", x=rows)
     result = ndonnx.harden(
         tmp_path / "teacher.onnx", data=str(tmp_path / "data.npz"), noise=1.0, steps=20, recipe=RECIPE
     )
     assert result.report.loss < result.report.loss_start
     assert result.model.graph.inputs[0].shape == ir.Shape([1, 3, 8, 8])
+    store = capture(
+        load(tmp_path / "teacher.onnx"), ["x", "logits"], lambda: _ones(rows), tmp_path / "store", samples=60
+    )
+    plan = Plan(steps=2, batch_size=16, lr=0.01, warmup=0.05, seed=0)
+    settings = {"temperature": 1.0, "holdout": 0.2, "parity": 1e-4, "on_step": silent}
+    _, training = finetune(result.model, store, plan, **settings)
+    assert training.steps == 2
+
+
+def test_old_files_whose_weights_are_inputs_are_trained_too(tmp_path: Path) -> None:
+    path, data = written(tmp_path, residual_cnn(2, ir_version=3, opset=9), 48)
+    result = ndonnx.harden(path, data=data, noise=1.0, steps=10, recipe=RECIPE)
+    assert len(result.model.graph.inputs) == len(load(path).graph.inputs) > 1
+    recipe = RECIPE.model_copy(update={"steps": 1, "finetune_steps": 2})
+    report = ndonnx.compress(path, data=data, recipe=recipe, run_dir=tmp_path / "run").report
+    assert report.finetune is not None and report.finetune.reason is None and report.finetune.steps == 2
 
 
 def custom_tail() -> onnx.ModelProto:

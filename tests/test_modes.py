@@ -25,6 +25,7 @@ SETTINGS: dict[str, Any] = {
     "batch_size": 16,
     "holdout": 0.2,
     "inputs": "teacher",
+    "finetune_steps": 0,
     "executor": "serial",
     "workers": 1,
     "device": "cpu",
@@ -132,6 +133,18 @@ def test_fine_tuning_brings_the_whole_nearer_to_the_teacher(tmp_path: Path) -> N
     assert tuned.loss is not None and tuned.loss_start is not None and tuned.loss < tuned.loss_start
     assert error(tmp_path, "tuned") < 0.8 * error(tmp_path, "plain")
     assert not (tmp_path / "tuned.run" / "finetune").exists()
+
+
+def test_fine_tuning_leaves_alone_what_is_outside_the_neighbourhoods(tmp_path: Path) -> None:
+    go(tmp_path, residual_cnn(), steps=0, finetune_steps=10)
+    teacher, student = (
+        {w.name: w for w in onnx.load(tmp_path / f"{name}.onnx").graph.initializer} for name in ("teacher", "student")
+    )
+    inner = {name for name in teacher if name.startswith(("first", "second"))}
+    outside = teacher.keys() - inner
+    assert len(outside) >= 4 and inner
+    assert all(teacher[name] == student[name] for name in outside)
+    assert not any(teacher[name] == student.get(name) for name in inner)
 
 
 def test_labels_of_the_data_are_used_when_asked_for(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ SMALL: dict[str, Any] = {
     "steps": 6,
     "batch_size": 16,
     "inputs": "teacher",
+    "finetune_steps": 0,
     "executor": "serial",
     "workers": 1,
     "device": "cpu",

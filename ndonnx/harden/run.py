@@ -101,7 +101,7 @@ def harden(
         model: path of the teacher; never modified. It has one output.
         data: inputs to train on, as a data source.
         noise: deviation of the noise at the exit of every neighbourhood, as a part of the activation's own.
-        steps: optimiser steps. None: the recipe's `finetune_steps`, and 2,000 where that is 0.
+        steps: optimiser steps. None: the recipe's `finetune_steps`, or 2,000 where it says none.
         recipe: the partition, `finetune_lr`, `finetune_samples`, `temperature`, `label_weight` and how to run.
         output: where the hardened model is written. None: nowhere, see `HardenResult.model`.
         eval_data: data for the comparison without noise; labels give accuracy. None: part of `data`.

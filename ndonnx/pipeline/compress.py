@@ -18,7 +18,7 @@ from ndonnx.distil import load_student
 from ndonnx.errors import DataError, ModelError
 from ndonnx.evaluate import Evaluation, evaluate
 from ndonnx.graph import fold_constants, load, save, slice_cost
-from ndonnx.graph.load import check_writable, declared_values, forget_inferred
+from ndonnx.graph.load import check_writable, declared_values, forget_inferred, infer_shapes
 from ndonnx.machine import peak_rss_bytes
 from ndonnx.partition import Partition, partition
 from ndonnx.pipeline.batches import count_samples, probe
@@ -117,7 +117,7 @@ def compress(
         tuned: FinetuneReport | None = None
         if schedule.finetunes and students:
             with clock.measure("finetune"):
-                student, tuned = finishing.finetune(student, (*key, recipe.inputs))
+                student, tuned = finishing.finetune(student, students, (*key, recipe.inputs))
         with clock.measure("splice"):
             # Fine-tuning compares the student as a whole; its slices are no longer those that were trained.
             unchanged = students if tuned is None or tuned.reason is not None else {}
@@ -194,7 +194,7 @@ def _metrics(
 
 
 def _summary(model: ir.Model, path: Path | None) -> ModelSummary:
-    cost = slice_cost(fold_constants(model.clone()))
+    cost = slice_cost(fold_constants(infer_shapes(model.clone())))
     size = None
     if path is not None:
         size = sum(part.stat().st_size for part in (path, path.with_name(f"{path.name}.data")) if part.exists())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from ndonnx.errors import SliceError
 from ndonnx.executor import make_executor
 from ndonnx.finetune import STUDENT_FILE, FinetuneJob
 from ndonnx.graph import load, save
-from ndonnx.graph.dataflow import real_inputs
+from ndonnx.graph.dataflow import reads, real_inputs
 from ndonnx.machine import pick_device, usable_cores
 from ndonnx.partition import Partition
 from ndonnx.pipeline.batches import CAPTURE_BATCH, whole_batches
@@ -92,22 +92,25 @@ class Finishing:
             most = max(most, capture_bytes(model, names, 1, np.float32, batch=batch))
         return max(2, min(_REFIT_SAMPLES, self.samples, self.recipe.cache_budget // (2 * most)))
 
-    def finetune(self, student: ir.Model, key: tuple[str, ...]) -> tuple[ir.Model, FinetuneReport]:
-        """Train the whole student against the teacher's answers; it comes back as it was where that cannot be done.
+    def finetune(
+        self, student: ir.Model, replaced: Collection[str], key: tuple[str, ...]
+    ) -> tuple[ir.Model, FinetuneReport]:
+        """Train the whole student against the teacher's answers; it comes back as it was where that cannot be.
 
         Args:
             student: the spliced student.
+            replaced: names of the neighbourhoods whose weights are trained; all others stay the teacher's.
             key: what it depends on.
         """
         plan = self.schedule.finetune()
         samples = self._finetune_samples()
         settings = (self.recipe.temperature, self.recipe.label_weight, self.recipe.holdout, samples)
         # Of a time budget, not what is left of it: a run that goes on finds what it has done.
-        length = (str(self.recipe.time_budget), str(self.recipe.finetune_steps))
+        length = (str(self.recipe.time_budget), str(self.schedule.finetune_steps))
         same = asdict(replace(plan, steps=0, seconds=None))
         entry = self.run.entry("finetuned", fingerprint(*key, same, *length, *map(str, settings)))
         if not entry.done:
-            reason = self._train(student, entry, plan, samples)
+            reason = self._train(student, self._kept(replaced), entry, plan, samples)
             if reason is not None:
                 self.progress.note(f"the student is not fine-tuned: {reason}")
                 return student, FinetuneReport(steps=0, seconds=0.0, reason=reason)
@@ -121,7 +124,7 @@ class Finishing:
             nmse=found.nmse,
         )
 
-    def _train(self, student: ir.Model, entry: Entry, plan: Plan, samples: int) -> str | None:
+    def _train(self, student: ir.Model, kept: frozenset[str], entry: Entry, plan: Plan, samples: int) -> str | None:
         """Why there is no fine-tuned student; None when there is one."""
         scratch = self.run.path / "finetune"
         shutil.rmtree(scratch, ignore_errors=True)
@@ -145,10 +148,16 @@ class Finishing:
                 holdout=self.recipe.holdout,
                 parity=self.recipe.parity,
                 threads=usable_cores(),
+                kept=kept,
             )
             return self._run(job, plan.steps)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+
+    def _kept(self, replaced: Collection[str]) -> frozenset[str]:
+        outside = (n for n in self.parts.neighbourhoods if n.name not in replaced)
+        read = (value for n in outside for node in n.nodes for value in reads(node) if value.is_initializer())
+        return frozenset(value.name or "" for value in read)
 
     def _run(self, job: FinetuneJob, steps: int) -> str | None:
         self.progress.stage("finetune", steps if job.plan.seconds is None else None, "steps")

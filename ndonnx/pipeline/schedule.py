@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from ndonnx.distil import Plan
 from ndonnx.machine import computes_in_bf16, pick_device
-from ndonnx.recipe import Recipe
+from ndonnx.recipe import FINETUNE_FACTOR, Recipe
 
 _DISTIL_PART = 0.25
 """Part of a time budget for the neighbourhoods, where the whole student is fine-tuned after them."""
@@ -30,7 +30,13 @@ class Schedule:
     @property
     def finetunes(self) -> bool:
         """Whether there is to be a fine-tuning."""
-        return self.finetunable and (self.recipe.time_budget is not None or self.recipe.finetune_steps > 0)
+        return self.recipe.finetune_steps != 0 and (self.recipe.time_budget is not None or self.finetune_steps > 0)
+
+    @property
+    def finetune_steps(self) -> int:
+        """Of the whole student, without a time budget."""
+        recipe = self.recipe
+        return FINETUNE_FACTOR * recipe.steps if recipe.finetune_steps is None else recipe.finetune_steps
 
     def distil(self, jobs: int, workers: int) -> Plan:
         """Of one neighbourhood, when `jobs` of them are trained by so many workers at a time."""
@@ -45,7 +51,7 @@ class Schedule:
         """Of the whole student; with a time budget, in what is left of it."""
         recipe = self.recipe
         if recipe.time_budget is None:
-            return self._plan(recipe.finetune_steps, recipe.finetune_lr, None)
+            return self._plan(self.finetune_steps, recipe.finetune_lr, None)
         left = (1 - _RESERVE) * recipe.time_budget - (time.perf_counter() - self._began)
         return self._plan(_ENDLESS, recipe.finetune_lr, max(1.0, left))
 

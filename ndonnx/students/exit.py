@@ -44,7 +44,7 @@ _PASSED = {
     "Tanh",
 }
 """Operators between the last sum and the exit through which a smaller error before is a smaller error behind."""
-_MANY_ZEROS = 0.05
+_MANY_ZEROS = 0.01
 """Part of zeros in a weight from which they are taken for a pattern."""
 _BATCH = 64
 _FEATURE_BYTES = 64 * 2**20

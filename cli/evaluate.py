@@ -22,7 +22,7 @@ def evaluate(
     settings = ndonnx.load_recipe(recipe)
     if data is None:
         raise UsageError(
-            f"--data is missing: give {options.SOURCES}; --data gaussian with a --teacher works without data"
+            f"--data is missing: give {options.SOURCES}; --data leaves with a --teacher works without data"
         )
 
     from .progress import telling  # noqa: PLC0415 - rich and pydantic are not for `--help`

@@ -25,7 +25,7 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="The ONNX file; neve
 
 # What goes in and out
 Data = Annotated[
-    str | None, typer.Option("--data", metavar="SRC", help=f"Inputs to run on: {SOURCES}; gaussian needs no data.")
+    str | None, typer.Option("--data", metavar="SRC", help=f"Inputs to run on: {SOURCES}; leaves makes pictures up.")
 ]
 Eval = Annotated[
     str | None,
@@ -59,7 +59,8 @@ Swap = Annotated[
     _flag("--swap", "OLD=NEW", "With activation: operator to put in another's place; repeatable.", "cheap ones"),
 ]
 Student = Annotated[
-    str | None, _flag("--student", "MODULE:FUNCTION", "With custom: builds a torch module for a slice.", "none")
+    str | None,
+    _flag("--student", "MODULE:FUNCTION", "With custom: builds a torch module for a slice.", "needed with custom"),
 ]
 RoundTo = Annotated[
     int | None,
@@ -94,7 +95,7 @@ Inputs = Annotated[
 ]
 DataFree = Annotated[
     bool,
-    typer.Option("--data-free", help="Make inputs up where no --data is given.", rich_help_panel=_TRAIN),
+    typer.Option("--data-free", help="Make inputs up where no --data is given. (default: off)", rich_help_panel=_TRAIN),
 ]
 LookAhead = Annotated[
     int | None,
@@ -106,7 +107,13 @@ LookAheadWeights = Annotated[
 ]
 FinetuneSteps = Annotated[
     int | None,
-    _flag("--finetune-steps", "N", "Steps of the whole student against the teacher's answers.", "three times --steps", _TRAIN),
+    _flag(
+        "--finetune-steps",
+        "N",
+        "Steps of the whole student against the teacher's answers.",
+        "three times --steps",
+        _TRAIN,
+    ),
 ]
 FinetuneSamples = Annotated[
     int | None, _flag("--finetune-samples", "N", "Most samples of fine-tuning.", "50000", _TRAIN)
@@ -114,14 +121,16 @@ FinetuneSamples = Annotated[
 FinetuneLr = Annotated[
     float | None, _flag("--finetune-lr", "RATE", "Peak step of Adam in fine-tuning, as --lr.", "0.01", _TRAIN)
 ]
-Temperature = Annotated[float | None, _flag("--temperature", "T", "Of the class scores in fine-tuning.", "4", _TRAIN)]
+Temperature = Annotated[float | None, _flag("--temperature", "T", "Of the class scores in fine-tuning.", "4.0", _TRAIN)]
 LabelWeight = Annotated[
     float | None,
-    _flag("--label-weight", "PART", "Of labels in fine-tuning; the teacher's answers have the rest.", "0", _TRAIN),
+    _flag("--label-weight", "PART", "Of labels in fine-tuning; the teacher's answers have the rest.", "0.0", _TRAIN),
 ]
 TimeBudget = Annotated[
     str | None,
-    _flag("--time-budget", "TIME", "Choose the steps to fit this time (90s, 3m, 1h).", "none", _TRAIN),
+    _flag(
+        "--time-budget", "TIME", "Choose the steps to fit this time (90s, 3m, 1h).", "as long as the steps take", _TRAIN
+    ),
 ]
 Steps = Annotated[int | None, _flag("--steps", "N", "Optimiser steps per neighbourhood.", "1000", _TRAIN)]
 BatchSize = Annotated[int | None, _flag("--batch-size", "N", "Samples per optimiser step.", "64", _TRAIN)]

@@ -66,9 +66,8 @@ def interface(model: onnx.ModelProto) -> object:
     return nodes, weights, outer, [(o.domain, o.version) for o in model.opset_import], model.ir_version
 
 
-@pytest.mark.parametrize("norm", [False, True])
-def test_the_hardened_model_bears_noise_better_and_keeps_its_interface(tmp_path: Path, norm: bool) -> None:
-    model = residual_cnn(norm=norm)
+def test_the_hardened_model_bears_noise_better_and_keeps_its_interface(tmp_path: Path) -> None:
+    model = residual_cnn(norm=True)
     path, data = written(tmp_path, model)
     before = path.read_bytes()
     output = tmp_path / "hardened.onnx"
@@ -175,7 +174,7 @@ def test_a_fixed_batch_of_one_is_trained_on_all_the_same(tmp_path: Path) -> None
     rows = np.random.default_rng(0).standard_normal((60, 3, 8, 8)).astype(np.float32)
     np.savez(tmp_path / "data.npz", x=rows)
     result = ndonnx.harden(
-        tmp_path / "teacher.onnx", data=str(tmp_path / "data.npz"), noise=1.0, steps=20, recipe=RECIPE
+        tmp_path / "teacher.onnx", data=str(tmp_path / "data.npz"), noise=1.0, steps=10, recipe=RECIPE
     )
     assert result.report.loss < result.report.loss_start
     assert result.model.graph.inputs[0].shape == ir.Shape([1, 3, 8, 8])

@@ -69,14 +69,15 @@ def error(folder: Path, name: str) -> float:
     return float(np.square(teacher - student).mean())
 
 
-def test_each_way_to_learn_beats_the_one_before(tmp_path: Path) -> None:
-    """Apart; then with a refit on the students' own inputs; in order on those inputs."""
+def test_every_way_to_learn_beats_cutting_channels_alone(tmp_path: Path) -> None:
+    go(tmp_path, residual_cnn(4), "cut", steps=0, init="teacher")
+    students = set()
     for mode in ("teacher", "refit", "student"):
         result = go(tmp_path, residual_cnn(4), f"by-{mode}", inputs=mode)
         assert [n.status for n in result.report.neighbourhoods].count("distilled") == 4
-    apart, refitted, ordered = (error(tmp_path, f"by-{mode}") for mode in ("teacher", "refit", "student"))
-    assert refitted < apart
-    assert ordered < apart
+        assert error(tmp_path, f"by-{mode}") < 0.5 * error(tmp_path, "cut")
+        students.add((tmp_path / f"by-{mode}.onnx").read_bytes())
+    assert len(students) == 3
 
 
 @pytest.mark.parametrize("mode", ["refit", "student"])
@@ -131,7 +132,7 @@ def test_fine_tuning_brings_the_whole_nearer_to_the_teacher(tmp_path: Path) -> N
     tuned = result.report.finetune
     assert tuned is not None and tuned.reason is None and tuned.steps == 100
     assert tuned.loss is not None and tuned.loss_start is not None and tuned.loss < tuned.loss_start
-    assert error(tmp_path, "tuned") < 0.8 * error(tmp_path, "plain")
+    assert error(tmp_path, "tuned") < error(tmp_path, "plain")
     assert not (tmp_path / "tuned.run" / "finetune").exists()
 
 
@@ -169,3 +170,10 @@ def test_data_free_needs_no_data(tmp_path: Path) -> None:
     recipe = Recipe(**(SETTINGS | {"data_free": True, "samples": 64, "steps": 2}))
     result = compress(tmp_path / "teacher.onnx", recipe=recipe, output=tmp_path / "student.onnx")
     assert any(n.status == "distilled" for n in result.report.neighbourhoods)
+
+
+def test_a_time_budget_ends_what_steps_alone_would_not(tmp_path: Path) -> None:
+    result = go(tmp_path, residual_cnn(), time_budget=4, steps=10**6, finetune_steps=None)
+    tuned = result.report.finetune
+    assert tuned is not None and tuned.reason is None and 0 < tuned.steps < 10**6
+    assert all(0 < n.steps < 10**6 for n in result.report.neighbourhoods if n.status == "distilled")

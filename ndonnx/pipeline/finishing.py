@@ -205,5 +205,5 @@ class Finishing:
         batch = next(whole_batches(self.source, 1, samples=1))
         each = capture_bytes(self.parts.model, names, 1, batch=batch)
         length = self.source.length
-        available = self.samples if length is None else min(length, self.recipe.finetune_samples)
+        available = self.samples if length is None else min(length, self.schedule.finetune_samples(self.samples))
         return max(2, min(available, self.recipe.cache_budget // max(1, each)))

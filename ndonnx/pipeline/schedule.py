@@ -9,12 +9,14 @@ from ndonnx.distil import Plan
 from ndonnx.machine import computes_in_bf16, pick_device
 from ndonnx.recipe import FINETUNE_FACTOR, Recipe
 
-_DISTIL_PART = 0.25
+_DISTIL_PART = 0.1
 """Part of a time budget for the neighbourhoods, where the whole student is fine-tuned after them."""
 _ALONE_PART = 0.75
 """The same where it cannot be."""
-_RESERVE = 0.1
-"""Part of a time budget left for the checks and the comparison at the end."""
+_RESERVE = 0.05
+"""Part of a time budget left for the last checks."""
+_SAMPLES_A_SECOND = 80
+"""Of a time budget, for fine-tuning: decoded and sent through the teacher in a small part of it."""
 _ENDLESS = 10**7
 
 
@@ -46,6 +48,13 @@ class Schedule:
             seconds = part * recipe.time_budget * min(workers, jobs) / max(1, jobs)
         steps = recipe.steps if seconds is None else min(_ENDLESS, max(recipe.steps, 1) * 1000)
         return self._plan(steps, recipe.lr, seconds)
+
+    def finetune_samples(self, samples: int) -> int:
+        """Most samples of fine-tuning, when neighbourhoods are trained on so many."""
+        recipe = self.recipe
+        if recipe.time_budget is None:
+            return recipe.finetune_samples
+        return min(recipe.finetune_samples, max(samples, int(_SAMPLES_A_SECOND * recipe.time_budget)))
 
     def finetune(self) -> Plan:
         """Of the whole student; with a time budget, in what is left of it."""

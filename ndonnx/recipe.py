@@ -153,7 +153,7 @@ class Recipe(_Section):
     label_weight: float = Field(0.0, ge=0, le=1)
     """Weight of the labels' cross-entropy in fine-tuning; the teacher's answers have the rest."""
     time_budget: Duration | None = None
-    """Seconds until the student is there (`3m`): steps are chosen to fit it. None: as many as `steps` and `finetune_steps` say."""
+    """Seconds until the student is there (`3m`): steps are chosen to fit it. None: as many steps as the recipe says."""
     holdout: float = Field(0.05, gt=0, lt=1)
     """Part of the captured samples set aside to choose the best state."""
     samples: int = Field(16_000, ge=2)

@@ -92,7 +92,7 @@ def test_a_second_run_repeats_the_bytes_and_trains_nothing(tmp_path: Path, mode:
 
 
 def test_a_chain_continues_behind_what_is_done(tmp_path: Path) -> None:
-    """In order, each student depends on all before it: those before a missing one are re-used, the rest is made again."""
+    """Each student depends on all before it: those before a missing one are re-used, the rest is made again."""
     go(tmp_path, residual_cnn(), inputs="student")
     first = (tmp_path / "student.onnx").read_bytes()
     (gone,) = (tmp_path / "student.run").glob("students/n03-*/done.json")

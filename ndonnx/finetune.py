@@ -81,6 +81,7 @@ class FinetuneJob:
             parity=self.parity,
             on_step=on_step,
             kept=self.kept,
+            threads=self.threads,
         )
         save(tuned, folder / STUDENT_FILE)
         self.entry.commit(asdict(training))
@@ -99,6 +100,7 @@ def finetune(
     parity: float,
     on_step: OnStep,
     kept: frozenset[str] = frozenset(),
+    threads: int = 1,
 ) -> tuple[ir.Model, Training]:
     """A copy of the student, trained as a whole against the teacher's captured outputs.
 
@@ -117,6 +119,7 @@ def finetune(
         parity: largest relative error of torch against onnxruntime.
         on_step: told the step, the steps and the held-out NMSE of the output.
         kept: names of weights that stay as they are.
+        threads: that share every batch.
 
     Raises:
         SliceError: the whole does not convert or match onnxruntime, or the training broke down.
@@ -132,7 +135,7 @@ def finetune(
     module, _ = pass_gate(whole, probe, parity)
     train_only(module, student, kept)
     objective = objective_of(output, temperature, label_weight if labels is not None else 0.0)
-    training = train(module, samples, objective, plan, on_step, KeepZeros.of(module))
+    training = train(module, samples, objective, plan, on_step, KeepZeros.of(module), threads=threads)
     trained = {name: array for name, array in module.trained_weights().items() if holds(student, name, array)}
     tuned = write_back(student, trained)
     check_answer(module, free_batch(fold_constants(tuned.clone()), inputs), probe, parity)

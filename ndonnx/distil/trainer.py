@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ndonnx.convert import TorchSlice
 from ndonnx.distil.losses import Objective, nmse, target_variance
 from ndonnx.distil.samples import SliceSamples
 from ndonnx.errors import TrainingError
 from ndonnx.students import Constraint
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 OnStep = Callable[[int, int, float], None]
 """Step, steps, held-out NMSE so far."""
@@ -76,10 +81,14 @@ def train(
     plan: Plan,
     on_step: OnStep,
     constraint: Constraint | None = None,
+    *,
+    threads: int = 1,
 ) -> Training:
     """Train in place; the module ends in its best held-out state, never worse than it began.
 
-    With a constraint, the beginning is the start on which it was imposed at once.
+    With a constraint, the beginning is the start on which it was imposed at once. On a CPU each of
+    `threads` takes a part of every batch: inside the operators of small modules threads gain nothing,
+    and lose a lot as soon as another process takes one of their cores.
 
     Raises:
         TrainingError: the loss, or the held-out error of the start, is NaN or Inf.
@@ -89,7 +98,26 @@ def train(
     device = torch.device(plan.device)
     module.to(device)
     objective.to(device)
-    judge = _Judge(module, samples, objective, device)
+    before = torch.get_num_threads()
+    lanes = _Lanes(threads if device.type == "cpu" else 1)
+    try:
+        return _train(module, samples, objective, plan, on_step, constraint, lanes, began)
+    finally:
+        lanes.close()
+        torch.set_num_threads(before)
+
+
+def _train(
+    module: TorchSlice,
+    samples: SliceSamples,
+    objective: Objective,
+    plan: Plan,
+    on_step: OnStep,
+    constraint: Constraint | None,
+    lanes: _Lanes,
+    began: float,
+) -> Training:
+    judge = _Judge(module, samples, objective, torch.device(plan.device), lanes)
     free = _copy(module)
     if constraint is not None:
         impose(constraint, module, 1.0)
@@ -102,7 +130,7 @@ def train(
     _restore(module, free)
     step = 0
     if plan.steps and any(weight.requires_grad for weight in module.parameters()):
-        for step, done in _descend(module, samples, objective, plan, constraint):
+        for step, done in _descend(module, samples, objective, plan, constraint, lanes):
             if constraint is None or done >= constraint.settled:
                 errors = judge.errors()
                 if errors.loss < best.loss:
@@ -122,36 +150,98 @@ def impose(constraint: Constraint, module: TorchSlice, done: float) -> None:
 
 
 def _descend(
-    module: TorchSlice, samples: SliceSamples, objective: Objective, plan: Plan, constraint: Constraint | None
+    module: TorchSlice,
+    samples: SliceSamples,
+    objective: Objective,
+    plan: Plan,
+    constraint: Constraint | None,
+    lanes: _Lanes,
 ) -> Iterator[tuple[int, float]]:
     """Run the steps; yield the step and the part that is over whenever the held-out error is to be measured."""
-    device = torch.device(plan.device)
     weights = [weight for weight in module.parameters() if weight.requires_grad]
     optimiser = torch.optim.Adam([{"params": [w], "scale": _scale(w)} for w in weights], lr=plan.lr, fused=True)
-    half = torch.autocast(device.type, torch.bfloat16, enabled=plan.bf16)
+    slope = _Slope(module, samples, objective, plan, weights)
     clock = _Clock(plan)
     measured = 0.0
     for step, rows in enumerate(_batches(samples, plan), start=1):
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(clock.done, plan) * group["scale"]
-        batch = samples.batch(rows)
-        with half:
-            answer = module(*(_to_float(batch[name], device, plan.bf16) for name in samples.inputs))
-            captured = {name: _to_float(batch[name], device, False) for name in objective.values}
-            loss = objective(answer.float(), captured)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss = slope.descend(rows, lanes)
         optimiser.step()
         clock.tick(step)
         if constraint is not None:
             impose(constraint, module, clock.done)
         if clock.done >= 1 or clock.done - measured >= 1 / _EVALUATIONS - 1e-9:
             measured = clock.done
-            if not math.isfinite(loss.item()):
-                raise TrainingError(f"the loss became {loss.item()} by step {step}; lower --lr")
+            if not math.isfinite(loss):
+                raise TrainingError(f"the loss became {loss} by step {step}; lower --lr")
             yield step, clock.done
         if clock.done >= 1:
             return
+
+
+class _Lanes:
+    """Threads that each do a part of the same thing, one torch thread each."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._pool: ThreadPoolExecutor | None = None
+        if count > 1:
+            torch.set_num_threads(1)
+            self._pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
+
+    def map(self, work: Callable[[T], R], parts: Sequence[T]) -> list[R]:
+        """The results in the order of the parts."""
+        if self._pool is None or len(parts) == 1:
+            return [work(part) for part in parts]
+        return list(self._pool.map(work, parts))
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+
+class _Slope:
+    """Gradients of a batch, each lane's from its own samples; their sum does not depend on who is faster."""
+
+    def __init__(
+        self, module: TorchSlice, samples: SliceSamples, objective: Objective, plan: Plan, weights: list[nn.Parameter]
+    ) -> None:
+        self._module = module
+        self._samples = samples
+        self._objective = objective
+        self._device = torch.device(plan.device)
+        self._bf16 = plan.bf16
+        self._weights = weights
+
+    def descend(self, rows: np.ndarray, lanes: _Lanes) -> float:
+        """Put the gradients into the weights; the loss."""
+        parts = [part for part in np.array_split(rows, lanes.count) if len(part)]
+        found = lanes.map(self._of, parts)
+        shares = [len(part) / len(rows) for part in parts]
+        for number, weight in enumerate(self._weights):
+            weight.grad = _weighted([gradients[number] for _, gradients in found], shares)
+        return sum(share * loss for share, (loss, _) in zip(shares, found, strict=True))
+
+    def _of(self, rows: np.ndarray) -> tuple[float, Sequence[Tensor | None]]:
+        batch = self._samples.batch(rows)
+        device = self._device
+        with torch.autocast(device.type, torch.bfloat16, enabled=self._bf16):
+            answer = self._module(*(_to_float(batch[name], device, self._bf16) for name in self._samples.inputs))
+            captured = {name: _to_float(batch[name], device, False) for name in self._objective.values}
+            loss = self._objective(answer.float(), captured)
+        return float(loss.detach()), torch.autograd.grad(loss, self._weights, allow_unused=True)
+
+
+def _weighted(gradients: Sequence[Tensor | None], shares: Sequence[float]) -> Tensor | None:
+    if len(gradients) == 1:
+        return gradients[0]
+    total: Tensor | None = None
+    for gradient, share in zip(gradients, shares, strict=True):
+        if gradient is not None:
+            total = gradient * share if total is None else total.add_(gradient, alpha=share)
+    return total
 
 
 class _Clock:
@@ -201,14 +291,16 @@ class _Errors:
 class _Judge:
     """The held-out errors of a module, in float32 whatever it is trained in."""
 
-    def __init__(self, module: TorchSlice, samples: SliceSamples, objective: Objective, device: torch.device) -> None:
+    def __init__(
+        self, module: TorchSlice, samples: SliceSamples, objective: Objective, device: torch.device, lanes: _Lanes
+    ) -> None:
         self._module = module
         self._inputs = samples.inputs
         self._objective = objective
         self._device = device
-        self._count = min(
-            samples.blocks.holdout, _HOLDOUT_SAMPLES, max(1, _HOLDOUT_BYTES // max(1, samples.bytes_per_sample()))
-        )
+        self._lanes = lanes
+        most = max(1, _HOLDOUT_BYTES // max(1, samples.bytes_per_sample()))
+        self._count = min(samples.blocks.holdout, _HOLDOUT_SAMPLES, most)
         self._values = {name: torch.from_numpy(array) for name, array in samples.arrays(0, self._count).items()}
         self._constant = {name for name in self._values if samples.is_constant(name)}
         target = self._values[objective.target]
@@ -216,20 +308,22 @@ class _Judge:
 
     def errors(self) -> _Errors:
         """The objective, and the NMSE of the target, on the held-out samples."""
-        loss, squared, elements = 0.0, 0.0, 0
-        with torch.no_grad():
-            for start in range(0, self._count, _EVALUATION_BATCH):
-                stop = min(start + _EVALUATION_BATCH, self._count)
-                batch = {
-                    name: (tensor if name in self._constant else tensor[start:stop]).to(self._device)
-                    for name, tensor in self._values.items()
-                }
-                answer = self._module(*(batch[name] for name in self._inputs))
-                target = batch[self._objective.target]
-                loss += float(self._objective(answer, batch)) * (stop - start)
-                squared += float(((answer - target).double() ** 2).sum())
-                elements += target.numel()
+        found = self._lanes.map(self._of, range(0, self._count, _EVALUATION_BATCH))
+        loss, squared, elements = (sum(values) for values in zip(*found, strict=True))
         return _Errors(loss / self._count, nmse(squared / elements, self._variance))
+
+    def _of(self, start: int) -> tuple[float, float, int]:
+        """Loss times samples, squared error and number of elements of one batch."""
+        stop = min(start + _EVALUATION_BATCH, self._count)
+        batch = {
+            name: (tensor if name in self._constant else tensor[start:stop]).to(self._device)
+            for name, tensor in self._values.items()
+        }
+        with torch.no_grad():
+            answer = self._module(*(batch[name] for name in self._inputs))
+            target = batch[self._objective.target]
+            loss = float(self._objective(answer, batch)) * (stop - start)
+            return loss, float(((answer - target).double() ** 2).sum()), target.numel()
 
 
 def _to_float(tensor: Tensor, device: torch.device, bf16: bool) -> Tensor:

@@ -297,6 +297,19 @@ def test_batches_cover_every_training_row_and_never_a_held_out_one(tmp_path: Pat
         assert any(list(batches[i]) != list(batches[i + rows // each]) for i in range(rows // each)), "a new order"
 
 
+def test_threads_that_share_a_batch_train_as_one_does(tmp_path: Path) -> None:
+    found = []
+    for threads in (1, 2, 3):
+        module = to_torch(linear(Net()))
+        folder = tmp_path / str(threads)
+        training = train(module, regression(folder), NeighbourhoodLoss("y"), PLAN, silent, threads=threads)
+        found.append((training.nmse, *(w.ravel() for w in module.trained_weights().values())))
+    for other in found[1:]:
+        assert other[0] == pytest.approx(found[0][0], rel=1e-4)
+        np.testing.assert_allclose(np.hstack(other[1:]), np.hstack(found[0][1:]), rtol=1e-4, atol=1e-5)
+    assert torch.get_num_threads() == 1
+
+
 def test_a_batch_is_the_rows_that_were_asked_for(tmp_path: Path) -> None:
     samples = regression(tmp_path)
     whole = samples.arrays(0, 200)

@@ -316,7 +316,7 @@ def test_memory_does_not_grow_with_the_samples(tmp_path: Path) -> None:
 
     few, many = peak(12), peak(48)
     one_batch = 64 * 4096 * 2
-    assert many < few + 2 * one_batch
+    assert many < few + 4 * one_batch  # of 36 more
     assert many < 8 * one_batch
 
 

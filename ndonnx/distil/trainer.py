@@ -221,7 +221,7 @@ class _Slope:
         found = lanes.map(self._of, parts)
         shares = [len(part) / len(rows) for part in parts]
         for number, weight in enumerate(self._weights):
-            weight.grad = _weighted([gradients[number] for _, gradients in found], shares)
+            weight.grad = _weighted(weight, [gradients[number] for _, gradients in found], shares)
         return sum(share * loss for share, (loss, _) in zip(shares, found, strict=True))
 
     def _of(self, rows: np.ndarray) -> tuple[float, Sequence[Tensor | None]]:
@@ -234,13 +234,13 @@ class _Slope:
         return float(loss.detach()), torch.autograd.grad(loss, self._weights, allow_unused=True)
 
 
-def _weighted(gradients: Sequence[Tensor | None], shares: Sequence[float]) -> Tensor | None:
-    if len(gradients) == 1:
-        return gradients[0]
+def _weighted(weight: Tensor, gradients: Sequence[Tensor | None], shares: Sequence[float]) -> Tensor | None:
+    """The mean gradient in the weight's own memory layout, which the fused optimiser takes for granted."""
     total: Tensor | None = None
     for gradient, share in zip(gradients, shares, strict=True):
         if gradient is not None:
-            total = gradient * share if total is None else total.add_(gradient, alpha=share)
+            total = torch.zeros_like(weight) if total is None else total
+            total.add_(gradient, alpha=share)
     return total
 
 

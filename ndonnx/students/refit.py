@@ -66,6 +66,8 @@ def _refit(student: ir.Model, reader: LinearReader, given: np.ndarray, expected:
     given, expected = thin(given, expected)
     x = features(reader.node, given, kernel_of(shape))
     y = targets(reader.node, expected)
+    if len(x) < x.shape[1]:
+        return  # more unknowns than rows: any solution fits them, with weights as large as it likes
     mean_x, mean_y = x.mean(dim=0), y.mean(dim=0)
     if reader.has_bias:
         x, y = x - mean_x, y - mean_y

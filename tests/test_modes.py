@@ -117,6 +117,20 @@ def test_looking_ahead_is_another_student_and_says_so(tmp_path: Path) -> None:
     assert error(tmp_path, "ahead") < 1.2 * error(tmp_path, "plain")
 
 
+def test_noise_at_each_neighbourhood_does_not_look_ahead(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="look_ahead: noise"):
+        go(tmp_path, residual_cnn(), inputs="noise", look_ahead=1)
+
+
+def test_noise_at_each_neighbourhood_trains_them_without_data(tmp_path: Path) -> None:
+    """Its error is small on noise; what that is worth on data is for a benchmark to say."""
+    result = go(tmp_path, residual_cnn(), inputs="noise")
+    trained = [n for n in result.report.neighbourhoods if n.status == "distilled"]
+    assert len(trained) == 3
+    assert all(n.nmse is not None and n.nmse_start is not None and n.nmse < n.nmse_start < 1 for n in trained)
+    assert not (tmp_path / "student.run" / "noise").exists()
+
+
 def test_look_ahead_weights_are_one_for_each(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="1 given for --look-ahead 2"):
         go(tmp_path, residual_cnn(), look_ahead=2, look_ahead_weights=(0.5,))

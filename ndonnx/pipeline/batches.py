@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
 
 from ndonnx.data import DataSource
-from ndonnx.errors import DataError
+from ndonnx.errors import DataError, ModelError
+from ndonnx.teacher import capture_bytes
 
 CAPTURE_BATCH = 64
 PROBE = 8
@@ -50,3 +53,11 @@ def whole_batches(
 def probe(source: DataSource) -> Mapping[str, np.ndarray]:
     """A few samples for the last check."""
     return next(whole_batches(source, PROBE, samples=PROBE))
+
+
+def sample_bytes(model: ir.Model, names: Sequence[str], source: DataSource, dtype: npt.DTypeLike = np.float16) -> int:
+    """Bytes that one sample of these values takes in a store; see `capture_bytes`."""
+    try:
+        return capture_bytes(model, names, 1, dtype)
+    except ModelError:  # a shape is not in the graph: run one batch and look
+        return capture_bytes(model, names, 1, dtype, batch=probe(source))

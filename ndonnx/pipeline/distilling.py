@@ -12,13 +12,13 @@ import onnx_ir as ir
 
 from ndonnx.data import DataSource
 from ndonnx.distil import DistilJob, DistilResult, HeadSlice, Plan, load_student, read_result
-from ndonnx.errors import ModelError, RecipeError, RunDirError, SliceError
+from ndonnx.errors import RecipeError, RunDirError, SliceError
 from ndonnx.executor import make_executor
 from ndonnx.graph import save
 from ndonnx.graph.load import external_tensors
 from ndonnx.machine import pick_device, usable_cores
 from ndonnx.partition import Neighbourhood, Partition, extract, is_opaque, region_nodes
-from ndonnx.pipeline.batches import CAPTURE_BATCH, probe, whole_batches
+from ndonnx.pipeline.batches import CAPTURE_BATCH, sample_bytes, whole_batches
 from ndonnx.pipeline.clock import Clock
 from ndonnx.pipeline.schedule import Schedule
 from ndonnx.progress import Progress
@@ -26,7 +26,7 @@ from ndonnx.recipe import Recipe
 from ndonnx.report import NeighbourhoodReport
 from ndonnx.rundir import Entry, RunDir, fingerprint, fingerprint_file
 from ndonnx.students import method_of
-from ndonnx.teacher import ActivationStore, capture, capture_bytes
+from ndonnx.teacher import ActivationStore, capture
 from ndonnx.teacher.moments import entry_noise
 from ndonnx.teacher.noise import EntryNoise, noise_store
 from ndonnx.walk import Prefix
@@ -125,6 +125,8 @@ class Distillation:
 
     def _on_noise(self, waves: list[list[Neighbourhood]], samples: int) -> None:
         """Each on Gaussian noise at its own input, rectified behind a ReLU: no data at all (section 6)."""
+        if self.recipe.look_ahead:
+            raise RecipeError("look_ahead: noise at each neighbourhood says nothing of what follows; leave it out")
         drawn = entry_noise(self.parts, carry=False, seed=self.recipe.seed, threads=1)
         folder = self.run.path / "noise"
         for wave in waves:
@@ -293,14 +295,8 @@ class Distillation:
         names = self._wanted(neighbourhoods)
         for name in names:
             if name not in self.sizes:
-                self.sizes[name] = self._size(name)
+                self.sizes[name] = sample_bytes(self.parts.model, [name], self.source)
         return sum(self.sizes[name] for name in names)
-
-    def _size(self, name: str) -> int:
-        try:
-            return capture_bytes(self.parts.model, [name], 1)
-        except ModelError:  # its shape is not in the graph: run one batch and look
-            return capture_bytes(self.parts.model, [name], 1, batch=probe(self.source))
 
     def _estimate(self, todo: list[list[Neighbourhood]], waves: list[list[Neighbourhood]], samples: int) -> None:
         sizes = [self._bytes(wave) * samples for wave, open_ in zip(waves, todo, strict=True) if open_]

@@ -20,13 +20,13 @@ from ndonnx.graph import load, save
 from ndonnx.graph.dataflow import reads, real_inputs
 from ndonnx.machine import pick_device, usable_cores
 from ndonnx.partition import Partition
-from ndonnx.pipeline.batches import CAPTURE_BATCH, whole_batches
+from ndonnx.pipeline.batches import CAPTURE_BATCH, sample_bytes, whole_batches
 from ndonnx.pipeline.schedule import Schedule
 from ndonnx.progress import Progress
 from ndonnx.recipe import Recipe
 from ndonnx.report import FinetuneReport
 from ndonnx.rundir import Entry, RunDir, fingerprint
-from ndonnx.teacher import ActivationStore, capture, capture_bytes
+from ndonnx.teacher import ActivationStore, capture
 from ndonnx.walk import refit_walk
 
 _REFIT_SAMPLES = 2048
@@ -83,13 +83,11 @@ class Finishing:
 
     def _refit_samples(self) -> int:
         """As many as the cache budget holds of the largest neighbourhood, on both sides, in full precision."""
-        model = self.parts.model
         most = 1
         for neighbourhood in self.parts.distillable:
             values = (neighbourhood.entry, *neighbourhood.context, neighbourhood.exit)
             names = [value.name or "" for value in values if value is not None]
-            batch = next(whole_batches(self.source, 1, samples=1))
-            most = max(most, capture_bytes(model, names, 1, np.float32, batch=batch))
+            most = max(most, sample_bytes(self.parts.model, names, self.source, np.float32))
         return max(2, min(_REFIT_SAMPLES, self.samples, self.recipe.cache_budget // (2 * most)))
 
     def finetune(
@@ -202,8 +200,7 @@ class Finishing:
 
     def _finetune_samples(self) -> int:
         names = [value.name or "" for value in (*real_inputs(self.parts.model.graph), *self.parts.model.graph.outputs)]
-        batch = next(whole_batches(self.source, 1, samples=1))
-        each = capture_bytes(self.parts.model, names, 1, batch=batch)
+        each = sample_bytes(self.parts.model, names, self.source)
         length = self.source.length
         available = self.samples if length is None else min(length, self.schedule.finetune_samples(self.samples))
         return max(2, min(available, self.recipe.cache_budget // max(1, each)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import torch
-from torch import Tensor
 
 from ndonnx.convert import TorchSlice, write_back
 from ndonnx.distil import Plan, Training, train
@@ -22,7 +20,7 @@ from ndonnx.errors import ConversionError
 from ndonnx.graph import fold_constants, load, save
 from ndonnx.graph.dataflow import real_inputs
 from ndonnx.rundir import Entry
-from ndonnx.students import Constraint
+from ndonnx.students.masks import zeros_of
 from ndonnx.teacher import ActivationStore
 
 STUDENT_FILE = "student.onnx"
@@ -32,8 +30,6 @@ _PROBABILITIES = {"Softmax", "LogSoftmax", "Sigmoid", "HardSigmoid"}
 """Operators whose output is no longer class scores."""
 _CLASS_RANK = 2
 """Rank of class scores: (samples, classes)."""
-_MANY_ZEROS = 0.01
-"""Part of zeros from which they are a weight's pattern, which has to be kept."""
 
 
 @dataclass(frozen=True)
@@ -135,35 +131,11 @@ def finetune(
     module, _ = pass_gate(whole, probe, parity)
     train_only(module, student, kept)
     objective = objective_of(output, temperature, label_weight if labels is not None else 0.0)
-    training = train(module, samples, objective, plan, on_step, KeepZeros.of(module), threads=threads)
+    training = train(module, samples, objective, plan, on_step, zeros_of(whole), threads=threads)
     trained = {name: array for name, array in module.trained_weights().items() if holds(student, name, array)}
     tuned = write_back(student, trained)
     check_answer(module, free_batch(fold_constants(tuned.clone()), inputs), probe, parity)
     return tuned, training
-
-
-class KeepZeros(Constraint):
-    """Weights that are zero in a pattern stay zero."""
-
-    settled = 0.0
-
-    def __init__(self, masks: Mapping[str, Tensor]) -> None:
-        self._masks = masks
-
-    @classmethod
-    def of(cls, module: TorchSlice) -> KeepZeros | None:
-        """Of weights with many zeros; None if there are none."""
-        masks = {
-            name: weight != 0
-            for name, weight in zip(module.weight_names, module.weights, strict=True)
-            if weight.dim() > 1 and float((weight == 0).float().mean()) > _MANY_ZEROS
-        }
-        return cls(masks) if masks else None
-
-    def impose(self, weights: Mapping[str, Tensor], done: float) -> None:
-        del done
-        for name, mask in self._masks.items():
-            weights[name].mul_(mask.to(weights[name].device))
 
 
 def is_class_scores(output: ir.Value) -> bool:

@@ -17,11 +17,12 @@ from ndonnx.distil.gate import answer, free_batch, pass_gate
 from ndonnx.distil.losses import LABEL
 from ndonnx.distil.samples import SliceSamples, Source
 from ndonnx.distil.trainer import OnStep
-from ndonnx.finetune import KeepZeros, holds, objective_of, train_only
+from ndonnx.finetune import holds, objective_of, train_only
 from ndonnx.graph import fold_constants, load, save
 from ndonnx.graph.dataflow import real_inputs
 from ndonnx.harden.noise import Noise, NoisyBody, add_noise_inputs
 from ndonnx.rundir import Entry
+from ndonnx.students.masks import zeros_of
 from ndonnx.teacher import ActivationStore
 
 MODEL_FILE = "model.onnx"
@@ -70,7 +71,7 @@ def harden_whole(
     module.body = body = NoisyBody(module.body, len(inputs), noises, plan.seed)
     train_only(module, teacher)
     objective = objective_of(output, temperature, label_weight if labels is not None else 0.0)
-    training = train(module, samples, objective, plan, on_step, KeepZeros.of(module))
+    training = train(module, samples, objective, plan, on_step, zeros_of(whole))
     hardened = write_back(teacher, _trained(module, teacher))
     body.quiet = True
     clean = answer(free_batch(hardened.clone(), inputs), rows)

@@ -13,7 +13,7 @@ from benchmarks.time_to_quality import Reach, speed_up, time_to
 Row = dict[str, Any]
 
 CE_SCRATCH, KD_SCRATCH, KD_PRUNED = "CE from scratch", "KD from scratch", "KD from the pruned teacher"
-ND, ND_TUNED = "ND", "ND + fine-tune"
+ND, ND_TUNED, ND_REFITTED = "ND", "ND + fine-tune", "ND + refit + fine-tune"
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,9 @@ def table1(lab: Lab) -> Table:
                 KD_SCRATCH: lab.baseline(KD_SCRATCH, "kd", "random", keep, seconds, judged=True),
                 KD_PRUNED: lab.baseline(KD_PRUNED, "kd", "teacher", keep, seconds),
             }
-        known = {ND: published.ND.get(keep), ND_TUNED: published.ND_TUNED.get(keep)}
-        for method, cell in (cells | {ND: nd, ND_TUNED: tuned}).items():
+        refitted = lab.nd(keep=keep, inputs="refit", finetune_steps=lab.scale.finetune_steps)
+        known = {ND: published.ND.get(keep), ND_TUNED: published.ND_TUNED.get(keep), ND_REFITTED: None}
+        for method, cell in (cells | {ND: nd, ND_TUNED: tuned, ND_REFITTED: refitted}).items():
             faster = _over_kd(cell, cells[KD_SCRATCH]) if method in known else None
             rows.append({"k": keep, "method": method} | _measured(lab, cell, known.get(method)) | {"speed-up": faster})
     return Table(

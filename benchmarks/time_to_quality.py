@@ -6,9 +6,10 @@
 What is compared. One student architecture (the recipe's, at --keep), the same images, no labels, no augmentation,
 the same machine, threads, device and precision, in one process; the runs of both methods take turns.
 
-ND: `ndonnx.compress`, once for each budget of --nd-steps, every time from nothing in a fresh run directory. Its
-seconds are the wall time of the whole call (load, capture, distil with its worker processes, splice, checks),
-less the stage that evaluates.
+ND: `ndonnx.compress` as it is by default (fine-tuning on the teacher's answers included), once for each time budget
+of --nd-seconds, or for each number of steps of --nd-steps, every time from nothing in a fresh run directory. Its
+seconds are the wall time of the whole call (load, capture, distil with its worker processes, fine-tune, splice,
+checks), less the stage that evaluates.
 
 KD: the whole student is trained in torch on KL(teacher || student) of logits softened at temperature 4, times 16.
 Adam with linear warm-up, then a cosine to zero at the end of the budget; batches as ND reads them, from a memory map.
@@ -147,15 +148,18 @@ class Comparison:
         clock = Stopwatch()
         data = Images(self.subject, self.subject.data, self.folder / "images", self.subject.recipe.samples)
         sweep_seconds = clock.seconds
-        nd = [self._nd(steps) for steps in self.options.nd_steps]
+        budgets: list[dict[str, Any]] = [{"steps": steps} for steps in self.options.nd_steps]
+        if self.options.nd_seconds:
+            budgets = [{"time_budget": seconds} for seconds in self.options.nd_seconds]
+        nd = [self._nd(budget) for budget in budgets]
         kd = [self._kd(init, data, sweep_seconds) for init in self.options.baselines]
         for turn in chain.from_iterable(zip_longest(nd, kd)):
             if turn is not None:
                 turn()
 
-    def _nd(self, steps: int) -> Callable[[], None]:
+    def _nd(self, budget: dict[str, Any]) -> Callable[[], None]:
         def turn() -> None:
-            recipe = self.subject.recipe.model_copy(update={"steps": steps})
+            recipe = self.subject.recipe.model_copy(update=budget)
             with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
                 clock = Stopwatch()
                 result = ndonnx.compress(
@@ -167,7 +171,10 @@ class Comparison:
                     progress=Notes(),
                 )
                 seconds = clock.seconds - result.report.seconds.evaluate
-                self._add("ND", f"{steps} steps", seconds, steps, result.student.model)
+                steps = sum(n.steps for n in result.report.neighbourhoods)
+                tuned = result.report.finetune.steps if result.report.finetune is not None else 0
+                name = " ".join(f"{key} {value:g}" for key, value in budget.items())
+                self._add("ND", name, seconds, steps + tuned, result.student.model)
 
         return turn
 
@@ -311,6 +318,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--keep", type=float, help="part of the inner channels that students keep (default: the recipe's, 0.5)")
     add("--samples", type=common.positive, help="training images (default: the recipe's, 20000)")
+    add("--nd-seconds", type=_numbers, metavar="S,S", help="ND's time budgets (`--time-budget`), instead of steps")
     add("--nd-steps", type=_whole_numbers, default=[0, 100, 300, 1000, 3000], metavar="N,N", help="ND's budgets")
     add("--kd-seconds", type=_numbers, metavar="S,S", help="training time of each KD run (default: 600; demo: 20)")
     add("--kd-lr", type=float, help="KD's learning rate, for all baselines (default: chosen by a sweep)")

@@ -5,7 +5,7 @@
 
 TABLE is
   1  width: k, with cross-entropy (CE) and KD of the same student from scratch, KD from the pruned teacher's weights,
-     ND on the teacher's activations, ND with fine-tuning, and with a refit walk between them (the default of `compress`)
+     ND on the teacher's activations, with fine-tuning, and with a refit walk between them (the default of `compress`)
   3  sparsity, layer by layer, from the teacher's weights as in the paper, and from refitted ones
   4  without data: Gaussian noise at every neighbourhood as in the paper, and made-up inputs with the refit walk
   5  hardening of the teacher, and ND of it

@@ -434,6 +434,49 @@ def attention_cases() -> Iterator[Case]:
     yield case("RotaryEmbedding", heads, data(N, 5, 2), data(N, 5, 2), opsets=(23,), **part)
 
 
+def recurrent_cases() -> Iterator[Case]:
+    size, features = 3, 4
+    steps = data(5, N, features)
+    for op, gates in (("LSTM", 4), ("GRU", 3), ("RNN", 1)):
+        for direction, ways in (("forward", 1), ("reverse", 1), ("bidirectional", 2)):
+            shapes = (ways, gates * size, features), (ways, gates * size, size), (ways, 2 * gates * size)
+            w, r, b = (weight(*shape) - 1 for shape in shapes)
+            states = [data(ways, N, size)] * (2 if op == "LSTM" else 1)
+            outputs = len(states) + 1
+            shared = {"hidden_size": size, "direction": direction}
+            yield case(op, steps, w, r, opsets=(9, 14), outputs=outputs, **shared)
+            yield case(op, steps, w, r, b, None, *states, opsets=(14, 22), outputs=outputs, **shared)
+            lengths = counts(N, low=1, high=6, dtype=np.int32)
+            yield case(op, steps, w, r, b, lengths, *states, opsets=(14,), outputs=outputs, **shared)
+            learned = [weight(ways, 2, size)] * len(states)
+            yield case(op, data(5, 2, features), w, r, b, None, *learned, opsets=(14,), outputs=outputs, **shared)
+            if op == "LSTM":
+                peepholes = weight(ways, 3 * size) - 1
+                yield case(op, steps, w, r, b, None, *states, peepholes, opsets=(14,), outputs=outputs, **shared)
+            if op == "GRU":
+                behind = {"linear_before_reset": 1}
+                yield case(op, steps, w, r, b, None, *states, opsets=(9, 14, 22), outputs=2, **shared, **behind)
+                yield case(op, steps, w, r, b, lengths, *states, opsets=(14,), outputs=2, **shared, **behind)
+            others = {"LSTM": ["HardSigmoid", "Softsign", "Relu"], "GRU": ["HardSigmoid", "Softplus"], "RNN": ["Relu"]}
+            yield case(op, steps, w, r, opsets=(14,), outputs=outputs, activations=others[op] * ways, **shared)
+
+
+def spectra_cases() -> Iterator[Case]:
+    real, pairs, length = data(N, 3, 8, 1), data(N, 3, 8, 2), scalar(6, np.int64)
+    for x in (real, pairs):
+        yield case("DFT", x, opsets=(17,), axis=2)
+        yield case("DFT", x, None, scalar(-2, np.int64), opsets=(20,))
+        yield case("DFT", x, length, scalar(1, np.int64), opsets=(20,))
+        yield case("DFT", x, length, opsets=(17,), axis=2, inverse=1)
+    yield case("DFT", real, opsets=(17,), axis=1, onesided=1)
+    yield case("DFT", real, length, opsets=(20,), onesided=1)
+    hop, size, window = scalar(4, np.int64), scalar(8, np.int64), weight(8)
+    for onesided in (0, 1):
+        yield case("STFT", data(N, 30, 1), hop, window, size, opsets=(17,), onesided=onesided)
+        yield case("STFT", data(N, 30, 1), hop, None, size, opsets=(17,), onesided=onesided)
+    yield case("STFT", data(N, 32, 1), hop, window, opsets=(17,))
+
+
 FAMILIES = (
     reduction_cases,
     shape_cases,
@@ -447,5 +490,7 @@ FAMILIES = (
     norm_cases,
     linear_cases,
     attention_cases,
+    recurrent_cases,
+    spectra_cases,
 )
 CASES = [(each, opset) for family in FAMILIES for each in family() for opset in each.opsets]

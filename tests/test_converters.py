@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,10 @@ from ndonnx.convert import TorchSlice, relative_error, to_torch
 from ndonnx.convert.registry import _CONVERTER_REGISTRY, has_converter
 from ndonnx.convert.tables import Numbers
 from ndonnx.errors import ConversionError
-from tests.converter_cases import CASES, IMAGE, ROWS, Array, Case, Data, N, case, data, floats, ints, scalar
+from tests.converter_cases import CASES, IMAGE, ROWS, Array, Case, Data, N, case, data, floats, ints, scalar, weight
+
+RECURRENT = (data(5, N, 4), weight(1, 12, 4) - 1, weight(1, 12, 3) - 1)
+"""Data and weights of an LSTM of three units."""
 
 FLAT = {"EyeLike", "Hardmax", "Range"}
 """Operators whose output hangs on the shape or the order of their input alone."""
@@ -42,8 +46,6 @@ UNSUPPORTED = {
         "ConvInteger MatMulInteger QLinearConv QLinearMatMul": "integers have no gradient",
         "DequantizeLinear DynamicQuantizeLinear QuantizeLinear": "quantised parts are kept as they are",
         "BlackmanWindow HammingWindow HannWindow MelWeightMatrix": "folded before conversion",
-        "DFT STFT": "complex numbers as a last axis: not written yet",
-        "GRU LSTM RNN": "recurrent: not written yet",
         "NegativeLogLikelihoodLoss SoftmaxCrossEntropyLoss": "a loss, not inference",
         "BitCast CausalConvWithState CumProd LinearAttention SwiGLU": "newer than opset 24",
         "Col2Im DeformConv MaxRoiPool MaxUnpool TensorScatter Unique": "rare: not written yet",
@@ -178,6 +180,10 @@ def test_outputs_that_nothing_reads_do_no_harm(extra: onnx.NodeProto) -> None:
         (case("MaxPool", ROWS, opsets=(), outputs=2, kernel_shape=[2]), 12, "MaxPool with output"),
         (case("Cast", ROWS, opsets=(), to=TensorProto.FLOAT8E4M3FN), 19, "Cast to the type FLOAT8E4M3FN"),
         (case("Attention", *[data(N, 2, 3, 4)] * 3, None, *[data(N, 2, 3, 4)] * 2, opsets=()), 23, "cache"),
+        (case("LSTM", *RECURRENT, opsets=(), clip=1.0, hidden_size=3), 14, "LSTM with clip"),
+        (case("LSTM", *RECURRENT, opsets=(), input_forget=1, hidden_size=3), 14, "input_forget"),
+        (case("LSTM", *RECURRENT, opsets=(), activations=["Affine"] * 3, hidden_size=3), 14, "Affine"),
+        (case("LSTM", *RECURRENT, opsets=(), activation_alpha=[0.1], hidden_size=3), 14, "activation_alpha"),
         (
             case(
                 "Resize",
@@ -205,6 +211,31 @@ def test_settings_given_as_constants_are_not_trained(op: str, opset: int) -> Non
     assert settings
     for each in settings:
         assert slice_of(model_of(each, opset), 0).weight_names == ()
+
+
+@pytest.mark.parametrize("op", ["LSTM", "GRU", "RNN"])
+def test_a_recurrent_layer_with_the_samples_first_is_the_other_one_turned(op: str) -> None:
+    """onnxruntime itself runs only the layout with the steps first."""
+    each = next(e for e, opset in CASES if e.op == op and opset == 22 and e.attributes["direction"] == "bidirectional")
+    turned = replace(each, attributes=each.attributes | {"layout": 1})
+    inputs = [torch.from_numpy(array) for array in drawn(each, 3).values()]
+    back = ((2, 0, 1, 3), (1, 0, 2), (1, 0, 2))
+    for output in range(each.outputs):
+        expected = slice_of(model_of(each, 22), output)(*inputs)
+        found = slice_of(model_of(turned, 22), output)(*(tensor.transpose(0, 1) for tensor in inputs))
+        torch.testing.assert_close(found, expected.permute(*back[output]))
+
+
+@pytest.mark.parametrize("op", ["LSTM", "GRU", "RNN"])
+def test_recurrent_layers_learn_in_bfloat16(op: str) -> None:
+    for each in (e for e, opset in CASES if e.op == op and opset == 14):
+        module = slice_of(model_of(each, 14), 0).train()
+        tensors = [torch.from_numpy(array) for array in drawn(each, 2).values()]
+        with torch.autocast("cpu", torch.bfloat16):
+            answer = module(*(t.bfloat16() if t.is_floating_point() else t for t in tensors))
+        answer.float().sum().backward()
+        assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in module.weights)
+        torch.testing.assert_close(answer, module(*tensors), rtol=0.05, atol=0.02)
 
 
 def test_a_constant_shape_is_read_from_its_device_only_once() -> None:

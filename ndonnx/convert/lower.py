@@ -29,6 +29,7 @@ _STATIC_INPUTS = {
     "Range": {0, 1, 2},
     "Resize": {1, 2},
     "RotaryEmbedding": {1, 2},
+    "STFT": {2},
     "Upsample": {1},
 }
 """Inputs that configure an operator; floating-point constants there are no weights."""
@@ -40,9 +41,12 @@ _FURTHER_OUTPUTS = {
     "Attention",
     "BatchNormalization",
     "Dropout",
+    "GRU",
+    "LSTM",
     "LayerNormalization",
     "MaxPool",
     "RMSNormalization",
+    "RNN",
     "SimplifiedLayerNormalization",
 }
 """Operators whose outputs after the first are optional: those that nothing reads are dropped."""
@@ -95,6 +99,9 @@ def _drop_unread_outputs(node: ir.Node) -> None:
         return
     read = [index for index, value in enumerate(node.outputs) if value.uses() or value.is_graph_output()]
     node.resize_outputs(max(read, default=0) + 1)
+    for index, value in enumerate(node.outputs):
+        # One that is left out goes by the empty name, as an input that is left out does.
+        value.name = value.name or f"{node.name}/unread{index}"
 
 
 def _separate_constants(graph: ir.Graph) -> None:

@@ -19,9 +19,11 @@ from ndonnx.convert import (  # noqa: F401
     movement,
     norms,
     pooling,
+    recurrent,
     reductions,
     resampling,
     shapes,
+    spectra,
 )
 from ndonnx.convert.lower import lower
 from ndonnx.convert.registry import convert

@@ -9,9 +9,12 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from ndonnx.errors import ModelError
+from ndonnx.graph.collector import collector_paused
 from ndonnx.graph.costs import dims
-from ndonnx.graph.dataflow import Dataflow, Kind
-from ndonnx.graph.load import serialise, tensor_bytes
+from ndonnx.graph.dataflow import Kind, kinds_of
+from ndonnx.graph.fused import take_apart
+from ndonnx.graph.initial_states import drop_zero_states
+from ndonnx.graph.load import infer_shapes, serialise, tensor_bytes
 from ndonnx.graph.shapes import resolve_shapes
 from ndonnx.graph.targets import write_targets
 
@@ -19,18 +22,24 @@ FOLD_LIMIT = 256 * 2**20
 """Bytes that one constant may always take (a `ConstantOfShape` can ask for anything); more if the model itself does."""
 
 
+@collector_paused()
 def fold_constants(model: ir.Model) -> ir.Model:
     """Replace every value computed from constants alone by an initializer of the same name.
 
     Works in place on a slice and returns it. Nodes that became dead go; initializers that
-    nothing reads any more go with them. Initializers are taken off the inputs. Shapes that ONNX's
-    inference left open are filled in where they follow from the graph, and target shapes become constants.
+    nothing reads any more go with them. Initializers are taken off the inputs, and initial states of zeros off
+    their readers. Operators that onnxruntime fused are taken apart. Shapes that ONNX's inference left open are
+    filled in where they follow from the graph, and target shapes become constants.
 
     Raises:
         ModelError: a constant cannot be computed, or is far larger than the model.
     """
     _take_initializers_off_inputs(model.graph)
+    while take_apart(model):
+        infer_shapes(model)
     _fold(model)
+    if drop_zero_states(model):
+        _drop_dead(model.graph)
     resolve_shapes(model)
     if write_targets(model):
         _drop_dead(model.graph)
@@ -40,14 +49,13 @@ def fold_constants(model: ir.Model) -> ir.Model:
 
 def _fold(model: ir.Model) -> None:
     graph = model.graph
-    flow = Dataflow.of(graph)
+    kinds = kinds_of(graph)
     wanted = [
         value
         for node in graph
-        if flow.kinds[node.outputs[0]] is Kind.CONSTANT
+        if kinds[node.outputs[0]] is Kind.CONSTANT
         for value in node.outputs
-        if value.is_graph_output()
-        or any(flow.kinds.get(user.outputs[0]) is not Kind.CONSTANT for user in value.consumers())
+        if value.is_graph_output() or any(kinds.get(user.outputs[0]) is not Kind.CONSTANT for user in value.consumers())
     ]
     for value, array in zip(wanted, _evaluate(model, wanted), strict=True):
         name = value.name

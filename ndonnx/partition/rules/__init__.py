@@ -11,12 +11,13 @@ import onnx_ir as ir
 from ndonnx.partition.rules.linear import LINEAR
 from ndonnx.partition.rules.movement import MOVEMENT
 from ndonnx.partition.rules.pointwise import POINTWISE
+from ndonnx.partition.rules.recurrent import RECURRENT
 from ndonnx.partition.rules.shapes import freeze_widths_calculated_with
 from ndonnx.partition.rules.tracker import Edit, Role, Rule, Tracker
 
 __all__ = ["RULES", "Edit", "Role", "Tracker", "apply_rule"]
 
-RULES: dict[str, Rule] = {**LINEAR, **MOVEMENT, **POINTWISE}
+RULES: dict[str, Rule] = {**LINEAR, **MOVEMENT, **POINTWISE, **RECURRENT}
 
 _READ_SHAPE_ONLY = {"Shape", "Size"}
 """What they compute follows a changed width by itself (see `shapes.py` for where it must not)."""

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Mapping
+from functools import cache
 
 import numpy as np
 import onnx_ir as ir
 
 from ndonnx.graph.dataflow import reads
+from ndonnx.graph.lengths import axes_measured
 from ndonnx.graph.load import infer_shapes
+from ndonnx.graph.shapes import resolve_shapes
+
+_Shapes = Mapping[str | None, ir.Shape]
+"""By the name of the value."""
 
 
 def is_changed(student: ir.Model, slice_: ir.Model) -> bool:
@@ -44,12 +50,19 @@ def splice(teacher: ir.Model, students: Mapping[str, ir.Model]) -> ir.Model:
         KeyError: a student reads or makes a value that the teacher does not have.
     """
     model = teacher.clone()
+    shapes = cache(lambda: _resolved(teacher))
     for name, student in students.items():
-        _replace(model, name, student.clone())
+        _replace(model, name, student.clone(), shapes)
     return infer_shapes(model)
 
 
-def _replace(model: ir.Model, name: str, student: ir.Model) -> None:
+def _resolved(teacher: ir.Model) -> _Shapes:
+    """Shapes of the teacher's values, as far as they can be known."""
+    nodes = resolve_shapes(teacher.clone()).graph
+    return {value.name: value.shape for node in nodes for value in node.outputs if value.shape is not None}
+
+
+def _replace(model: ir.Model, name: str, student: ir.Model, shapes: Callable[[], _Shapes]) -> None:
     graph = model.graph
     values = ir.convenience.create_value_mapping(graph, include_subgraphs=False)
     exit_ = values[student.graph.outputs[0].name or ""]
@@ -57,9 +70,10 @@ def _replace(model: ir.Model, name: str, student: ir.Model) -> None:
     if producer is None:
         raise KeyError(f"{name}: '{exit_.name}' is made by no node")
     inputs = {value: values[value.name or ""] for value in student.graph.inputs}
-    slot = _detach(graph, exit_, producer, set(inputs.values()))
+    slot, left = _detach(graph, exit_, producer, set(inputs.values()))
     for value, outer in inputs.items():
         value.replace_all_uses_with(outer)
+    handed_over = _hand_lengths_over(graph, student, left, set(inputs.values()), shapes)
     _rename_clashes(graph, student.graph, name)
     _adopt_initializers(model, student.graph)
     nodes = list(student.graph)
@@ -73,6 +87,8 @@ def _replace(model: ir.Model, name: str, student: ir.Model) -> None:
     old.replace_all_uses_with(output, replace_graph_outputs=True)
     output.name = exit_.name
     graph.remove(slot, safe=True)
+    if handed_over:
+        graph.sort()  # what reads the lengths may stand in front of the student
     for domain, version in student.opset_imports.items():
         model.opset_imports.setdefault(domain, version)
 
@@ -85,26 +101,32 @@ def _forget_shapes(nodes: Iterable[ir.Node], output: ir.Value) -> None:
                 value.shape = None
 
 
-def _detach(graph: ir.Graph, exit_: ir.Value, producer: ir.Node, inputs: set[ir.Value]) -> ir.Node:
+def _detach(
+    graph: ir.Graph, exit_: ir.Value, producer: ir.Node, inputs: set[ir.Value]
+) -> tuple[ir.Node, list[ir.Node]]:
     """Cut the old neighbourhood off its readers and remove what nothing reads any more.
 
-    Returns a stand-in node at the place where the student goes.
+    Returns a stand-in node at the place where the student goes, and the nodes that are still read from elsewhere.
     """
     slot = ir.node("Identity", [], name="slot")
     slot.outputs[0].name, slot.outputs[0].type, slot.outputs[0].shape = "slot", exit_.type, exit_.shape
     graph.insert_after(producer, slot)
     exit_.replace_all_uses_with(slot.outputs[0], replace_graph_outputs=True)
-    _remove_dead(graph, producer, inputs)
-    return slot
+    return slot, _remove_dead(graph, producer, inputs)
 
 
-def _remove_dead(graph: ir.Graph, start: ir.Node, living: set[ir.Value]) -> None:
-    """Remove a node and then whatever only it read, as far back as the values that will be read again."""
-    stack = [start]
+def _remove_dead(graph: ir.Graph, start: ir.Node, living: set[ir.Value]) -> list[ir.Node]:
+    """Remove a node and then whatever only it read, as far back as the values that will be read again.
+
+    Returns the nodes in front of these that stay because others read them.
+    """
+    stack, left = [start], dict.fromkeys((start,))
     while stack:
         node = stack.pop()
-        in_use = any(value.uses() or value.is_graph_output() or value in living for value in node.outputs)
-        if in_use or node.graph is not graph:
+        if node.graph is not graph or any(value in living for value in node.outputs):
+            continue
+        if any(value.uses() or value.is_graph_output() for value in node.outputs):
+            left[node] = None
             continue
         read = list(dict.fromkeys(reads(node)))
         graph.remove(node, safe=True)
@@ -114,11 +136,82 @@ def _remove_dead(graph: ir.Graph, start: ir.Node, living: set[ir.Value]) -> None
                 del graph.initializers[value.name or ""]
                 if value in graph.inputs:
                     graph.inputs.remove(value)
+    return [node for node in left if node.graph is graph]
+
+
+def _hand_lengths_over(
+    graph: ir.Graph,
+    student: ir.Model,
+    left: Iterable[ir.Node],
+    inputs: Collection[ir.Value],
+    shapes: Callable[[], _Shapes],
+) -> bool:
+    """Let what reads lengths of the old neighbourhood's inner values read them of the student's; whether any did.
+
+    An old value and all in front of it would otherwise stay for the sake of its shape. The student's value takes
+    its place and its name, so the reader stays as it is.
+    """
+    own = {v.name: v for node in student.graph for v in node.outputs if v not in student.graph.outputs}
+    stack, handed_over = [*left], False
+    while stack:
+        node = stack.pop()
+        pairs = [(value, own.get(value.name)) for value in node.outputs if value.uses()]
+        if node.graph is not graph or any(new is None or not _only_measured(value) for value, new in pairs):
+            continue
+        resolve_shapes(student)
+        same = all(new is not None and _same_lengths(value, shapes().get(value.name), new) for value, new in pairs)
+        if not pairs or not same or _feeds(node, inputs):
+            continue
+        for value, new in pairs:
+            if new is not None:
+                value.replace_all_uses_with(new)
+        stack += _remove_dead(graph, node, set(inputs))
+        handed_over = True
+    return handed_over
+
+
+def _only_measured(value: ir.Value) -> bool:
+    """Whether no more is read of a value than its shape."""
+    return not value.is_graph_output() and all(user.op_type in ("Shape", "Size") for user in value.consumers())
+
+
+def _same_lengths(old: ir.Value, shape: ir.Shape | None, new: ir.Value) -> bool:
+    """Whether the lengths that are read of an old value of this shape are those of a value of the student."""
+    before, after = old.producer(), new.producer()
+    if before is None or after is None or before.op_type != after.op_type:
+        return False
+    if shape is None or new.shape is None or len(shape) != len(new.shape):
+        return False
+    if old.shape is None:
+        old.shape = shape
+    differ = {axis for axis, (a, b) in enumerate(zip(shape, new.shape, strict=True)) if _differ(a, b)}
+    read = [axes_measured(user) for user in old.consumers()]
+    return all(axes is not None and differ.isdisjoint(axes) for axes in read)
+
+
+def _differ(one: int | ir.SymbolicDim, other: int | ir.SymbolicDim) -> bool:
+    return (isinstance(one, int) or isinstance(other, int)) and one != other
+
+
+def _feeds(node: ir.Node, values: Collection[ir.Value]) -> bool:
+    """Whether any of the values is computed from a node."""
+    stack = [producer for value in values if (producer := value.producer()) is not None]
+    seen: set[ir.Node] = set()
+    while stack:
+        before = stack.pop()
+        if before is node:
+            return True
+        if before not in seen:
+            seen.add(before)
+            stack += [producer for value in reads(before) if (producer := value.producer()) is not None]
+    return False
 
 
 def _rename_clashes(graph: ir.Graph, student: ir.Graph, name: str) -> None:
     """Give the student's values and nodes names that the rest of the model does not use; equal weights become one."""
-    values, own_values = (_names(ir.convenience.create_value_mapping(g).values()) for g in (graph, student))
+    own_values = _names(ir.convenience.create_value_mapping(student).values())
+    read = ir.convenience.create_value_mapping(graph).values()  # of the student's values those handed over
+    values = _names(value for value in read if (node := value.producer()) is None or node.graph is not student)
     nodes, own_nodes = (_names(g) for g in (graph, student))
     boundary = set(student.inputs) | set(student.outputs)
     for value in list(student.initializers.values()):

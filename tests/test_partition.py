@@ -365,9 +365,9 @@ def test_a_model_that_is_all_control_flow_has_nothing_to_distil() -> None:
 def test_an_activation_of_another_domain_is_not_joined() -> None:
     net = Net()
     y = net.conv(net.relu(net.conv(net.input("x", "N", 3, 6, 6), 3, 8)), 8, 8, out="exit")
-    net.op("Gelu", y, domain="com.microsoft", out="activated")
+    net.op("Gelu", y, domain=CUSTOM, out="activated")
     net.conv("activated", 8, 3, out="y")
-    model = net.proto("y", domains={"com.microsoft": 1}, types={"y": floats("y", "N", 3, 6, 6)})
+    model = net.proto("y", domains={CUSTOM: 1}, types={"y": floats("y", "N", 3, 6, 6)})
     _, parts = parted(model)
     assert ends(parts) == [("x", "exit")]
 

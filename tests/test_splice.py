@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -323,3 +324,61 @@ def test_only_a_changed_student_takes_its_neighbourhoods_place() -> None:
     moved.reshape(-1)[0] = np.nextafter(moved.reshape(-1)[0], np.inf, dtype=moved.dtype)
     value.const_value = ir.tensor(moved, name=name)
     assert is_changed(twin, slice_)
+
+
+def measured_inside(*axes: int) -> onnx.ModelProto:
+    """Two units; behind the first one a `Reshape` whose target holds lengths of a value inside it, as exporters
+    write the way from feature maps to tokens and back."""
+    net = Net()
+    x = net.relu(net.conv(net.input("x", "N", 3, 6, 6), 3, 8), out="a")
+    inner = net.conv(x, 8, 12, out="inner")
+    picks = [net.constant(f"axis{axis}", np.array(axis)) for axis in axes]
+    lengths = [net.op("Unsqueeze", net.op("Gather", net.op("Shape", inner), pick), net.ints(0)) for pick in picks]
+    x = net.op("Add", net.conv(net.relu(inner), 12, 8), x, out="b")
+    tokens = net.op("Transpose", net.op("Reshape", x, net.ints(0, 8, -1)), perm=[0, 2, 1])
+    tokens = net.matmul(net.relu(net.matmul(tokens, 8, 16)), 16, 8)
+    back = net.op("Transpose", tokens, perm=[0, 2, 1])
+    rest = [net.ints(8)] if len(axes) < 3 else []
+    target = net.op("Concat", net.ints(-1), *rest, *lengths, axis=0)
+    return net.proto(net.pooled_classifier(net.relu(net.op("Reshape", back, target)), 12 if 1 in axes else 8))
+
+
+def test_lengths_inside_a_neighbourhood_are_read_of_its_student() -> None:
+    proto = measured_inside(2, 3)
+    _, parts = parted(proto)
+    unit = next(part for part in parts.distillable if any(v.name == "inner" for n in part.nodes for v in n.outputs))
+    assert 12 in unit.widths
+    students = {unit.name: halved(parts, unit)}
+    student = check(splice(loaded(proto), students))
+    assert Counter(node.op_type for node in student.graph.node) == Counter(node.op_type for node in proto.graph.node)
+    old, new = node_bytes(proto), node_bytes(student)
+    replaced = {value.name for node in unit.nodes for value in node.outputs}
+    assert {name: new[name] for name in old if name not in replaced} == {
+        name: node for name, node in old.items() if name not in replaced
+    }
+    feeds = inputs_of(proto)
+    assert unit.entry is not None and unit.exit is not None
+    piece = run(students[unit.name], run(proto, feeds, [unit.entry.name or ""]))
+    rest = ir.Model(ir.convenience.extract(parts.model.graph, [unit.exit], ["logits"]), ir_version=9)
+    np.testing.assert_allclose(run(student, feeds)["logits"], run(rest, piece)["logits"], rtol=1e-5, atol=1e-6)
+
+
+def test_a_length_that_shrinks_is_not_read_of_a_student() -> None:
+    """The number of channels is wanted as it was: nothing that holds the value can be shrunk."""
+    _, parts = parted(measured_inside(1, 2, 3))
+    assert 12 not in [width for part in parts.distillable for width in part.widths]
+
+
+def test_an_inner_value_that_no_student_has_stays_for_its_lengths() -> None:
+    proto = measured_inside(2, 3)
+    _, parts = parted(proto)
+    part = next(part for part in parts.distillable if 12 in part.widths)
+    other = parts.slice_of(part)
+    for node in other.graph:
+        for value in node.outputs:
+            if value.name == "inner":
+                value.name = "something else"
+    student = check(splice(loaded(proto), {part.name: scaled(other, 0.5)}))
+    names = [name for node in student.graph.node for name in node.output]
+    assert "inner" in names and "something else" in names
+    run(student, inputs_of(proto))

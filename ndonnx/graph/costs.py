@@ -51,16 +51,21 @@ def slice_cost(model: ir.Model) -> Cost:
     return cost_of(model.graph)
 
 
-def compressed_bytes(path: str | Path) -> int:
+def compressed_bytes(path: str | Path, beside: Iterable[Path] | None = None) -> int:
     """Bytes that a file, and the weights kept beside it, take after zlib: what zeros are worth on the way to a device.
 
+    Args:
+        path: of the model.
+        beside: files that hold its weights. None: `<path>.data`, as `save` writes them, if it is there.
+
     Raises:
-        OSError: it cannot be read.
+        OSError: a file cannot be read.
     """
-    beside = Path(f"{path}.data")
+    if beside is None:
+        beside = [data] if (data := Path(f"{path}.data")).exists() else []
     packer = zlib.compressobj()
     size = 0
-    for part in (Path(path), beside) if beside.exists() else (Path(path),):
+    for part in (Path(path), *beside):
         with part.open("rb") as file:
             while chunk := file.read(_CHUNK):
                 size += len(packer.compress(chunk))
@@ -73,7 +78,7 @@ _CHUNK = 2**20
 def is_weight(value: ir.Value | None) -> bool:
     """Whether a value is a floating-point constant with more than one element."""
     tensor = constant_of(value)
-    return tensor is not None and tensor.dtype in _FLOATS and tensor.size > 1
+    return tensor is not None and tensor.dtype in _FLOATS and _size(value) > 1
 
 
 def constant_of(value: ir.Value | None) -> ir.TensorProtocol | None:
@@ -98,7 +103,10 @@ def dims(value: ir.Value | None) -> tuple[int, ...] | None:
     return tuple(d if isinstance(d, int) else 1 for d in value.shape)
 
 
-def _size(value: ir.Value) -> int:
+def _size(value: ir.Value | None) -> int:
+    """Elements of a constant. A tensor read from a file makes its shape anew each time: the value's is at hand."""
+    if value is not None and value.shape is not None and value.shape.is_static():
+        return math.prod(value.shape.numpy())
     tensor = constant_of(value)
     return int(tensor.size) if tensor is not None else 0
 

@@ -65,6 +65,11 @@ class Dataflow:
         return [value for value in reads(node) if self.is_stream(value)]
 
 
+def kinds_of(graph: ir.Graph) -> dict[ir.Value, Kind]:
+    """What each value of a graph is made from, with all real inputs as the stream."""
+    return _classify(graph, {value.name or "" for value in real_inputs(graph)})
+
+
 def real_inputs(graph: ir.Graph) -> list[ir.Value]:
     """Graph inputs that a caller feeds: those that are not also initializers."""
     return [value for value in graph.inputs if value.name not in graph.initializers]
@@ -72,7 +77,11 @@ def real_inputs(graph: ir.Graph) -> list[ir.Value]:
 
 def reads(node: ir.Node) -> Iterator[ir.Value]:
     """Every value a node reads: its inputs, and what its sub-graphs read from outside."""
-    yield from (value for value in node.inputs if value is not None)
+    for value in node.inputs:
+        if value is not None:
+            yield value
+    if not node.attributes:
+        return
     for inner in sub_graphs(node):
         yield from implicit_inputs(inner)
 
@@ -111,7 +120,8 @@ def _kind_of(node: ir.Node, inputs: Iterable[Kind]) -> Kind:
     if not _recomputable(node):
         return Kind.STREAM if Kind.STREAM in seen else Kind.CONTEXT
     if seen <= {Kind.CONSTANT}:
-        return Kind.CONSTANT
+        # Folded, a quantised weight would become a float32 weight of four times its size.
+        return Kind.METADATA if node.op_type == "DequantizeLinear" else Kind.CONSTANT
     if seen <= {Kind.CONSTANT, Kind.METADATA} or node.op_type in _SHAPE_OPS:
         return Kind.METADATA
     return Kind.STREAM if Kind.STREAM in seen else Kind.CONTEXT
@@ -135,4 +145,5 @@ def _flow(graph: ir.Graph, kinds: dict[ir.Value, Kind]) -> nx.DiGraph:
         flow.add_edges_from((a, b) for a in inputs for b in outputs)
     flow.add_edges_from((value, SINK) for value in graph.outputs if kinds.get(value) is Kind.STREAM)
     live = nx.ancestors(flow, SINK) | {SINK, SOURCE}
-    return nx.DiGraph(flow.subgraph(live))
+    flow.remove_nodes_from([value for value in flow if value not in live])
+    return flow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import tempfile
@@ -12,10 +11,12 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
-from onnx_ir.passes.common import InlinePass, ShapeInferencePass
+from onnx_ir.passes.common import InlinePass
 
 from ndonnx.errors import ModelError, RunDirError
+from ndonnx.graph.collector import collector_paused
 from ndonnx.graph.dataflow import sub_graphs
+from ndonnx.graph.inference import take_inferred, weightless
 
 _DECLARED = "ndonnx.declared"
 
@@ -23,6 +24,7 @@ PROTOBUF_LIMIT = 1_900_000_000
 """Bytes of tensors above which a model is written with external data (protobuf stops at 2 GB)."""
 
 
+@collector_paused()
 def load(path: str | Path) -> ir.Model:
     """Read a model as `onnx_ir` sees it: external data stays on disk, functions are inlined, shapes are inferred.
 
@@ -46,14 +48,16 @@ def load(path: str | Path) -> ir.Model:
         raise ModelError(f"{path}: the model states no opset for the ONNX operators; export it again")
     try:
         model = ir.from_proto(proto)
+        slim = weightless(proto) if not model.functions else None
         if model.functions:
             model = InlinePass()(model).model
     except Exception as error:  # whatever a hostile graph provokes in the deserialiser is the file's fault
         raise ModelError(f"{path}: the graph is malformed: {_first_line(_root(error))}") from error
-    _resolve_external_data(model, path)
+    if _resolve_external_data(model, path):
+        slim = None  # it lacks what has been read in
     _check_names(model.graph, set(), path)
     declared = frozenset(value.name for value in _inner_values(model) if value.type is not None)
-    model = infer_shapes(model)
+    infer_shapes(model, slim)
     model.meta[_DECLARED] = declared
     return model
 
@@ -82,19 +86,17 @@ def _inner_values(model: ir.Model) -> Iterator[ir.Value]:
             yield from (value for value in node.outputs if not value.is_graph_output())
 
 
-def infer_shapes(model: ir.Model) -> ir.Model:
-    """Fill in types and shapes where ONNX can infer them; what it cannot infer stays unknown.
+def infer_shapes(model: ir.Model, proto: onnx.ModelProto | None = None) -> ir.Model:
+    """Fill in types and shapes where ONNX can infer them, in place; what it cannot infer stays unknown.
 
     Outputs that the model leaves open stay open: inference would narrow what is promised to the caller.
+
+    Args:
+        model: is returned.
+        proto: the same model as a message, see `weightless`; made where it is not given.
     """
     declared = [(value, value.shape.copy() if value.shape is not None else None) for value in model.graph.outputs]
-    log = logging.getLogger("onnx_ir.passes.common.shape_inference")
-    level = log.level
-    log.setLevel(logging.ERROR)  # a model with custom operators is no reason for a page of warnings
-    try:
-        model = ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model).model
-    finally:
-        log.setLevel(level)
+    take_inferred(model, proto)
     for value, shape in declared:
         if shape is None or (value.shape is not None and len(value.shape) == len(shape)):
             value.shape = shape
@@ -158,8 +160,8 @@ def tensor_bytes(model: ir.Model) -> int:
     return sum(tensor.nbytes for tensor in tensors if tensor.dtype is not ir.DataType.STRING)
 
 
-def _resolve_external_data(model: ir.Model, path: Path) -> None:
-    """Tie each external tensor to a real file inside the model's own folder."""
+def _resolve_external_data(model: ir.Model, path: Path) -> bool:
+    """Tie each external tensor to a real file inside the model's own folder; whether attributes were read in."""
     folder = path.parent.resolve()
     for tensor in external_tensors(model):
         location = Path(tensor.location)
@@ -182,17 +184,20 @@ def _resolve_external_data(model: ir.Model, path: Path) -> None:
                 f"{path}: tensor '{tensor.name}' needs {end} bytes of '{tensor.location}', which has {size}"
             )
         tensor.base_dir = str(folder)
-    _bring_attributes_in(model)
+    return _bring_attributes_in(model)
 
 
-def _bring_attributes_in(model: ir.Model) -> None:
+def _bring_attributes_in(model: ir.Model) -> bool:
     """Read external data of `Constant` nodes: `onnx_ir` and onnxruntime know them of initializers only."""
+    any_was_outside = False
     for graph in model.graphs():
         for node in graph:
             for name, attribute in node.attributes.items():
                 if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
                     (tensor,) = ir.external_data.convert_tensors_from_external([attribute.value])
                     node.attributes[name] = ir.AttrTensor(name, tensor)
+                    any_was_outside = True
+    return any_was_outside
 
 
 def external_tensors(model: ir.Model) -> list[ir.ExternalTensor]:

@@ -6,11 +6,14 @@ and not others. Where the sizes are known, a constant says the same, and a rule 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import onnx_ir as ir
 
 from ndonnx.graph.costs import constant_of
 from ndonnx.graph.dataflow import STANDARD_DOMAINS, sub_graphs
+from ndonnx.graph.lengths import Axes, lengths_read
 
 _READERS = "ndonnx.shape_readers"
 """Key of a value's metadata."""
@@ -18,10 +21,24 @@ _LONGEST = 256
 """Nodes between a shape and a target up to which one is followed to the other."""
 
 
-def shape_readers(value: ir.Value) -> frozenset[str]:
-    """Nodes (their first outputs) whose target shape is a constant now, but in the model as it was read from
-    the shape of this value."""
-    return frozenset(value.meta.get(_READERS, ()))
+def shape_readers(value: ir.Value) -> Mapping[str, Axes]:
+    """Nodes (their first outputs) that read lengths of this value in the model as it was, but no longer do.
+
+    With each node the axes whose lengths it read: its target shape is a constant now.
+    """
+    readers: Mapping[str, Axes] = value.meta.get(_READERS, {})
+    return readers
+
+
+def _remember(node: ir.Node, measured: Mapping[ir.Value, Axes]) -> None:
+    reader = node.outputs[0].name or ""
+    for value, axes in measured.items():
+        readers = shape_readers(value)
+        value.meta[_READERS] = {**readers, reader: _both(readers.get(reader, frozenset()), axes)}
+
+
+def _both(one: Axes, other: Axes) -> Axes:
+    return None if one is None or other is None else one | other
 
 
 def write_targets(model: ir.Model) -> bool:
@@ -40,16 +57,25 @@ def write_targets(model: ir.Model) -> bool:
         measured = _measured(node.inputs[1])
         if target is None or measured is None or (means_zero and 0 in target):
             continue
-        for value in measured:
-            value.meta[_READERS] = shape_readers(value) | {node.outputs[0].name or ""}
+        _remember(node, measured)
         _write(model.graph, node, target)
         changed = True
     return changed
 
 
-def _measured(target: ir.Value | None) -> list[ir.Value] | None:
-    """The values whose shapes a target is computed from; None where it is computed from more than shapes."""
-    found: dict[ir.Value, None] = {}
+def note_reader(node: ir.Node, read: ir.Value) -> bool:
+    """Remember that a node reads the shapes that a value is computed from: it will do without that value.
+
+    Returns False, and remembers nothing, where the value is computed from more than shapes.
+    """
+    measured = _measured(read)
+    _remember(node, measured or {})
+    return measured is not None
+
+
+def _measured(target: ir.Value | None) -> dict[ir.Value, Axes] | None:
+    """The values, and their axes, whose lengths a target is computed from; None where it is computed from more."""
+    found: dict[ir.Value, Axes] = {}
     seen: set[ir.Node] = set()
     stack = [target]
     while stack:
@@ -60,14 +86,12 @@ def _measured(target: ir.Value | None) -> list[ir.Value] | None:
         if node is None or len(seen) == _LONGEST or any(True for _ in sub_graphs(node)):
             return None
         seen.add(node)
-        if node.op_type in _SHAPE_OPS and node.inputs[0] is not None:
-            found[node.inputs[0]] = None
+        if (read := lengths_read(node)) is not None:
+            measured, axes = read
+            found[measured] = _both(found.get(measured, frozenset()), axes)
         else:
             stack.extend(node.inputs)
-    return list(found)
-
-
-_SHAPE_OPS = {"Shape", "Size"}
+    return found
 
 
 def _sizes(value: ir.Value | None) -> list[int | str] | None:

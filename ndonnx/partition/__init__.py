@@ -2,6 +2,7 @@
 
 from ndonnx.partition.groups import ChannelGroup, ChannelGroups, DimensionEdit, WeightAxis, find_groups
 from ndonnx.partition.neighbourhoods import Neighbourhood, Partition, partition
+from ndonnx.partition.paths import nodes_between, sort_nodes
 from ndonnx.partition.regions import Atom, Chain, find_chains
 from ndonnx.partition.slices import extract, is_opaque, region_nodes
 
@@ -18,6 +19,8 @@ __all__ = [
     "find_chains",
     "find_groups",
     "is_opaque",
+    "nodes_between",
     "partition",
     "region_nodes",
+    "sort_nodes",
 ]

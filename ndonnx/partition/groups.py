@@ -82,16 +82,36 @@ def find_groups(nodes: Iterable[ir.Node], exit_: ir.Value) -> ChannelGroups:
 
     Values made outside the nodes are not followed, so their channels stay; so do the exit's.
     """
-    nodes = list(nodes)
-    whole, heads_stay = _walk(nodes, exit_, whole_heads=True)
+    return _best_walk(list(nodes), exit_)[1]
+
+
+def shrinking_axes(nodes: Iterable[ir.Node], exit_: ir.Value) -> dict[ir.Value, frozenset[int]]:
+    """Axes that get shorter when the slice's groups shrink, by value; a value without any is not among them."""
+    tracker, _ = _best_walk(list(nodes), exit_)
+    found = {value: _carried(tracker, labels) for value, labels in tracker.values.items()}
+    for value, folded in tracker.folded.items():
+        if _carried(tracker, folded.labels):
+            found[value] = frozenset(range(folded.rank))
+    return {value: axes for value, axes in found.items() if axes}
+
+
+def _carried(tracker: Tracker, labels: Labels) -> frozenset[int]:
+    """Axes of labels along which channels stand, if any of them may go."""
+    may_go = (tracker.sets.roots(labels) != FROZEN).any()
+    return frozenset(axis for axis, size in enumerate(labels.shape) if size > 1 and may_go)
+
+
+def _best_walk(nodes: list[ir.Node], exit_: ir.Value) -> tuple[Tracker, ChannelGroups]:
+    """What a walk over the slice finds out, and the groups; of two ways to treat heads the one that reaches more."""
+    tracker, whole, heads_stay = _walk(nodes, exit_, whole_heads=True)
     if not heads_stay:
-        return whole
-    parts, _ = _walk(nodes, exit_, whole_heads=False)
-    return max(whole, parts, key=lambda groups: _reach(nodes, groups))
+        return tracker, whole
+    other, parts, _ = _walk(nodes, exit_, whole_heads=False)
+    return (other, parts) if _reach(nodes, parts) > _reach(nodes, whole) else (tracker, whole)
 
 
-def _walk(nodes: list[ir.Node], exit_: ir.Value, *, whole_heads: bool) -> tuple[ChannelGroups, bool]:
-    """The groups, and whether there are attention heads all of which have to stay."""
+def _walk(nodes: list[ir.Node], exit_: ir.Value, *, whole_heads: bool) -> tuple[Tracker, ChannelGroups, bool]:
+    """What is known then, the groups, and whether there are attention heads all of which have to stay."""
     tracker = Tracker(whole_heads=whole_heads)
     for node in nodes:
         apply_rule(tracker, node)
@@ -100,7 +120,7 @@ def _walk(nodes: list[ir.Node], exit_: ir.Value, *, whole_heads: bool) -> tuple[
     _make_rectangular(tracker)
     _freeze_unread(tracker)
     heads_stay = any((tracker.sets.roots(labels) == FROZEN).all() for labels in tracker.heads)
-    return _assemble(tracker), heads_stay
+    return tracker, _assemble(tracker), heads_stay
 
 
 def _reach(nodes: list[ir.Node], groups: ChannelGroups) -> int:
@@ -142,7 +162,7 @@ def _assemble(tracker: Tracker) -> ChannelGroups:
         groups.append(ChannelGroup(name, start, len(unit_of)))
 
     def units(labels: Labels) -> npt.NDArray[np.int64]:
-        return np.array([unit_of.get(int(root), -1) for root in tracker.sets.roots(labels)], dtype=np.int64)
+        return np.array([unit_of.get(root, -1) for root in tracker.sets.roots(labels).tolist()], dtype=np.int64)
 
     axes = [
         WeightAxis(value.name or "", axis, weight.roles[axis], found)

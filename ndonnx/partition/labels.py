@@ -42,19 +42,23 @@ class LabelSets:
 
     def roots(self, labels: Labels) -> Labels:
         """Representatives of an array of labels."""
-        return np.array([self.find(int(label)) for label in labels.reshape(-1)], dtype=np.int64).reshape(labels.shape)
+        parent = self._parent
+        found = [up if parent[up := parent[label]] == up else self.find(label) for label in labels.ravel().tolist()]
+        return np.array(found, dtype=np.int64).reshape(labels.shape)
 
-    def unite(self, a: Labels, b: Labels | int) -> None:
+    def unite(self, a: Labels, b: Labels) -> None:
         """Put labels that stand at the same (broadcast) place into one set."""
-        left, right = np.broadcast_arrays(a, b)
-        for x, y in zip(left.reshape(-1), right.reshape(-1), strict=True):
-            one, other = sorted((self.find(int(x)), self.find(int(y))))
-            self._parent[other] = one
+        if a.shape != b.shape:
+            a, b = np.broadcast_arrays(a, b)
+        for x, y in zip(a.ravel().tolist(), b.ravel().tolist(), strict=True):
+            one, other = self.find(x), self.find(y)
+            self._parent[max(one, other)] = min(one, other)
 
     def freeze(self, labels: Labels | None) -> None:
         """Let these channels stay."""
         if labels is not None:
-            self.unite(labels, FROZEN)
+            for label in labels.ravel().tolist():
+                self._parent[self.find(label)] = FROZEN
 
 
 def axis_labels(labels: Labels | None, axis: int) -> Labels | None:

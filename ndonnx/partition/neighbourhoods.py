@@ -13,7 +13,8 @@ from functools import cached_property
 import onnx_ir as ir
 
 from ndonnx.errors import UsageError
-from ndonnx.graph.costs import Cost, cost_of
+from ndonnx.graph.collector import collector_paused
+from ndonnx.graph.costs import Cost, cost_of, is_weight
 from ndonnx.graph.dataflow import Dataflow, Kind, reads, real_inputs
 from ndonnx.partition.choice import Choice, Chooser
 from ndonnx.partition.groups import ChannelGroups, find_groups
@@ -83,6 +84,7 @@ class Partition:
         return extract(self.model, neighbourhood.nodes, inputs, [neighbourhood.exit])
 
 
+@collector_paused()
 def partition(
     model: ir.Model, *, granularity: str = "block", cut: Sequence[str] = (), freeze: Sequence[str] = ()
 ) -> Partition:
@@ -143,7 +145,7 @@ def _with_rest(
         made = (value for node in nodes for value in node.outputs)
         hit = next((value for value in made if value in frozen), None)
         reason = f"frozen: it makes '{hit.name}'" if hit is not None else None
-        groups = run.groups if exit_ is run.exit else find_groups(nodes, exit_)
+        groups = find_groups(nodes, exit_) if _brings_weights(flow, run.exit, exit_) else run.groups
         found.append(Neighbourhood("", run.entry, exit_, tuple(context), tuple(nodes), groups, reason))
         assert not any(node in taken and flow.is_stream(node.outputs[0]) for node in nodes)
         taken.update(nodes)
@@ -164,6 +166,16 @@ def _extend(flow: Dataflow, exit_: ir.Value, barriers: frozenset[ir.Value]) -> i
             break
         exit_ = users[0].outputs[0]
     return exit_
+
+
+def _brings_weights(flow: Dataflow, before: ir.Value, exit_: ir.Value) -> bool:
+    """Whether an operator by which an exit was moved reads weights; an activation leaves the groups as they are."""
+    while exit_ is not before:
+        node = exit_.producer()
+        if node is None or any(map(is_weight, node.inputs)):
+            return True
+        exit_ = flow.stream_reads(node)[0]
+    return False
 
 
 def _connected(nodes: Iterable[ir.Node]) -> list[list[ir.Node]]:
@@ -199,8 +211,19 @@ def _why_kept(nodes: list[ir.Node], why: _Why) -> str:
         domain = f"{opaque.domain}::" if opaque.domain else ""
         return f"holds {domain}{opaque.op_type}, which cannot be trained"
     if cost_of(nodes).parameters == 0:
-        return "holds no weights"
+        return "quantised: stays as it is" if any(map(_is_quantised, nodes)) else "holds no weights"
     return why(nodes)
+
+
+def _is_quantised(node: ir.Node) -> bool:
+    makers = (value.producer() for value in node.inputs if value is not None)
+    return any(each is not None and each.op_type in _QUANTISED for each in (node, *makers))
+
+
+_QUANTISED = {
+    "ConvInteger", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "QLinearConv", "QLinearMatMul",
+    "QuantizeLinear",
+}  # fmt: skip
 
 
 def _no_width(nodes: Iterable[ir.Node]) -> str:

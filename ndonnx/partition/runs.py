@@ -16,8 +16,11 @@ import onnx_ir as ir
 
 from ndonnx.graph.costs import is_weight
 from ndonnx.graph.dataflow import Dataflow, Kind, reads
+from ndonnx.graph.fused import is_inside_fused
+from ndonnx.graph.lengths import Axes
 from ndonnx.graph.targets import shape_readers
-from ndonnx.partition.groups import ChannelGroups, find_groups
+from ndonnx.partition.boundaries import batch_names, can_be_boundary
+from ndonnx.partition.groups import ChannelGroups, find_groups, shrinking_axes
 from ndonnx.partition.regions import Atom, Chain
 from ndonnx.partition.slices import is_opaque, region_nodes
 
@@ -89,6 +92,7 @@ class Runs:
     def __init__(self, flow: Dataflow, chains: Iterable[Chain], cuts: Collection[ir.Value] = ()) -> None:
         self._flow = flow
         self._cuts = frozenset(cuts)
+        self._batch = batch_names(flow)
         self._held: dict[ir.Node, tuple[ir.Value, ...]] = {}
         self.inside: dict[Atom, Inside] = {}
         outer_first = [atom for chain in chains for atom in chain.atoms]
@@ -123,8 +127,10 @@ class Runs:
         `groups` spares finding them again.
         """
         entry, exit_ = atoms[0].entry, atoms[-1].exit
-        nodes, _ = region_nodes(self._flow, entry, exit_)
+        nodes, context = region_nodes(self._flow, entry, exit_)
         if any(map(is_opaque, nodes)) or self._leaks(nodes, exit_):
+            return None
+        if not all(map(self.is_boundary, (entry, exit_))) or any(map(is_inside_fused, context)):
             return None
         groups = groups or find_groups(nodes, exit_)
         if not groups.groups:
@@ -152,18 +158,25 @@ class Runs:
         return _size({value: None for node in nodes for value in self._weights(node)})
 
     def _leaks(self, nodes: list[ir.Node], exit_: ir.Value) -> bool:
-        """Whether a shape inside the region is read outside it: shrinking would change what is read there."""
+        """Whether a length inside the region that shrinking changes is read outside it."""
         own = set(nodes)
         names = {node.outputs[0].name or "" for node in nodes}
+        read: list[tuple[ir.Value, Axes]] = []
         for node in nodes:
             for value in node.outputs:
                 if value is not exit_ and self._flow.is_stream(value):
-                    if shape_readers(value) - names:
-                        return True
+                    read += [(value, axes) for name, axes in shape_readers(value).items() if name not in names]
                     for user in value.consumers():
                         if user not in own and self._flow.kinds.get(user.outputs[0]) is Kind.METADATA:
                             return True
-        return False
+        if not read:
+            return False
+        shrinking = shrinking_axes(nodes, exit_)
+        return any(axes is None or axes & shrinking.get(value, frozenset()) for value, axes in read)
+
+    def is_boundary(self, value: ir.Value) -> bool:
+        """Whether a run may begin or end at a value, as far as the graph tells."""
+        return can_be_boundary(value, self._batch)
 
     def along(self, atoms: list[Atom]) -> list[dict[int, Run]]:
         """For each atom the worthwhile runs that begin with it, by where they stop.
@@ -175,14 +188,15 @@ class Runs:
         never = len(atoms) + 1
         first_stop = [never] * (never + 1)  # the earliest stop of any run that starts here or later
         for start in reversed(range(len(atoms))):
-            first_stop[start] = first_stop[start + 1]
-            for stop, groups in line.stops(start):
+            first_stop[start] = min(first_stop[start + 1], min(runs[start], default=never))
+            for begin, stop, groups in line.stops(start):
                 if first_stop[first_stop[start]] <= stop:
                     break
-                run = self.run(atoms[start:stop], groups)
+                run = self.run(atoms[begin:stop], groups)
                 if run is not None:
-                    first_stop[start] = min(first_stop[start], stop)
-                    runs[start][stop] = run
+                    runs[begin][stop] = run
+                    if begin == start:
+                        first_stop[start] = min(first_stop[start], stop)
         return runs
 
     def reach(self, atoms: list[Atom]) -> list[int]:
@@ -210,19 +224,40 @@ class _Line:
         self._index = {i: k for k, i in enumerate(self._weighted)}
         self._shortest = self._find_shortest()
 
-    def stops(self, start: int) -> Iterator[tuple[int, ChannelGroups | None]]:
-        """Stops of the shortest run with a width inside (and its groups) and of somewhat longer ones, in order."""
-        if start not in self._shortest:
+    def stops(self, start: int) -> Iterator[tuple[int, int, ChannelGroups | None]]:
+        """Ends of the shortest run with a width inside (and its groups), and of somewhat longer ones, in order.
+
+        Ends that are no boundaries are moved outwards, over atoms without weights, or passed over.
+        """
+        begin = self._begin(start)
+        if start not in self._shortest or begin is None:
             return
         shortest, groups = self._shortest[start]
-        yield shortest, groups
-        extra = 0
-        for k in range(self._index[shortest - 1] + 1, len(self._weighted)):
-            i = self._weighted[k]
-            extra += not is_trailing(self._atoms[i])
-            if i + 1 > self._last(start) or extra > _EXTRA_ATOMS:
+        extra, counting = 0, False
+        for i in self._weighted[self._index[shortest - 1] :]:
+            extra += counting and not is_trailing(self._atoms[i])
+            stop = self._end(i + 1)
+            if max(i + 1, stop or 0) > min(self._last(start), self._reach[begin]) or extra > _EXTRA_ATOMS:
                 return
-            yield i + 1, None
+            if stop is not None:
+                counting = True
+                yield begin, stop, groups if (begin, stop) == (start, shortest) else None
+
+    def _begin(self, start: int) -> int | None:
+        """The place at or before a start at which a run can begin; None where a weight is in between."""
+        while not self._runs.is_boundary(self._atoms[start].entry):
+            start -= 1
+            if start < 0 or start in self._index:
+                return None
+        return start
+
+    def _end(self, stop: int) -> int | None:
+        """The place at or behind a stop at which a run can end; None where a weight is in between."""
+        while not self._runs.is_boundary(self._atoms[stop - 1].exit):
+            if stop == len(self._atoms) or stop in self._index:
+                return None
+            stop += 1
+        return stop
 
     def _last(self, start: int) -> int:
         return min(self._reach[start], start + LONGEST_RUN)

@@ -15,8 +15,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from ndonnx.errors import ShrinkError, TrainingError
-from ndonnx.graph.dataflow import reads, real_inputs
-from ndonnx.partition import Neighbourhood, Partition, extract
+from ndonnx.graph.dataflow import real_inputs
+from ndonnx.partition import Neighbourhood, Partition, extract, nodes_between
 from ndonnx.students.exit import refit_exit
 from ndonnx.teacher import ActivationStore, capture
 
@@ -63,7 +63,7 @@ class Prefix:
         wanted = _inputs(neighbourhood)
         missing = [name for name in wanted if name not in self._stores]
         if missing:
-            nodes, held = _between([self._values[name] for name in missing], set(self._stores))
+            nodes, held = nodes_between([self._values[name] for name in missing], set(self._stores))
             model = extract(self._parts.model, nodes, held, [self._values[name] for name in missing])
             self._keep(self._run(model, missing))
         return {name: self._stores[name] for name in wanted}
@@ -177,44 +177,10 @@ def _last_readers(parts: Partition, order: Sequence[Neighbourhood]) -> dict[str,
     last: dict[str, int] = {}
     for position, neighbourhood in enumerate(order):
         wanted = _inputs(neighbourhood)
-        _, read = _between([values[name] for name in wanted if name not in held], held)
+        _, read = nodes_between([values[name] for name in wanted if name not in held], held)
         for name in (*wanted, *(value.name or "" for value in read)):
             last[name] = position
         held.update(wanted)
         assert neighbourhood.exit is not None
         held.add(neighbourhood.exit.name or "")
     return last
-
-
-def _between(wanted: Sequence[ir.Value], held: set[str]) -> tuple[list[ir.Node], list[ir.Value]]:
-    """Nodes that compute the wanted values from held ones, in the graph's order, and the held values they read."""
-    nodes: dict[ir.Node, None] = {}
-    read: dict[ir.Value, None] = {}
-    stack = list(wanted)
-    while stack:
-        value = stack.pop()
-        producer = value.producer()
-        if value.name in held:
-            read[value] = None
-        elif producer is not None and producer not in nodes:
-            nodes[producer] = None
-            stack.extend(reads(producer))
-    return _sorted(list(nodes)), list(read)
-
-
-def _sorted(nodes: list[ir.Node]) -> list[ir.Node]:
-    """In topological order."""
-    chosen = set(nodes)
-    ready: list[ir.Node] = []
-    seen: set[ir.Node] = set()
-    for start in nodes:
-        stack = [(start, False)]
-        while stack:
-            node, expanded = stack.pop()
-            if expanded:
-                ready.append(node)
-            elif node not in seen:
-                seen.add(node)
-                stack.append((node, True))
-                stack.extend((p, False) for v in reads(node) if (p := v.producer()) in chosen and p is not None)
-    return ready

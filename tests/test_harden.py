@@ -18,10 +18,11 @@ from ndonnx.distil import Plan
 from ndonnx.errors import SliceError, UsageError
 from ndonnx.finetune import finetune
 from ndonnx.graph import fold_constants, load
-from ndonnx.harden.noise import Noise, NoisyBody, add_noise_inputs, measure_noises
+from ndonnx.harden.noise import NoisyBody, measure_noises
 from ndonnx.partition import Partition, partition
 from ndonnx.recipe import DataRecipe
 from ndonnx.teacher import capture, make_session
+from ndonnx.teacher.noise_inputs import Noise, add_noise_inputs
 from ndonnx_cli.main import main
 from tests.models import Array, Net, inputs_of, residual_cnn, run
 from tests.test_distil import silent

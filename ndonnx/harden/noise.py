@@ -1,10 +1,9 @@
-"""Gaussian noise behind every neighbourhood: how much, where, and how it comes into a graph and into torch."""
+"""Gaussian noise behind every neighbourhood: how much, where, and how it comes into torch."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,25 +17,11 @@ from ndonnx.errors import ConversionError, ModelError, SliceError
 from ndonnx.partition import Partition
 from ndonnx.pipeline.batches import whole_batches
 from ndonnx.teacher import make_session
+from ndonnx.teacher.noise_inputs import Noise
 from ndonnx.teacher.sessions import REFUSALS, first_line
 
 _SPREAD_SAMPLES, _SPREAD_BATCH = 128, 8
 """Samples by which activations are measured, and how many are held at a time."""
-
-
-@dataclass(frozen=True)
-class Noise:
-    """Gaussian noise on one value of the teacher."""
-
-    value: str
-    shape: tuple[int, ...]
-    """Of one sample."""
-    std: float
-
-    @property
-    def input(self) -> str:
-        """Name of the graph input through which it comes in."""
-        return f"{self.value}/noise"
 
 
 def measure_noises(parts: Partition, source: DataSource, noise: float, seed: int) -> tuple[Noise, ...]:
@@ -97,35 +82,6 @@ class _Spread:
     def std(self) -> float:
         mean = self._sum / self._count
         return math.sqrt(max(0.0, self._square / self._count - mean * mean))
-
-
-def add_noise_inputs(model: ir.Model, noises: Sequence[Noise]) -> ir.Model:
-    """Let noise come into a model: each value, on its way to all its readers, gets a further input added to it.
-
-    Works in place and returns the model.
-
-    Args:
-        model: constants folded.
-        noises: their `input`s are appended to the model's inputs, in order; float32 (samples, *shape).
-    """
-    graph = model.graph
-    values = ir.convenience.create_value_mapping(graph, include_subgraphs=False)
-    for noise in noises:
-        value = values[noise.value]
-        producer = value.producer()
-        readers = list(value.uses())
-        entry = ir.Value(
-            name=noise.input, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["samples", *noise.shape])
-        )
-        graph.inputs.append(entry)
-        add = ir.node("Add", [value, entry], name=f"{noise.value}/add-noise")
-        noisy = add.outputs[0]
-        noisy.name, noisy.type, noisy.shape = f"{noise.value}/noisy", value.type, value.shape
-        for reader, index in readers:
-            reader.replace_input_with(index, noisy)
-        assert producer is not None
-        graph.insert_after(producer, add)
-    return model
 
 
 class NoisyBody(nn.Module):

@@ -21,7 +21,7 @@ from ndonnx.executor import make_executor
 from ndonnx.graph import load, save
 from ndonnx.graph.dataflow import real_inputs
 from ndonnx.graph.load import check_writable, declared_values, forget_inferred
-from ndonnx.harden.noise import Noise, measure_noises
+from ndonnx.harden.noise import measure_noises
 from ndonnx.harden.training import MODEL_FILE, HardenJob
 from ndonnx.machine import computes_in_bf16, pick_device, usable_cores
 from ndonnx.partition import Partition
@@ -31,6 +31,7 @@ from ndonnx.progress import Progress, Silent
 from ndonnx.recipe import Recipe
 from ndonnx.rundir import Entry
 from ndonnx.teacher import ActivationStore, capture, capture_bytes, make_session
+from ndonnx.teacher.noise_inputs import Noise
 from ndonnx.verify import verify
 
 NOISE = 0.1

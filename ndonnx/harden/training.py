@@ -20,10 +20,11 @@ from ndonnx.distil.trainer import OnStep
 from ndonnx.finetune import holds, objective_of, train_only
 from ndonnx.graph import fold_constants, load, save
 from ndonnx.graph.dataflow import real_inputs
-from ndonnx.harden.noise import Noise, NoisyBody, add_noise_inputs
+from ndonnx.harden.noise import NoisyBody
 from ndonnx.rundir import Entry
 from ndonnx.students.masks import zeros_of
 from ndonnx.teacher import ActivationStore
+from ndonnx.teacher.noise_inputs import Noise, add_noise_inputs
 
 MODEL_FILE = "model.onnx"
 

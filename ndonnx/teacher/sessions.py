@@ -34,7 +34,8 @@ REFUSALS: tuple[type[Exception], ...] = (ModelError, *OrtError)
 """What opening or running a slice raises when onnxruntime does not take it."""
 
 _FATAL = 4
-_PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
+_SUFFIX = "ExecutionProvider"
+_USUAL = ("cpu", "cuda")
 
 
 def make_session(
@@ -44,22 +45,24 @@ def make_session(
     device: str = "cpu",
     optimise: bool = True,
     spin: bool = True,
+    rest: bool = False,
 ) -> ort.InferenceSession:
     """Open a model in onnxruntime.
 
     Args:
         model: an IR model, a serialised one, or the path of a file (external data beside it is found).
         threads: threads inside one operator; None takes the cores of the process's affinity.
-        device: `cpu` or `cuda`.
+        device: `cpu`, `cuda`, or another execution provider of onnxruntime by the beginning of its name (`coreml`).
         optimise: False turns every graph optimisation off.
         spin: False lets idle threads sleep, for when other work shares the cores.
+        rest: threads stop to spin once a run is over: for sessions that take turns on the same cores.
 
     Raises:
         ModelError: onnxruntime refuses the model, or its file cannot be read.
         UsageError: the device is unknown, or onnxruntime cannot use it.
     """
     providers = _providers(device)
-    options = _options(threads, optimise, spin)
+    options = _options(threads, optimise, spin, rest)
     if isinstance(model, ir.Model):
         name = f"graph '{model.graph.name or ''}'"
         session = _open_ir(model, name, options, providers)
@@ -67,8 +70,8 @@ def make_session(
         session = _open(model, "model", options, providers)
     else:
         session = _open(str(model), str(model), options, providers)
-    if device == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
-        raise UsageError("device 'cuda': onnxruntime could not start CUDA on this machine; use --device cpu")
+    if providers[0] not in session.get_providers():
+        raise UsageError(f"device '{device}': onnxruntime could not start {providers[0]} on this machine; use cpu")
     return session
 
 
@@ -79,18 +82,19 @@ def first_line(error: Exception) -> str:
 
 
 def _providers(device: str) -> list[str]:
-    if device not in _PROVIDERS:
-        raise UsageError(f"device '{device}': expected one of {', '.join(_PROVIDERS)}")
-    wanted = _PROVIDERS[device]
-    if wanted[0] not in ort.get_available_providers():
+    known = {name.removesuffix(_SUFFIX).lower(): name for name in ort.get_all_providers()}
+    here = {short for short, name in known.items() if name in ort.get_available_providers()}
+    if device not in known and device not in _USUAL:
+        raise UsageError(f"device '{device}': expected one of {', '.join((*_USUAL, *sorted(here.difference(_USUAL))))}")
+    if device not in here:
         raise UsageError(
-            f"device '{device}': this onnxruntime was built without {wanted[0]}; "
-            "install onnxruntime-gpu or use --device cpu"
+            f"device '{device}': this onnxruntime was built without it; install the build that has it "
+            f"(onnxruntime-gpu for cuda), or use {' or '.join(sorted(here))}"
         )
-    return wanted
+    return [known[device]] if device == "cpu" else [known[device], known["cpu"]]
 
 
-def _options(threads: int | None, optimise: bool, spin: bool) -> ort.SessionOptions:
+def _options(threads: int | None, optimise: bool, spin: bool, rest: bool) -> ort.SessionOptions:
     ort.set_default_logger_severity(_FATAL)  # a CUDA library that fails to load is told by us, on one line
     options = ort.SessionOptions()
     options.intra_op_num_threads = usable_cores() if threads is None else threads
@@ -98,6 +102,8 @@ def _options(threads: int | None, optimise: bool, spin: bool) -> ort.SessionOpti
     options.log_severity_level = _FATAL
     if not spin:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if rest:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     if not optimise:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     return options
@@ -105,9 +111,14 @@ def _options(threads: int | None, optimise: bool, spin: bool) -> ort.SessionOpti
 
 def _open(model: bytes | str, name: str, options: ort.SessionOptions, providers: list[str]) -> ort.InferenceSession:
     try:
-        return ort.InferenceSession(model, options, providers=providers)
+        # With its fallback, onnxruntime prints on stdout and goes on with another provider than the one asked for.
+        return ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
     except OrtError as error:
         raise ModelError(f"{name}: onnxruntime cannot open the model: {first_line(error)}") from error
+    except (RuntimeError, ValueError) as error:  # of the provider's own libraries
+        raise UsageError(
+            f"{name}: onnxruntime cannot start {providers[0]} on this machine; install what it needs, or use cpu"
+        ) from error
 
 
 def _open_ir(model: ir.Model, name: str, options: ort.SessionOptions, providers: list[str]) -> ort.InferenceSession:

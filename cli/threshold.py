@@ -1,0 +1,120 @@
+"""`ndonnx threshold`: how much error a model bears, and where."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import ndonnx
+from ndonnx.errors import UsageError
+
+from . import options
+from .outcome import DONE, interruptible, results_only
+
+if TYPE_CHECKING:
+    from ndonnx import ThresholdReport
+
+
+def threshold(
+    model: options.Model,
+    data: options.Data = None,
+    output: options.StudyFolder = None,
+    recipe: options.RecipeFile = None,
+    granularity: options.Granularity = None,
+    cut: options.Cut = None,
+    freeze: options.Freeze = None,
+    amplitudes: options.Amplitudes = None,
+    repeats: options.Repeats = None,
+    keep: options.Multipliers = None,
+    round_to: options.RoundTo = None,
+    max_drop: options.StudyDrop = "1%",
+    samples: options.StudySamples = 2000,
+    seed: options.Seed = None,
+    cache_budget: options.CacheBudget = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> int:
+    """Measure how much error each neighbourhood of MODEL bears, and all together: with noise, and with students."""
+    settings = ndonnx.load_recipe(
+        recipe,
+        granularity=granularity,
+        cut=cut or None,
+        freeze=freeze or None,
+        round_to=round_to,
+        seed=seed,
+        cache_budget=cache_budget,
+    )
+    if data is None:
+        raise UsageError(f"--data is missing: give {options.SOURCES}")
+    target = Path(output) if output is not None else Path(f"{Path(model).stem}-threshold")
+    sizes, multipliers = _numbers("--amplitudes", amplitudes), _numbers("--keep", keep)
+
+    from .progress import telling  # noqa: PLC0415 - rich's bars are not for `--help`
+    from .tables import print_json  # noqa: PLC0415
+
+    with interruptible(), results_only(), telling(quiet, verbose) as progress:
+        progress.stage("start")  # what is imported now takes seconds
+        report = ndonnx.threshold(
+            model,
+            data=data,
+            recipe=settings,
+            samples=samples,
+            amplitudes=sizes,
+            repeats=repeats,
+            keep=multipliers,
+            max_drop=max_drop,
+            output=target,
+            progress=progress,
+        )
+    if json:
+        print_json(report.to_json())
+    else:
+        _print(report, target)
+    return DONE
+
+
+def _numbers(flag: str, text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UsageError(f"{flag}: expected numbers, as 0.25,0.5; found {text!r}") from error
+
+
+def _print(report: ThresholdReport, folder: Path) -> None:
+    """What each neighbourhood bears and what its students lose; below, what noise at many places does."""
+    from .tables import nmse_text, print_text, seconds_text, table_of  # noqa: PLC0415
+
+    multipliers = sorted({found.keep for found in report.width})
+    drops = {(found.name, found.keep): found.drop for found in report.width}
+    of_students = {found.name: found for found in report.student_tolerances}
+    rows = []
+    for found in report.tolerances:
+        limits = (
+            "" if one is None else f"over {nmse_text(one.largest)}" if one.nmse is None else nmse_text(one.nmse)
+            for one in (found, of_students.get(found.name))
+        )
+        sensitivity = "" if found.sensitivity is None else nmse_text(found.sensitivity)
+        lost = [drops.get((found.name, multiplier)) for multiplier in multipliers]
+        rows.append((found.name, *limits, sensitivity, *("" if drop is None else f"{drop:.4f}" for drop in lost)))
+    heads = [
+        ">bears NMSE of noise",
+        ">of students",
+        ">sensitivity",
+        *(f">drop at k={multiplier:g}" for multiplier in multipliers),
+    ]
+    print_text(table_of(["neighbourhood", *heads], rows))
+    joint = [curve for curve in report.noise if curve.where != "one" and curve.scale == "relative"]
+    if joint:
+        amplitudes = [f">{point.amplitude:g}" for point in joint[0].points]
+        told = [(curve.where, *(f"{point.drop:.4f}" for point in curve.points)) for curve in joint]
+        print_text(table_of(["noise behind", *amplitudes], told))
+    for name, reason in report.kept.items():
+        print_text(f"{name}: not measured, {reason}")
+    print_text(
+        f"drops in {report.metric} on {report.samples} samples; each neighbourhood's NMSE is what costs "
+        f"{report.max_drop:g}; took {seconds_text(report.seconds)}"
+    )
+    print_text(f"figures and tables written to {folder}")

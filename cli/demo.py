@@ -18,7 +18,7 @@ _ROUND_TO = 8
 _STEPS = 300
 """Enough for the demo's accuracy, and well under a minute on two cores."""
 _TIMED_BATCH = 64
-_TIMED_ROUNDS = 100
+_TIMED_PROCESSES = 5
 
 
 def demo(
@@ -46,16 +46,17 @@ def demo(
                 run_dir=Path(scratch) / "student.run",
                 progress=progress,
             ).report
-            progress.stage("benchmark")
             speed = ndonnx.benchmark(
                 target,
                 against=teacher_path(),
                 data=str(data_path("test")),
-                batch_size=_TIMED_BATCH,
-                rounds=_TIMED_ROUNDS,
+                batch_sizes=[_TIMED_BATCH],
+                processes=_TIMED_PROCESSES,
+                memory=False,
+                progress=progress,
             )
         if json:
-            document = report.to_json() | {"latency": speed.to_json(), "run_dir": None}
+            document = report.to_json() | {"latency": speed.providers[0].batches[0].to_json(), "run_dir": None}
             document["student"]["path"] = output
             print_json(document)
         else:

@@ -90,40 +90,47 @@ def milliseconds_text(value: float) -> str:
 
 def print_json(document: Mapping[str, Any]) -> None:
     """Exactly one JSON document; ASCII, so that no encoding can spoil it."""
-    _print(json.dumps(document, indent=2, allow_nan=False))
+    print_text(json.dumps(document, indent=2, allow_nan=False))
 
 
 def print_report(report: ndonnx.CompressReport) -> None:
     """What became of the model, of each neighbourhood, and where everything lies."""
-    _print(_comparison(report))
-    _print(_neighbourhoods(report))
+    print_text(_comparison(report))
+    print_text(_neighbourhoods(report))
     if all(neighbourhood.status == "kept" for neighbourhood in report.neighbourhoods):
-        _print("nothing was distilled: the student is the teacher; the reasons stand above")
+        print_text("nothing was distilled: the student is the teacher; the reasons stand above")
+    if (found := report.target) is not None:
+        parts = ", ".join(f"{cost} {part_text(part)}" for cost, part in found.reached.items())
+        print_text(
+            f"of the teacher's: {parts}; on {found.samples} samples that no training saw, {found.quality} lost "
+            f"{found.drop:.2%}, with 95% confidence at most {found.bound:.2%}"
+        )
     spent = f"{seconds_text(report.seconds.total)}, peak memory {bytes_text(report.peak_rss_bytes)}"
-    _print(f"student written to {report.student.path}\nrun directory {report.run_dir}\ntook {spent}")
+    print_text(f"student written to {report.student.path}\nrun directory {report.run_dir}\ntook {spent}")
 
 
 def print_demo(report: ndonnx.CompressReport, speed: ndonnx.Speed, output: str | None) -> None:
     """Teacher against student, with the measured latency."""
     table = _comparison(report)
-    if speed.against is not None and speed.ratio is not None:
+    timing = speed.providers[0].batches[0]
+    if timing.against is not None and timing.ratio is not None:
         table.add_row(
-            f"onnxruntime p50, batch {speed.batch_size}",
-            milliseconds_text(speed.against.p50_ms),
-            milliseconds_text(speed.model.p50_ms),
-            f"{speed.ratio.median:.2f} ({speed.ratio.low:.2f} to {speed.ratio.high:.2f})",
+            f"onnxruntime p50, batch {timing.batch_size}",
+            milliseconds_text(timing.against.p50_ms),
+            milliseconds_text(timing.model.p50_ms),
+            f"{timing.ratio.median:.2f} ({timing.ratio.low:.2f} to {timing.ratio.high:.2f})",
         )
-    _print(table)
-    _print(_neighbourhoods(report))
-    _print(f"student written to {output}" if output else "keep the student with: ndonnx demo -o student.onnx")
-    _print("compress your own: ndonnx compress MODEL --data SRC")
+    print_text(table)
+    print_text(_neighbourhoods(report))
+    print_text(f"student written to {output}" if output else "keep the student with: ndonnx demo -o student.onnx")
+    print_text("compress your own: ndonnx compress MODEL --data SRC")
 
 
 def print_inspection(inspection: ndonnx.Inspection) -> None:
     """The model in two lines, then its neighbourhoods in order."""
     coverage, pieces = inspection.coverage, inspection.neighbourhoods
     open_ = sum(piece.status == "distillable" for piece in pieces)
-    _print(
+    print_text(
         f"{inspection.model}: opset {inspection.opset}, {count_text(inspection.parameters)} parameters, "
         f"{count_text(inspection.macs)} MACs\n"
         f"distillable: {open_} of {len(pieces)} neighbourhoods, with {part_text(coverage.parameters)} of the "
@@ -150,18 +157,18 @@ def print_inspection(inspection: ndonnx.Inspection) -> None:
         )
         for piece in pieces
     )
-    _print(_table(columns, rows))
+    print_text(table_of(columns, rows))
 
 
 def print_evaluation(model: str, found: ndonnx.Evaluation) -> None:
     """Whatever could be measured."""
-    rows = [("samples", count_text(found.samples)), *_measured(found)]
-    _print(_table(("", f">{model}"), rows))
+    rows = [("samples", count_text(found.samples)), *measured(found)]
+    print_text(table_of(("", f">{model}"), rows))
 
 
 def _comparison(report: ndonnx.CompressReport) -> Table:
     teacher, student = report.teacher, report.student
-    table = _table(("", ">teacher", ">student", ">student / teacher"), ())
+    table = table_of(("", ">teacher", ">student", ">student / teacher"), ())
     for name, before, after, text in (
         ("parameters", teacher.parameters, student.parameters, count_text),
         ("MACs per sample", teacher.macs, student.macs, count_text),
@@ -169,13 +176,14 @@ def _comparison(report: ndonnx.CompressReport) -> Table:
     ):
         if before is not None and after is not None:
             table.add_row(name, text(before), text(after), f"{after / before:.2f}" if before else "")
-    before_metrics = dict(_measured(report.metrics["teacher"]))
-    for name, value in _measured(report.metrics["student"]):
+    before_metrics = dict(measured(report.metrics["teacher"]))
+    for name, value in measured(report.metrics["student"]):
         table.add_row(name, before_metrics.get(name, ""), value, "")
     return table
 
 
-def _measured(found: ndonnx.Evaluation) -> list[tuple[str, str]]:
+def measured(found: ndonnx.Evaluation) -> list[tuple[str, str]]:
+    """Names and values of whatever could be measured, but the worst sample."""
     values = (
         (f"accuracy on {count_text(found.samples)} samples", found.accuracy, part_text),
         ("agreement with the teacher", found.agreement, part_text),
@@ -200,7 +208,7 @@ def _neighbourhoods(report: ndonnx.CompressReport) -> Table:
         )
         for n in report.neighbourhoods
     )
-    return _table(columns, rows)
+    return table_of(columns, rows)
 
 
 def _value(name: str | None) -> str:
@@ -230,7 +238,7 @@ def _widths(widths: Sequence[int]) -> str:
     return ", ".join(told)
 
 
-def _table(columns: Iterable[str], rows: Iterable[Sequence[str]]) -> Table:
+def table_of(columns: Iterable[str], rows: Iterable[Sequence[str]]) -> Table:
     """A table; a column whose head begins with `>` stands right, and one without any content is left out."""
     heads, lines = list(columns), [list(row) for row in rows]
     used = [i for i, head in enumerate(heads) if not lines or head == "" or any(line[i] for line in lines)]
@@ -243,7 +251,8 @@ def _table(columns: Iterable[str], rows: Iterable[Sequence[str]]) -> Table:
     return table
 
 
-def _print(what: Table | str) -> None:
+def print_text(what: Table | str) -> None:
+    """Print lines or a table on stdout, without trailing blanks."""
     console = make_console()
     if isinstance(what, Table):
         with console.capture() as drawn:

@@ -45,6 +45,10 @@ class Evaluation:
     """Largest absolute difference from a teacher's value, over all float outputs."""
     kl: float | None
     """Kullback-Leibler divergence of the class distribution from the teacher's, in nats, mean over samples."""
+    worst_sample: int | None = None
+    """Number of the sample with the largest squared error, from 0 in the order of the data."""
+    worst_nmse: float | None = None
+    """Its squared error over the teacher's variance: `nmse` is the mean of this over all samples."""
 
     def to_json(self) -> dict[str, int | float | None]:
         """As a mapping for JSON, which has no NaN or Inf: such values become None."""
@@ -138,6 +142,7 @@ class _Tally:
         self._divergence = 0.0
         self._probabilities: bool | None = None
         self._fidelity: dict[str, _Fidelity] = {}
+        self._worst: tuple[int, float] | None = None
 
     def add(
         self,
@@ -148,17 +153,17 @@ class _Tally:
     ) -> None:
         """Take in the outputs for `count` samples."""
         if expected is not None:
-            self._compare(outputs, expected)
-        scores = next((name for name, value in outputs.items() if _is_scores(value, count)), None)
+            self._compare(outputs, expected, count)
+        scores = next((name for name, value in outputs.items() if is_scores(value, count)), None)
         if scores is not None:
-            predicted = _top(outputs[scores])
+            predicted = top_class(outputs[scores])
             if labels is not None:
                 self._check(labels, outputs[scores].shape[1])
                 self._labelled += count
                 self._right += int(np.sum(predicted == labels))
             if expected is not None:
                 self._compared += count
-                self._agreed += int(np.sum(predicted == _top(expected[scores])))
+                self._agreed += int(np.sum(predicted == top_class(expected[scores])))
                 self._divergence += self._kl(outputs[scores], expected[scores])
         self._samples += count
 
@@ -167,16 +172,21 @@ class _Tally:
         if not self._samples:
             raise DataError(f"{self._name}: nothing to evaluate, the data source gave no samples")
         parts = list(self._fidelity.values())
+        spread = sum(part.spread for part in parts)
+        worst, error = self._worst or (None, 0.0)
         return Evaluation(
             samples=self._samples,
             accuracy=self._right / self._labelled if self._labelled else None,
             agreement=self._agreed / self._compared if self._compared else None,
-            nmse=_ratio(sum(part.error for part in parts), sum(part.spread for part in parts)) if parts else None,
+            nmse=_ratio(sum(part.error for part in parts), spread) if parts else None,
             max_error=max(part.largest for part in parts) if parts else None,
             kl=self._divergence / self._compared if self._compared else None,
+            worst_sample=worst,
+            worst_nmse=None if worst is None else _ratio(error * self._samples, spread),
         )
 
-    def _compare(self, outputs: Mapping[str, Array], expected: Mapping[str, Array]) -> None:
+    def _compare(self, outputs: Mapping[str, Array], expected: Mapping[str, Array], count: int) -> None:
+        errors = []
         for name, value in expected.items():
             if outputs[name].shape != value.shape:
                 raise ModelError(
@@ -184,13 +194,19 @@ class _Tally:
                     f"found {list(outputs[name].shape)}"
                 )
             if value.dtype.kind == "f":
-                self._fidelity.setdefault(name, _Fidelity()).add(outputs[name], value)
+                error = self._fidelity.setdefault(name, _Fidelity()).add(outputs[name], value)
+                if error.ndim and len(error) == count:
+                    errors.append(error.reshape(count, -1).sum(axis=1))
+        if errors:
+            of_samples = np.sum(errors, axis=0)
+            first = int(np.argmax(of_samples))
+            if self._worst is None or of_samples[first] > self._worst[1]:
+                self._worst = self._samples + first, float(of_samples[first])
 
     def _kl(self, student: Array, teacher: Array) -> float:
         if self._probabilities is None:  # the first batch tells whether the model ends in a softmax
-            scores = teacher.astype(np.float64)
-            self._probabilities = bool(np.all(scores >= 0) and np.allclose(scores.sum(axis=1), 1, atol=1e-2))
-        log_p, log_q = (_log_probabilities(value, self._probabilities) for value in (teacher, student))
+            self._probabilities = are_probabilities(teacher)
+        log_p, log_q = (log_probabilities(value, self._probabilities) for value in (teacher, student))
         possible = np.exp(log_p) > 0  # a class that the teacher masks adds nothing
         value = float(np.sum(np.exp(log_p[possible]) * (log_p[possible] - log_q[possible])))
         return math.inf if math.isnan(value) else value
@@ -216,17 +232,21 @@ class _Fidelity:
         self._count = 0
         self._mean = 0.0
 
-    def add(self, student: Array, teacher: Array) -> None:
-        """Take in one batch. Where the teacher itself is not finite (masks), the student may be anything."""
+    def add(self, student: Array, teacher: Array) -> Float:
+        """Take in one batch; the squared error of every value.
+
+        Where the teacher itself is not finite (masks), the student may be anything.
+        """
         finite = np.isfinite(teacher)
-        wanted = teacher[finite].astype(np.float64)
-        if not wanted.size:
-            return
-        difference = np.abs(student[finite].astype(np.float64) - wanted)
+        difference = np.zeros(teacher.shape)
+        np.subtract(student, teacher, out=difference, where=finite, dtype=np.float64)
         difference[np.isnan(difference)] = np.inf
-        self.error += float(np.sum(np.square(difference)))
-        self.largest = max(self.largest, float(difference.max()))
-        self._spread_by(wanted)
+        squares = np.square(difference)
+        if finite.any():
+            self.error += float(np.sum(squares))
+            self.largest = max(self.largest, float(np.abs(difference).max()))
+            self._spread_by(teacher[finite].astype(np.float64))
+        return squares
 
     def _spread_by(self, values: Float) -> None:
         # Chan's update: summing squares and subtracting the mean at the end would cancel digits.
@@ -250,18 +270,26 @@ def _pad(value: Array, size: int) -> Array:
     return np.concatenate([value, np.repeat(value[-1:], missing, axis=0)]) if missing else value
 
 
-def _is_scores(value: Array, count: int) -> bool:
+def is_scores(value: Array, count: int) -> bool:
+    """Whether an output for `count` samples holds class scores: floats, (samples, classes), at least 2 classes."""
     return value.dtype.kind == "f" and value.ndim == CLASS_RANK and len(value) == count and value.shape[1] > 1
 
 
-def _top(scores: Array) -> NDArray[np.int64]:
+def top_class(scores: Array) -> NDArray[np.int64]:
     """The class with the largest score; -1, which is no class, where a score is NaN."""
     top = np.argmax(scores, axis=1).astype(np.int64)
     top[np.isnan(scores).any(axis=1)] = -1
     return np.asarray(top)
 
 
-def _log_probabilities(scores: Array, probabilities: bool) -> Float:
+def are_probabilities(scores: Array) -> bool:
+    """Whether class scores come out of a softmax."""
+    values = scores.astype(np.float64)
+    return bool(np.all(values >= 0) and np.allclose(values.sum(axis=1), 1, atol=1e-2))
+
+
+def log_probabilities(scores: Array, probabilities: bool) -> Float:
+    """Logarithms of the class probabilities, float64; `probabilities` says that the scores are such already."""
     values = scores.astype(np.float64)
     if probabilities:
         return np.asarray(np.log(np.maximum(values, np.finfo(np.float32).tiny)))

@@ -75,6 +75,9 @@ def test_measures_equal_direct_computation(tmp_path: Path, batch_size: int, batc
     assert result.nmse == pytest.approx(np.mean((found - wanted) ** 2) / wanted.var(), rel=1e-5)
     assert result.max_error == pytest.approx(np.abs(found - wanted).max(), rel=1e-5)
     assert result.kl == pytest.approx(np.mean(np.sum(p * np.log(p / q), axis=1)), rel=1e-5)
+    errors = np.mean((found - wanted) ** 2, axis=1) / wanted.var()
+    assert result.worst_sample == errors.argmax()
+    assert result.worst_nmse == pytest.approx(errors.max(), rel=1e-5)
 
 
 @settings(max_examples=20, deadline=None)
@@ -99,6 +102,7 @@ def test_without_labels_or_teacher_there_are_only_samples(tmp_path: Path) -> Non
     result = evaluate(linear(EYE), source(tmp_path, normal(3)), threads=1)
     assert json.loads(json.dumps(result.to_json())) == {
         "samples": 3, "accuracy": None, "agreement": None, "nmse": None, "max_error": None, "kl": None,
+        "worst_sample": None, "worst_nmse": None,
     }  # fmt: skip
 
 
@@ -127,6 +131,7 @@ def test_a_broken_student_is_infinitely_wrong_and_never_right(tmp_path: Path) ->
     result = evaluate(linear(EYE * np.nan), data, teacher=linear(EYE), threads=1)
     assert (result.accuracy, result.agreement) == (0.0, 0.0)
     assert (result.nmse, result.max_error, result.kl) == (math.inf, math.inf, math.inf)
+    assert (result.worst_sample, result.worst_nmse) == (0, math.inf)
     assert result.to_json()["nmse"] is None
 
 

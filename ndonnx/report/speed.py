@@ -1,0 +1,99 @@
+"""What a benchmark tells: a model, and the one that it was compared with, in numbers that people decide by."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from ndonnx.benchmark import ProviderSpeed
+from ndonnx.errors import UsageError
+from ndonnx.evaluate import Evaluation
+from ndonnx.graph import fold_constants
+from ndonnx.graph.costs import compressed_bytes, slice_cost
+from ndonnx.graph.load import external_tensors
+
+QUANTITIES = ("parameters", "macs", "bytes", "compressed_bytes")
+"""What a model has without being run, in the order in which it is told."""
+PICTURES = (".png", ".svg")
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What there is of a model before it runs."""
+
+    path: str
+    parameters: int
+    macs: int
+    """Multiply-accumulates for one sample."""
+    bytes: int
+    """Of the file and the weights kept beside it."""
+    compressed_bytes: int
+    """The same after zlib: what is sent to a device."""
+
+    @classmethod
+    def of(cls, path: Path, model: ir.Model) -> ModelSize:
+        """Weigh the file of a loaded model, and the files that hold its weights."""
+        beside = sorted({Path(tensor.path) for tensor in external_tensors(model)})
+        cost = slice_cost(fold_constants(model))
+        size = sum(part.stat().st_size for part in (path, *beside))
+        return cls(str(path), cost.parameters, cost.macs, size, compressed_bytes(path, beside))
+
+
+@dataclass(frozen=True)
+class Speed:
+    """The whole of a benchmark."""
+
+    model: ModelSize
+    against: ModelSize | None
+    threads: int
+    """Inside one operator, for both models."""
+    processes: int
+    """In each of which everything was loaded and timed anew."""
+    providers: list[ProviderSpeed]
+    fidelity: dict[str, Evaluation] | None
+    """How good `model` and `against` are on the data; None without data."""
+    notes: list[str]
+
+    def share(self, quantity: str) -> float | None:
+        """What the model has of one of `QUANTITIES`, as a part of what the other one has."""
+        if self.against is None or not getattr(self.against, quantity):
+            return None
+        return float(getattr(self.model, quantity) / getattr(self.against, quantity))
+
+    def to_json(self) -> dict[str, Any]:
+        """As one JSON document."""
+        return {
+            "model": asdict(self.model),
+            "against": None if self.against is None else asdict(self.against),
+            "shares": None if self.against is None else {name: self.share(name) for name in QUANTITIES},
+            "threads": self.threads,
+            "processes": self.processes,
+            "providers": [entry.to_json() for entry in self.providers],
+            "fidelity": None if self.fidelity is None else {k: found.to_json() for k, found in self.fidelity.items()},
+            "notes": self.notes,
+        }
+
+    def write_picture(self, path: str | Path) -> None:
+        """Draw latency over batch sizes, and the ratio with its interval, into a .png or .svg file.
+
+        Raises:
+            UsageError: the file has another ending, or cannot be written.
+        """
+        from ndonnx.report.speed_picture import write  # noqa: PLC0415 - matplotlib is slow to import
+
+        write(self, Path(path))
+
+
+def check_picture(path: Path) -> None:
+    """Refuse, before any work is done, a file that cannot become a picture.
+
+    Raises:
+        UsageError: it has another ending than .png or .svg, or its folder is not there.
+    """
+    if path.suffix.lower() not in PICTURES:
+        raise UsageError(f"{path}: a picture is written as {' or '.join(PICTURES)}; give a name that ends so")
+    if path.is_dir() or not path.parent.is_dir():
+        raise UsageError(f"{path}: cannot write a picture there; expected a file name in a folder that exists")

@@ -3,6 +3,7 @@
 `UsageError` and its children are the user's to mend: the command line prints the message
 on one line and exits with 2. `SliceError` and its children concern one neighbourhood: the
 pipeline keeps the teacher's slice and writes the message into the report as the reason.
+`SearchError` says that a target is out of reach: the best student is saved, the exit code is 3.
 """
 
 from __future__ import annotations
@@ -54,3 +55,12 @@ class TrainingError(SliceError):
 
 class VerificationError(NdonnxError):
     """The assembled student failed its last check and was not written."""
+
+    def __init__(self, message: str, neighbourhood: str | None = None) -> None:
+        super().__init__(message)
+        self.neighbourhood = neighbourhood
+        """The one whose student is to blame; None where it is the whole."""
+
+
+class SearchError(NdonnxError):
+    """No choice of candidates meets the targets: exit code 3, after the best that there is has been saved."""

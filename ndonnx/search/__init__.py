@@ -1,0 +1,31 @@
+"""The choice among trained students: which neighbourhood gets which candidate, for what cost and what quality.
+
+Nothing here runs a model. A table of measured options goes in, a choice comes out: greedily as in
+the paper, or by an exact 0/1 programme, for one target or along the whole trade-off curve.
+"""
+
+from ndonnx.search.candidates import DEFAULT_CANDIDATES, Candidate, parse_candidates
+from ndonnx.search.greedy import greedy, greedy_to, greedy_under
+from ndonnx.search.milp import nearest, solve
+from ndonnx.search.pareto import pareto
+from ndonnx.search.table import TEACHER, Choice, Option, Table
+from ndonnx.search.targets import COSTS, parse_drop, parse_target
+
+__all__ = [
+    "COSTS",
+    "DEFAULT_CANDIDATES",
+    "TEACHER",
+    "Candidate",
+    "Choice",
+    "Option",
+    "Table",
+    "greedy",
+    "greedy_to",
+    "greedy_under",
+    "nearest",
+    "pareto",
+    "parse_candidates",
+    "parse_drop",
+    "parse_target",
+    "solve",
+]

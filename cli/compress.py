@@ -29,6 +29,8 @@ def compress(
     cut: options.Cut = None,
     freeze: options.Freeze = None,
     init: options.Init = None,
+    target: options.Target = None,
+    max_drop: options.MaxDrop = None,
     inputs: options.Inputs = None,
     steps: options.Steps = None,
     batch_size: options.BatchSize = None,
@@ -69,6 +71,8 @@ def compress(
         cut=cut or None,
         freeze=freeze or None,
         init=init,
+        target=target or None,
+        max_drop=max_drop,
         data_free=data_free or None,
         inputs=inputs,
         steps=steps,
@@ -95,8 +99,8 @@ def compress(
     )
     if data is None and not settings.data_free and settings.inputs != "noise":
         raise UsageError(f"--data is missing: give {options.SOURCES}; --data-free works without data")
-    target = Path(output) if output is not None else Path(f"{Path(model).stem}-student.onnx")
-    folder = Path(run_dir) if run_dir is not None else target.with_suffix(".run")
+    student_path = Path(output) if output is not None else Path(f"{Path(model).stem}-student.onnx")
+    folder = Path(run_dir) if run_dir is not None else student_path.with_suffix(".run")
 
     from .progress import telling  # noqa: PLC0415 - rich's bars are not for `--help`
     from .tables import print_json, print_report  # noqa: PLC0415
@@ -104,7 +108,13 @@ def compress(
     with interruptible(folder), results_only(), telling(quiet, verbose) as progress:
         progress.stage("start")  # what is imported now takes seconds
         report = ndonnx.compress(
-            model, data=data, recipe=settings, output=target, eval_data=eval_data, run_dir=folder, progress=progress
+            model,
+            data=data,
+            recipe=settings,
+            output=student_path,
+            eval_data=eval_data,
+            run_dir=folder,
+            progress=progress,
         ).report
     if json:
         print_json(report.to_json())

@@ -11,14 +11,17 @@ import typer
 from typer.main import get_command
 
 import ndonnx
-from ndonnx.errors import NdonnxError, UsageError
+from ndonnx.errors import NdonnxError, SearchError, UsageError
 
+from .benchmark import benchmark
 from .compress import compress
 from .demo import demo
 from .evaluate import evaluate
 from .harden import harden
 from .inspect import inspect
-from .outcome import BAD_INPUT, BUG, DONE, INTERRUPTED, Interrupted
+from .outcome import BAD_INPUT, BUG, DONE, INTERRUPTED, TARGET_MISSED, Interrupted
+from .search import search
+from .threshold import threshold
 
 app = typer.Typer(
     add_completion=False,
@@ -28,6 +31,9 @@ app = typer.Typer(
 app.command()(compress)
 app.command()(inspect)
 app.command()(evaluate)
+app.command()(benchmark)
+app.command()(search)
+app.command()(threshold)
 app.command()(harden)
 app.command()(demo)
 
@@ -58,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"{error.format_message()} (see --help)", BAD_INPUT)
     except UsageError as error:
         return _fail(str(error), BAD_INPUT)
+    except SearchError as error:
+        return _fail(str(error), TARGET_MISSED)
     except NdonnxError as error:
         return _fail(str(error), BUG)
     except Interrupted as interruption:

@@ -82,6 +82,21 @@ Init = Annotated[
     _flag("--init", "START", "Starting weights: teacher, least-squares or random.", "least-squares"),
 ]
 
+# What to reach
+Target = Annotated[
+    list[str] | None,
+    _flag(
+        "--target",
+        "COST=PART",
+        "Search for a student with this part of the teacher's params, macs, size or latency; repeatable.",
+        "none",
+    ),
+]
+MaxDrop = Annotated[
+    str | None,
+    _flag("--max-drop", "DROP", "Most quality to lose on held-out samples, as 1% or 0.01.", "any"),
+]
+
 # How to train it
 Inputs = Annotated[
     str | None,
@@ -204,3 +219,123 @@ HardenLr = Annotated[
     float | None, _flag("--lr", "RATE", "Peak step of Adam, relative to the size of each weight.", "0.01", _TRAIN)
 ]
 HardenSamples = Annotated[int | None, _flag("--samples", "N", "Most samples taken from the data.", "50000", _TRAIN)]
+
+# Of `ndonnx benchmark`
+Against = Annotated[
+    str | None, typer.Option("--against", metavar="FILE.onnx", help="Time this model too, by turns, and compare.")
+]
+BatchSizes = Annotated[
+    str,
+    typer.Option(
+        "--batch-sizes",
+        metavar="N,N",
+        help="Samples in a run, one after the other. (default: 1,8,32)",
+        show_default=False,
+    ),
+]
+Provider = Annotated[
+    list[str] | None,
+    _flag("--provider", "cpu|cuda", "onnxruntime's execution provider, or another one; repeatable.", "cpu"),
+]
+Threads = Annotated[int | None, _flag("--threads", "N", "Threads inside one operator.", "all usable cores")]
+Processes = Annotated[
+    int,
+    typer.Option(
+        "--processes",
+        metavar="N",
+        help="Load and time everything anew in so many processes, one after the other. (default: 8)",
+        show_default=False,
+    ),
+]
+Rounds = Annotated[
+    int | None,
+    _flag("--rounds", "N", "Timed runs of each model in each process.", "what a second has room for, 3 to 30"),
+]
+FidelitySamples = Annotated[
+    int | None, _flag("--samples", "N", "Most samples on which the answers are compared.", "all of --data")
+]
+Picture = Annotated[
+    str | None,
+    typer.Option("--picture", metavar="FILE.png|svg", help="Also draw latency over batch sizes, and the ratio."),
+]
+
+# Of `ndonnx threshold`
+StudyFolder = Annotated[
+    str | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="DIR",
+        help="Folder for figures, tables and the document. (default: MODEL-threshold in this folder)",
+    ),
+]
+Amplitudes = Annotated[
+    str | None,
+    _flag("--amplitudes", "A,A", "Of the noise, as parts of each value's deviation.", "0.05,0.1,0.2,0.4,0.8,1.6"),
+]
+Repeats = Annotated[int | None, _flag("--repeats", "N", "Draws of the noise at each amplitude.", "3")]
+Multipliers = Annotated[
+    str | None, _flag("--keep", "K,K", "Widths of the untrained students, above 0 to 1.", "0.25,0.5,0.75")
+]
+StudyDrop = Annotated[
+    str,
+    typer.Option(
+        "--max-drop",
+        metavar="DROP",
+        help="What one neighbourhood's error may cost, as 1% or 0.01. (default: 1%)",
+        show_default=False,
+    ),
+]
+StudySamples = Annotated[
+    int,
+    typer.Option(
+        "--samples",
+        metavar="N",
+        help="Most samples on which the answers are judged. (default: 2000)",
+        show_default=False,
+    ),
+]
+
+# Of `ndonnx search`
+Candidates = Annotated[
+    list[str] | None,
+    _flag(
+        "--candidates",
+        "NAME",
+        "What is tried: width K, sparsity S, lowrank K, activation, removal; by commas, and repeatable.",
+        "width 0.1 to 0.9",
+    ),
+]
+SearchFolder = Annotated[
+    str | None,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="DIR",
+        help="Folder for the students, table and picture. (default: MODEL-search in this folder)",
+    ),
+]
+Pareto = Annotated[
+    int,
+    typer.Option(
+        "--pareto", metavar="N", min=0, help="Students on the trade-off curve. (default: 5)", show_default=False
+    ),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Tell what is in the library and what would be trained. (default: off)")
+]
+CandidateSteps = Annotated[
+    int | None, _flag("--steps", "N", "Optimiser steps of a candidate.", "200, a fifth of those of compress", _TRAIN)
+]
+SearchFinetuneSteps = Annotated[
+    int | None,
+    _flag("--finetune-steps", "N", "Steps of each whole student against the teacher's answers.", "0", _TRAIN),
+]
+Quality = Annotated[
+    str | None,
+    _flag("--quality", "NAME", "What a candidate is judged by: divergence, metric or nmse.", "divergence"),
+]
+Solver = Annotated[str | None, _flag("--solver", "milp|greedy", "How students are chosen.", "milp")]
+HeldOut = Annotated[
+    int | None, _flag("--held-out", "N", "Most samples kept out of the training, to measure on.", "2000", _TRAIN)
+]

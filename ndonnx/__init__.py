@@ -15,14 +15,18 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ndonnx.api import Speed, benchmark, evaluate, inspect, partition
+    from ndonnx.api import benchmark, evaluate, inspect, partition, threshold
+    from ndonnx.benchmark import Latency, ProviderSpeed, Ratio
     from ndonnx.evaluate import Evaluation
     from ndonnx.graph.load import load
     from ndonnx.harden import HardenReport, HardenResult, harden
-    from ndonnx.pipeline import CompressResult, compress
-    from ndonnx.recipe import DataRecipe, Recipe, load_recipe
+    from ndonnx.pipeline import CompressResult, SearchResult, compress, search
+    from ndonnx.recipe import DataRecipe, Recipe, SearchRecipe, load_recipe
     from ndonnx.report import CompressReport
     from ndonnx.report.inspection import Inspection
+    from ndonnx.report.search import SearchReport
+    from ndonnx.report.speed import Speed
+    from ndonnx.threshold import ThresholdReport
 
     __version__: str
 
@@ -34,8 +38,15 @@ __all__ = [
     "HardenReport",
     "HardenResult",
     "Inspection",
+    "Latency",
+    "ProviderSpeed",
+    "Ratio",
     "Recipe",
+    "SearchRecipe",
+    "SearchReport",
+    "SearchResult",
     "Speed",
+    "ThresholdReport",
     "benchmark",
     "compress",
     "evaluate",
@@ -44,6 +55,8 @@ __all__ = [
     "load",
     "load_recipe",
     "partition",
+    "search",
+    "threshold",
 ]
 
 _HOMES = {
@@ -54,8 +67,15 @@ _HOMES = {
     "HardenReport": "ndonnx.harden",
     "HardenResult": "ndonnx.harden",
     "Inspection": "ndonnx.report.inspection",
+    "Latency": "ndonnx.benchmark",
+    "ProviderSpeed": "ndonnx.benchmark",
+    "Ratio": "ndonnx.benchmark",
     "Recipe": "ndonnx.recipe",
-    "Speed": "ndonnx.api",
+    "SearchRecipe": "ndonnx.recipe",
+    "SearchReport": "ndonnx.report.search",
+    "SearchResult": "ndonnx.pipeline",
+    "Speed": "ndonnx.report.speed",
+    "ThresholdReport": "ndonnx.threshold",
     "benchmark": "ndonnx.api",
     "compress": "ndonnx.pipeline",
     "evaluate": "ndonnx.api",
@@ -64,6 +84,8 @@ _HOMES = {
     "load": "ndonnx.graph.load",
     "load_recipe": "ndonnx.recipe",
     "partition": "ndonnx.api",
+    "search": "ndonnx.pipeline",
+    "threshold": "ndonnx.api",
 }
 
 

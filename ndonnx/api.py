@@ -1,31 +1,39 @@
 """The smaller verbs of the public API: what `inspect`, `evaluate` and the timing of `demo` show, from Python.
 
-Nothing here needs torch, which takes seconds to import, but `inspect` with `check`: `compress` lives in
+Nothing here needs torch, which takes seconds to import, but `threshold` and `inspect` with `check`: `compress` lives in
 `ndonnx.pipeline`.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ndonnx.benchmark import Latency, Ratio, made_up_feeds, ratio
-from ndonnx.benchmark import benchmark as time_models
-from ndonnx.data import input_specs, open_source
-from ndonnx.errors import DataError
+from ndonnx.benchmark import AGAINST, MODEL, PROCESSES, Plan, common_batch_size, feeds_for, made_up_feeds
+from ndonnx.benchmark import measure as measure_speed
+from ndonnx.data import DataSource, InputSpec, input_specs, open_source
+from ndonnx.errors import DataError, ModelError
 from ndonnx.evaluate import Evaluation
 from ndonnx.evaluate import evaluate as measure
 from ndonnx.graph import fold_constants, load
+from ndonnx.machine import usable_cores
 from ndonnx.partition import Partition
 from ndonnx.partition import partition as partition_graph
-from ndonnx.progress import Progress
+from ndonnx.progress import Progress, Silent
 from ndonnx.recipe import Recipe
 from ndonnx.report.inspection import Inspection
+from ndonnx.report.speed import ModelSize, Speed, check_picture
 from ndonnx.teacher import make_session
+
+if TYPE_CHECKING:
+    from ndonnx.threshold import ThresholdReport
 
 
 def partition(model: str | Path, recipe: Recipe | None = None) -> Partition:
@@ -88,68 +96,203 @@ def evaluate(
     return measure(model, source, teacher=teacher, progress=progress)
 
 
-@dataclass(frozen=True)
-class Speed:
-    """Times of a model, and of the one that it was compared with in alternating runs."""
-
-    batch_size: int
-    """Samples in every run."""
-    model: Latency
-    against: Latency | None
-    ratio: Ratio | None
-    """Time of the model over that of the other one."""
-
-    def to_json(self) -> dict[str, Any]:
-        """As one JSON document, without the single times."""
-        document = asdict(self)
-        for latency in (document["model"], document["against"]):
-            if latency is not None:
-                del latency["times_ms"]
-        return document
-
-
 def benchmark(
     model: str | Path,
     *,
     against: str | Path | None = None,
     data: str | None = None,
     recipe: Recipe | None = None,
-    batch_size: int = 1,
-    rounds: int = 50,
+    batch_sizes: Sequence[int] = (1, 8, 32),
+    providers: Sequence[str] = ("cpu",),
+    threads: int | None = None,
+    processes: int = PROCESSES,
+    rounds: int | None = None,
+    samples: int | None = None,
+    memory: bool = True,
+    picture: str | Path | None = None,
+    progress: Progress | None = None,
 ) -> Speed:
     """Time a model in onnxruntime, alone or in turn with another one that has the same inputs.
+
+    Everything is loaded and timed anew in several processes. Where weights come to lie in memory stays the same
+    for the life of a process and moves all of its ratios, so that only further processes tell how sure they are.
 
     Args:
         model: path of the model.
         against: path of what to compare with.
-        data: source of the one batch that every run gets. None: made up.
+        data: source of what is run on; with labels or `against`, the answers are measured too. None: made up.
         recipe: says how the data become inputs.
-        batch_size: samples in that batch, where the model leaves it open and there is data.
-        rounds: timed runs of each model.
+        batch_sizes: samples in a run; a model with a fixed batch is run at its own, and a note says so.
+        providers: execution providers of onnxruntime by the beginning of their names, `cpu` or `cuda`.
+        threads: inside one operator, for each model. None: the cores that this process may use.
+        processes: how often everything is repeated, at least 2.
+        rounds: timed runs of each model in each process. None: what a second has room for, from 3 to 30.
+        samples: most samples of the comparison of answers. None: all of the data.
+        memory: also measure the peak memory, in one more process for each model.
+        picture: a .png or .svg file to draw latency over batch sizes into.
+        progress: told what is measured.
 
     Raises:
-        UsageError: a model or the data cannot be read, or they do not fit each other.
+        UsageError: a model or the data cannot be read, they do not fit each other, or a provider is not there.
     """
-    feeds = _one_batch(model, data, recipe or Recipe(), batch_size)
-    models = {"model": model} if against is None else {"model": model, "against": against}
-    times = time_models(models, feeds, rounds=rounds)
-    other = times.get("against")
-    return Speed(
-        batch_size=next((len(value) for value in feeds.values() if value.ndim), 1),
-        model=times["model"],
-        against=other,
-        ratio=None if other is None else ratio(times["model"], other),
+    recipe = recipe or Recipe()
+    if picture is not None:
+        check_picture(Path(picture))
+    plan = Plan(
+        tuple(dict.fromkeys(batch_sizes)),
+        tuple(dict.fromkeys(providers)),
+        usable_cores() if threads is None else threads,
+        processes,
+        rounds,
+        memory,
     )
+    models = {MODEL: Path(model)} | ({} if against is None else {AGAINST: Path(against)})
+    graphs = {name: load(path) for name, path in models.items()}
+    sizes = {name: ModelSize.of(models[name], graph) for name, graph in graphs.items()}
+    specs = {name: _specs_on(models[name], plan.providers) for name in models}
+    notes = []
+    fixed = common_batch_size({str(models[name]): entry for name, entry in specs.items()})
+    if fixed is not None:
+        if plan.batch_sizes != (fixed,):
+            notes.append(f"the batch size is fixed in the model: timed at {fixed} only")
+        plan = replace(plan, batch_sizes=(fixed,))
+    source = None
+    if data is not None:
+        source = open_source(data, specs[MODEL], recipe.data, seed=recipe.seed, graph=graphs[MODEL].graph)
+    batch = _one_batch(specs[MODEL], source, max(plan.batch_sizes))
+    for name, entry in specs.items():
+        feeds_for(str(models[name]), entry, batch)
+    found = measure_speed(models, batch, plan, progress)
+    if not all(timing.is_steady for entry in found for timing in entry.batches):
+        notes.append("runs took very unequal times: other work on these cores? the intervals hold for it, too")
+    speed = Speed(
+        model=sizes[MODEL],
+        against=sizes.get(AGAINST),
+        threads=plan.threads,
+        processes=plan.processes,
+        providers=found,
+        fidelity=None if source is None else _fidelity(models, source, samples, progress),
+        notes=notes,
+    )
+    if picture is not None:
+        speed.write_picture(picture)
+    return speed
 
 
-def _one_batch(model: str | Path, data: str | None, recipe: Recipe, batch_size: int) -> dict[str, NDArray[np.generic]]:
-    specs = input_specs(make_session(Path(model)))
-    if data is None:
-        return made_up_feeds(specs)
-    fixed = [spec.shape[0] for spec in specs if spec.shape and isinstance(spec.shape[0], int)]
-    size = fixed[0] if fixed else batch_size
-    source = open_source(data, specs, recipe.data, seed=recipe.seed)
+def threshold(
+    model: str | Path,
+    *,
+    data: str,
+    recipe: Recipe | None = None,
+    samples: int = 2000,
+    amplitudes: Sequence[float] | None = None,
+    repeats: int | None = None,
+    keep: Sequence[float] | None = None,
+    max_drop: float | str = "1%",
+    output: str | Path | None = None,
+    progress: Progress | None = None,
+) -> ThresholdReport:
+    """Measure how much error a model bears, and where: the thresholding effect (figures 1, 4 and 6).
+
+    Noise goes in behind one, half and all neighbourhoods, and on the weights of one after the other; each
+    neighbourhood is replaced, alone, by untrained students of several widths. All is judged by accuracy where the
+    data has labels, else by agreement with the model, or by the NMSE of its outputs where it has no class scores.
+
+    Args:
+        model: path of the teacher; never modified.
+        data: inputs to measure on, as a data source.
+        recipe: the partition, `round_to`, `cache_budget`, `seed` and how the data become inputs.
+        samples: most samples that are used; fewer where the activations would not fit into `cache_budget`.
+        amplitudes: of the noise, as parts of each value's deviation. None: 0.05 to 1.6.
+        repeats: draws of the noise at each amplitude. None: 3.
+        keep: multipliers of the students, above 0 to 1. None: 0.25, 0.5 and 0.75.
+        max_drop: what the tolerances are for, in the unit of the measure; `1%` is a point of accuracy.
+        output: folder for the JSON document, the CSV files and the pictures. None: nothing is written.
+        progress: told how far it has got.
+
+    Raises:
+        UsageError: the model or the data cannot be read, a number is out of range, or nothing can be distilled.
+    """
+    from ndonnx.partial import PartialModels  # noqa: PLC0415 - torch
+    from ndonnx.pipeline import partition_model  # noqa: PLC0415
+    from ndonnx.pipeline.batches import CAPTURE_BATCH, count_samples, whole_batches  # noqa: PLC0415
+    from ndonnx.report.threshold import make_folder, write_threshold  # noqa: PLC0415
+    from ndonnx.search import parse_drop  # noqa: PLC0415
+    from ndonnx.threshold import AMPLITUDES, KEEP, REPEATS, check_study, study  # noqa: PLC0415
+
+    began = time.perf_counter()
+    recipe, progress = recipe or Recipe(), progress or Silent()
+    amplitudes, keep = AMPLITUDES if amplitudes is None else amplitudes, KEEP if keep is None else keep
+    repeats, drop = REPEATS if repeats is None else repeats, parse_drop(max_drop)
+    check_study(samples, amplitudes, repeats, keep)
+    progress.stage("load")
+    path, teacher = Path(model), load(model)
+    source = open_source(data, input_specs(make_session(path)), recipe.data, seed=recipe.seed, graph=teacher.graph)
+    count = count_samples(source, samples)
+    progress.stage("partition")
+    parts = partition_model(teacher, recipe)
+    if not parts.distillable:
+        raise ModelError(f"{path}: no neighbourhood can be distilled; `ndonnx inspect {path}` says why")
+    folder = None if output is None else make_folder(Path(output))
+    found: list[NDArray[np.int64]] = []
+    if source.has_labels:
+        for batch in source.batches(CAPTURE_BATCH, samples=count, seed=recipe.seed):
+            found += [] if batch.labels is None else [batch.labels]
+    progress.stage("capture", count, "samples")
+    with (
+        tempfile.TemporaryDirectory(prefix=".ndonnx-", dir=folder, ignore_cleanup_errors=True) as scratch,
+        PartialModels(
+            parts,
+            lambda: whole_batches(source, CAPTURE_BATCH, samples=count, seed=recipe.seed),
+            Path(scratch),
+            count,
+            threads=usable_cores(),
+            labels=np.concatenate(found) if found else None,
+            budget=recipe.cache_budget,
+            on_batch=progress.advance,
+        ) as partials,
+    ):
+        if partials.samples < count:
+            progress.note(f"{partials.samples} of {count} samples fit into the cache budget; --cache-budget raises it")
+        report = study(
+            partials,
+            model=str(model),
+            data=data,
+            amplitudes=amplitudes,
+            repeats=repeats,
+            keep=keep,
+            max_drop=drop,
+            round_to=recipe.round_to,
+            seed=recipe.seed,
+            threads=usable_cores(),
+            progress=progress,
+        )
+    report = replace(report, seconds=time.perf_counter() - began)
+    return report if folder is None else write_threshold(report, folder)
+
+
+def _specs_on(model: Path, providers: Sequence[str]) -> list[InputSpec]:
+    """The inputs of a model, after it was opened on every provider: what cannot be, is told before any timing."""
+    sessions = [make_session(model, device=provider) for provider in providers]
+    return input_specs(sessions[0])
+
+
+def _one_batch(specs: Sequence[InputSpec], source: DataSource | None, size: int) -> dict[str, NDArray[np.generic]]:
+    if source is None:
+        return made_up_feeds(specs, batch_size=size)
     batch = next(iter(source.batches(size, samples=size)), None)
-    if batch is None or len(batch) < size:
-        raise DataError(f"{data}: expected a batch of {size} samples to time, found {len(batch) if batch else 0}")
+    if batch is None or not len(batch):
+        raise DataError(f"{source.spec}: expected samples to run on, found none")
     return batch.inputs
+
+
+def _fidelity(
+    models: Mapping[str, Path], source: DataSource, samples: int | None, progress: Progress | None
+) -> dict[str, Evaluation] | None:
+    """How good the models are; None where there is nothing to measure them by."""
+    found = {}
+    if AGAINST in models or source.has_labels:
+        found[MODEL] = measure(models[MODEL], source, teacher=models.get(AGAINST), samples=samples, progress=progress)
+    if AGAINST in models and source.has_labels:
+        found[AGAINST] = measure(models[AGAINST], source, samples=samples, progress=progress)
+    return found or None

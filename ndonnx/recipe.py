@@ -1,7 +1,8 @@
 """Everything that can be configured, in one place: unknown keys are refused.
 
 A recipe is flat: every key is also a flag of `ndonnx compress` (`batch_size` is
-`--batch-size`), except the `[data]` table, which says how raw samples become model inputs.
+`--batch-size`), except the `[data]` table, which says how raw samples become model inputs, and
+the `[search]` table, which says how a search goes about its target.
 Precedence: flag, then recipe file, then the default here.
 """
 
@@ -69,6 +70,21 @@ def parse_sparsity(value: object) -> str:
 Sparsity = Annotated[str, BeforeValidator(parse_sparsity)]
 
 
+def parse_names(value: object) -> object:
+    """Take one name for a list of one; pass anything else to pydantic."""
+    return (value,) if isinstance(value, str) else value
+
+
+def parse_plain(value: object) -> object:
+    """Take a number as its text; pass anything else to pydantic."""
+    return f"{value}" if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+Drop = Annotated[str, BeforeValidator(parse_plain)]
+
+Names = Annotated[tuple[str, ...], BeforeValidator(parse_names)]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
@@ -93,6 +109,26 @@ class DataRecipe(_Section):
     """Layout of the model's image input. None: read off the input's shape."""
     dtype: str | None = None
     """numpy name of the input's element type. None: the model's own."""
+
+
+class SearchRecipe(_Section):
+    """How the candidates of a search are trained, measured and chosen."""
+
+    candidates: Names = ()
+    """What is tried in every neighbourhood, as `width 0.5` or `sparsity 2:4`. Empty: width 0.1 to 0.9."""
+    steps: int | None = Field(None, ge=0)
+    """Optimiser steps of a candidate in the search. None: a fifth of the recipe's `steps`."""
+    quality: Literal["divergence", "metric", "nmse"] = "divergence"
+    """What a candidate costs in quality: the divergence of the model with it alone from the teacher, the drop of the
+    metric (the paper's), or its own NMSE times the measured sensitivity of its neighbourhood (cheap)."""
+    solver: Literal["milp", "greedy"] = "milp"
+    """Exact, or the paper's threshold on each neighbourhood alone."""
+    samples: int = Field(2000, ge=2)
+    """Held-out samples on which candidates and students are measured; no training sees them."""
+    attempts: int = Field(3, ge=0)
+    """Corrections of the choice, after a whole student was measured."""
+    early_stop: bool = True
+    """Leave out what is smaller than a candidate that alone loses far more than `max_drop` allows."""
 
 
 FINETUNE_FACTOR = 3
@@ -123,6 +159,13 @@ class Recipe(_Section):
     """Values whose producing neighbourhood stays as the teacher has it."""
     init: Literal["teacher", "least-squares", "random"] = "least-squares"
     """Starting weights of a student."""
+
+    # What to reach
+    target: Names = ()
+    """Parts of the teacher's costs to reach, `params=0.5`, `macs=0.5`, `size=0.5` or `latency=0.6`: candidates are
+    searched instead of one for all. Empty: none."""
+    max_drop: Drop | None = None
+    """Largest loss of quality on held-out samples, as `1%` or `0.01`. None: any."""
 
     # How to train it
     data_free: bool = False
@@ -173,10 +216,14 @@ class Recipe(_Section):
     """Most disk that captured activations may take, in bytes (`4GB`, `512MiB`)."""
 
     data: DataRecipe = DataRecipe()
+    search: SearchRecipe = SearchRecipe()
+
+
+_SECTIONS: dict[str, type[_Section]] = {"data": DataRecipe, "search": SearchRecipe}
 
 
 def load_recipe(path: str | Path | None = None, **overrides: Any) -> Recipe:
-    """Read a TOML recipe and lay the given keys over it; `None` leaves a key alone.
+    """Read a TOML recipe and lay the given keys over it; `None` leaves a key alone, also inside a table.
 
     Raises:
         RecipeError: the file cannot be read, or a key is unknown or out of range.
@@ -189,7 +236,11 @@ def load_recipe(path: str | Path | None = None, **overrides: Any) -> Recipe:
             raise RecipeError(f"{path}: cannot read the recipe: {error.strerror}") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise RecipeError(f"{path}: not a TOML file: {error}") from error
-    values |= {key: value for key, value in overrides.items() if value is not None}
+    for key, value in overrides.items():
+        if key in _SECTIONS and isinstance(value, dict) and isinstance(table := values.get(key, {}), dict):
+            values[key] = table | {inner: kept for inner, kept in value.items() if kept is not None}
+        elif value is not None:
+            values[key] = value
     return make_recipe(values, where=str(path) if path is not None else "options")
 
 
@@ -201,7 +252,7 @@ def make_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            section = DataRecipe if first["loc"][0] == "data" else Recipe
+            section = _SECTIONS.get(str(first["loc"][0]), Recipe) if len(first["loc"]) > 1 else Recipe
             raise RecipeError(
                 f"{where}: unknown key '{key}'; known keys: {', '.join(sorted(section.model_fields))}"
             ) from error

@@ -49,7 +49,9 @@ def verify(
                 to_torch(students[neighbourhood.name]), inputs, values[neighbourhood.exit.name or ""], tolerance
             )
         except ParityError as error:
-            raise VerificationError(f"{neighbourhood.name}: in the spliced student, {error}") from error
+            raise VerificationError(
+                f"{neighbourhood.name}: in the spliced student, {error}", neighbourhood.name
+            ) from error
 
 
 def _check_interface(teacher: ir.Model, student: ir.Model) -> None:

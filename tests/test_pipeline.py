@@ -29,7 +29,7 @@ from ndonnx.distil import DistilJob
 from ndonnx.errors import DataError, ModelError, RunDirError, UsageError, VerificationError
 from ndonnx.executor import Executor, SerialExecutor, processes
 from ndonnx.graph import load, slice_cost
-from ndonnx.pipeline import CompressResult, compress, distilling, finishing
+from ndonnx.pipeline import CompressResult, composing, compress, distilling, finishing
 from ndonnx.recipe import Recipe
 from ndonnx.splice import splice
 from ndonnx.teacher import sessions
@@ -715,16 +715,31 @@ def test_an_unwritable_folder_fails_before_any_work(bench: Bench) -> None:
         compress(bench.model, data=str(bench.data), output=locked / "student.onnx", recipe=Recipe(**SMALL))
 
 
-def test_a_student_that_is_not_what_was_trained_gets_no_name(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_student_that_fails_at_its_place_is_left_out(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     def careless(teacher: ir.Model, students: dict[str, ir.Model]) -> ir.Model:
         model = splice(teacher, students)
-        value = model.graph.initializers["first2.bias"]
-        assert value.const_value is not None
-        value.const_value = ir.tensor(value.const_value.numpy() + np.float32(0.1), name=value.name)
+        if "n03" in students:
+            value = model.graph.initializers["first2.bias"]
+            assert value.const_value is not None
+            value.const_value = ir.tensor(value.const_value.numpy() + np.float32(0.1), name=value.name)
         return model
 
-    monkeypatch.setattr(sys.modules[compress.__module__], "splice", careless)
-    with pytest.raises(VerificationError, match="n03: in the spliced student"):
+    monkeypatch.setattr(composing, "splice", careless)
+    found = {n.name: n for n in bench.compress().report.neighbourhoods}
+    assert found["n03"].status == "kept" and "in the spliced student" in (found["n03"].reason or "")
+    assert all(found[name].status == "distilled" for name in UNITS - {"n03"})
+    theirs, ours = (ir.load(path).graph.initializers for path in (bench.model, bench.student))
+    np.testing.assert_array_equal(ours["first2.bias"].const_value, theirs["first2.bias"].const_value)
+
+
+def test_a_whole_that_is_not_the_teachers_gets_no_name(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def careless(teacher: ir.Model, students: dict[str, ir.Model]) -> ir.Model:
+        model = splice(teacher, students)
+        model.graph.outputs[0].name = "another"
+        return model
+
+    monkeypatch.setattr(composing, "splice", careless)
+    with pytest.raises(VerificationError, match=r"the student's outputs .* are not the teacher's"):
         bench.compress()
     assert not bench.student.exists()
     assert done_markers(bench.folder / "run").keys() == UNITS, "what was trained is kept for the next run"

@@ -76,6 +76,8 @@ class DistilJob:
     heads: tuple[HeadSlice, ...] = ()
     """Teacher slices after this one, each beginning where the one before ends."""
     head_weights: tuple[float, ...] = ()
+    neighbourhood: str | None = None
+    """What random numbers are drawn for: the same student whatever the job is called. None: its name."""
 
     def __call__(self, on_step: OnStep) -> DistilResult:
         """Shrink, convert, check, train, write back; the student and its result are on disk afterwards.
@@ -91,7 +93,7 @@ class DistilJob:
         captured = samples.arrays(0, _PROBE)
         probe = {name: captured[name] for name in self.inputs}
         pass_gate(model, probe, self.parity, self.threads, captured[self.target].shape)
-        seed = zlib.crc32(self.name.encode(), self.plan.seed)
+        seed = zlib.crc32(self._slice_name.encode(), self.plan.seed)
         candidate = self.method.build(self._teacher(model, samples), np.random.default_rng(seed))
         module, _ = pass_gate(candidate.model, probe, self.parity, self.threads)
         objective = self._objective(samples)
@@ -113,6 +115,10 @@ class DistilJob:
         self.entry.commit(asdict(result))
         return result
 
+    @property
+    def _slice_name(self) -> str:
+        return self.neighbourhood or self.name
+
     def _samples(self) -> SliceSamples:
         stores = {path: ActivationStore.open(path) for path in dict.fromkeys(self.stores.values())}
         sources = {name: Source(stores[path], name) for name, path in self.stores.items()}
@@ -132,7 +138,7 @@ class DistilJob:
         rows = samples.training_rows(count)
         constants = frozenset(name for name in self.inputs if samples.is_constant(name))
         given = {name: rows[name] for name in self.inputs}
-        return TeacherSlice(self.name, model, self.groups, given, self.threads, constants)
+        return TeacherSlice(self._slice_name, model, self.groups, given, self.threads, constants)
 
 
 def read_result(entry: Entry) -> DistilResult:

@@ -60,7 +60,7 @@ class SliceSamples:
             TrainingError: a value cannot be trained on.
         """
         for name, source in sources.items():
-            _check(source, is_context=name in inputs[1:])
+            _check(source, is_context=name in inputs[1:], is_entry=name == inputs[0])
         self._stores = {id(source.store): source.store for source in sources.values()}
         self._constant = {name for name, source in sources.items() if source.store.is_constant(source.name)}
         self.inputs = tuple(inputs)
@@ -114,10 +114,12 @@ class SliceSamples:
         return np.asarray(self._maps[name][rows])
 
 
-def _check(source: Source, *, is_context: bool) -> None:
+def _check(source: Source, *, is_context: bool, is_entry: bool) -> None:
     name, store = source.name, source.store
     if name in store.unstorable:
         raise TrainingError(f"value '{name}' cannot be captured: {store.unstorable[name]}")
+    if is_entry and store.is_constant(name):
+        raise TrainingError(f"value '{name}' cannot be captured: the samples do not lie along its first axis")
     # An attention mask may well hold -Inf; should NaN come of it, the gate refuses the slice's answer.
     if name in store.nonfinite and not is_context:
         raise TrainingError(f"the teacher's activation '{name}' holds NaN or Inf on this data")

@@ -1,35 +1,37 @@
-"""Capture and distil: every neighbourhood to its end, in waves that the disk holds, continued where a run stopped."""
+"""Capture and distil: every task to its end, in waves that the disk holds, continued where a run stopped."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 
 from ndonnx.data import DataSource
-from ndonnx.distil import DistilJob, DistilResult, HeadSlice, Plan, load_student, read_result
+from ndonnx.distil import DistilJob, DistilResult, load_student, read_result
 from ndonnx.errors import RecipeError, RunDirError, SliceError
 from ndonnx.executor import make_executor
-from ndonnx.graph import save
-from ndonnx.graph.load import external_tensors
 from ndonnx.machine import pick_device, usable_cores
-from ndonnx.partition import Neighbourhood, Partition, extract, is_opaque, region_nodes
-from ndonnx.pipeline.batches import CAPTURE_BATCH, sample_bytes, whole_batches
+from ndonnx.partition import Neighbourhood, Partition
+from ndonnx.pipeline.batches import CAPTURE_BATCH, whole_batches
 from ndonnx.pipeline.clock import Clock
+from ndonnx.pipeline.jobs import Jobs, Task
 from ndonnx.pipeline.schedule import Schedule
+from ndonnx.pipeline.waves import Waves
 from ndonnx.progress import Progress
 from ndonnx.recipe import Recipe
 from ndonnx.report import NeighbourhoodReport
-from ndonnx.rundir import Entry, RunDir, fingerprint, fingerprint_file
-from ndonnx.students import method_of
+from ndonnx.rundir import Entry, RunDir, fingerprint
+from ndonnx.students import StudentMethod, method_of
 from ndonnx.teacher import ActivationStore, capture
 from ndonnx.teacher.moments import entry_noise
 from ndonnx.teacher.noise import EntryNoise, noise_store
 from ndonnx.walk import Prefix
+
+Rounds = Callable[[Sequence[Task]], Iterator[Sequence[Task]]]
+"""Tasks of one wave in the order of their training: each round is over before the next one is asked for."""
 
 
 @dataclass(frozen=True)
@@ -57,15 +59,6 @@ class Outcome:
         )
 
 
-@dataclass(frozen=True)
-class _Head:
-    """A teacher slice through which a neighbourhood looks ahead."""
-
-    model: ir.Model
-    context: tuple[str, ...]
-    output: str
-
-
 @dataclass
 class Distillation:
     """Capture and distil: the part of a run that takes long and can be continued."""
@@ -81,46 +74,92 @@ class Distillation:
     clock: Clock
     workers_rss: int = 0
     outcomes: dict[str, Outcome] = field(default_factory=dict)
-    sizes: dict[str, int] = field(default_factory=dict)
-    data: tuple[str, ...] = ()
-    """What all students depend on: the model, the data, how many samples, the seed."""
-    _looked: dict[str, list[_Head]] = field(default_factory=dict)
-    _chain: list[str] = field(default_factory=list)
+    """By the label of the task."""
+    jobs: Jobs = field(init=False)
+    _waves: Waves = field(init=False)
+    _plan: tuple[int, list[list[Neighbourhood]]] | None = None
+
+    def __post_init__(self) -> None:
+        self.jobs = Jobs(self.run, self.model_path, self.parts, self.recipe)
+        self._waves = Waves(self.parts, self.source, self.recipe.cache_budget, self.jobs.wanted, self.progress)
+
+    @property
+    def data(self) -> tuple[str, ...]:
+        """What all students depend on: the model, the data, how many samples, the seed."""
+        self.planned()
+        return self.jobs.data
+
+    def task(
+        self,
+        neighbourhood: Neighbourhood,
+        method: StudentMethod | None = None,
+        steps: int | None = None,
+        label: str = "",
+    ) -> Task:
+        """A student of a neighbourhood, as the recipe says where nothing else is given."""
+        plan = self.schedule.distil(len(self.parts.distillable), self._workers())
+        plan = plan if steps is None else replace(plan, steps=steps)
+        return Task(label or neighbourhood.name, neighbourhood, method or method_of(self.recipe), plan)
 
     def distil(self) -> dict[str, Outcome]:
         """Bring every neighbourhood to an end: distilled, re-used, or kept with its reason."""
-        for neighbourhood in self.parts.neighbourhoods:
-            if not neighbourhood.distillable:
-                self.outcomes[neighbourhood.name] = Outcome("kept", reason=neighbourhood.reason)
-        samples, waves = self._waves()
-        self.data = (self._model_fingerprint(), self.source.fingerprint(), str(samples), str(self.recipe.seed))
+        self.keep_the_rest()
+        samples, waves = self.planned()
         if self.recipe.inputs == "student":
             self._in_order(waves, samples)
         elif self.recipe.inputs == "noise":
             self._on_noise(waves, samples)
         else:
-            self._apart(waves, samples)
+            self.apart([self.task(n) for n in self.parts.distillable])
         return self.outcomes
 
-    def _apart(self, waves: list[list[Neighbourhood]], samples: int) -> None:
-        """Each on the teacher's activations, in parallel: the paper's method."""
-        todo = [[n for n in wave if not self._reuse(n, self._entry(n))] for wave in waves]
-        self._estimate(todo, waves, samples)
-        total = sum(map(len, todo))
+    def keep_the_rest(self) -> None:
+        """Give what cannot be distilled its outcome."""
+        for neighbourhood in self.parts.neighbourhoods:
+            if not neighbourhood.distillable:
+                self.outcomes[neighbourhood.name] = Outcome("kept", reason=neighbourhood.reason)
+
+    def apart(
+        self,
+        tasks: Sequence[Task],
+        rounds: Rounds | None = None,
+        *,
+        unit: str = "neighbourhoods",
+        ordered: bool = False,
+    ) -> None:
+        """Each on the teacher's activations, in parallel: the paper's method.
+
+        Args:
+            tasks: several of a neighbourhood share its capture.
+            rounds: puts the tasks of a wave in order, and may leave some out; None trains them all at once.
+            unit: what they are called in progress.
+            ordered: start them as they come; otherwise those with the largest activations first.
+        """
+        samples, waves = self.planned()
+        of_wave = [[t for n in wave for t in tasks if t.neighbourhood is n] for wave in waves]
+        open_ = [[t for t in several if t.label not in self.outcomes and not self._reuse(t)] for several in of_wave]
+        self._waves.estimate([wave for wave, todo in zip(waves, open_, strict=True) if todo], samples)
+        total = sum(map(len, open_))
         done = 0
-        for wave, open_ in zip(waves, todo, strict=True):
-            if not open_:
+        for wave, several, todo in zip(waves, of_wave, open_, strict=True):
+            if not todo:
                 continue
-            values = self._wanted(wave)
+            values = self.jobs.wanted(wave)
             entry = self.run.entry("activations", fingerprint(*self.data, values))
-            with self.clock.measure("capture"):
-                store = self._capture(entry, values, samples)
-            with self.clock.measure("distil"):
-                self.progress.stage("distil", total, "neighbourhoods")
-                self.progress.advance(done)
-                stores = dict.fromkeys(values, store.path)
-                self._train({n.name: self._job(n, stores, self._entry(n)) for n in open_})
-            done += len(open_)
+            store: ActivationStore | None = None
+            for these in rounds(several) if rounds is not None else iter([several]):
+                left = [task for task in these if task.label not in self.outcomes]
+                if not left:
+                    continue
+                if store is None:
+                    with self.clock.measure("capture"):
+                        store = self._capture(entry, values, samples)
+                with self.clock.measure("distil"):
+                    self.progress.stage("distil", total, unit)
+                    self.progress.advance(done)
+                    stores = dict.fromkeys(values, store.path)
+                    self._train({task.label: self._job(task, stores) for task in left}, ordered)
+                done += len(left)
             entry.remove()
 
     def _on_noise(self, waves: list[list[Neighbourhood]], samples: int) -> None:
@@ -133,8 +172,8 @@ class Distillation:
             jobs = {}
             with self.clock.measure("capture"):
                 for number, neighbourhood in enumerate(wave):
-                    entry = self._entry(neighbourhood)
-                    if self._reuse(neighbourhood, entry):
+                    task = self.task(neighbourhood)
+                    if self._reuse(task):
                         continue
                     noise = drawn.get(neighbourhood.name, EntryNoise("white", None))
                     slice_ = self.parts.slice_of(neighbourhood)
@@ -145,7 +184,7 @@ class Distillation:
                     except SliceError as error:
                         self.outcomes[neighbourhood.name] = Outcome("kept", reason=str(error))
                         continue
-                    jobs[neighbourhood.name] = self._job(neighbourhood, dict.fromkeys(store.names, store.path), entry)
+                    jobs[neighbourhood.name] = self._job(task, dict.fromkeys(store.names, store.path))
             with self.clock.measure("distil"):
                 self.progress.stage("distil", len(jobs), "neighbourhoods")
                 self._train(jobs)
@@ -154,158 +193,58 @@ class Distillation:
     def _in_order(self, waves: list[list[Neighbourhood]], samples: int) -> None:
         """One after the other, each on what the students before it give, so that errors do not add up."""
         open_ = [n for wave in waves for n in wave]
-        if all(self._entry(n).done for n in self._chained(open_)):
+        if all(self.jobs.entry(task).done for task in self._chained(open_)):
             waves = []
         folder = self.run.path / "prefix"
         prefix = Prefix(self.parts, open_, self._batches(samples), folder, samples) if waves else None
-        self._chain.clear()
-        for neighbourhood in self._chained([] if waves else open_):
-            self._reuse(neighbourhood, self._entry(neighbourhood))
+        self.jobs.chain.clear()
+        for task in self._chained([] if waves else open_):
+            self._reuse(task)
         for wave in waves:
-            exits = self._exits(wave)
+            exits = self.jobs.exits(wave)
             entry = self.run.entry("activations", fingerprint(*self.data, exits))
             with self.clock.measure("capture"):
                 store = self._capture(entry, exits, samples)
             with self.clock.measure("distil"):
                 self.progress.stage("distil", len(open_), "neighbourhoods")
-                for neighbourhood in self._chained(wave):
+                for task in self._chained(wave):
                     assert prefix is not None
-                    self._after(prefix, neighbourhood, store)
+                    self._after(prefix, task, store)
             entry.remove()
         if prefix is not None:
             prefix.close()
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _chained(self, neighbourhoods: Iterable[Neighbourhood]) -> Iterator[Neighbourhood]:
-        """In order, the key of each going into those of all after it."""
-        for neighbourhood in neighbourhoods:
-            yield neighbourhood
-            self._chain.append(self._entry(neighbourhood).path.name)
+    def _chained(self, neighbourhoods: Iterable[Neighbourhood]) -> Iterator[Task]:
+        return self.jobs.chained(map(self.task, neighbourhoods))
 
-    def _after(self, prefix: Prefix, neighbourhood: Neighbourhood, store: ActivationStore) -> None:
+    def _after(self, prefix: Prefix, task: Task, store: ActivationStore) -> None:
         """Train one neighbourhood behind the students before it."""
-        entry = self._entry(neighbourhood)
-        if not self._reuse(neighbourhood, entry):
+        neighbourhood = task.neighbourhood
+        if not self._reuse(task):
             stores = dict.fromkeys(store.names, store.path)
             stores |= {name: given.path for name, given in prefix.inputs_of(neighbourhood).items()}
-            self._train({neighbourhood.name: self._job(neighbourhood, stores, entry)})
-        ended = self.outcomes[neighbourhood.name].entry
+            self._train({task.label: self._job(task, stores)})
+        ended = self.outcomes[task.label].entry
         prefix.put(neighbourhood, load_student(ended) if ended is not None else self.parts.slice_of(neighbourhood))
         self.progress.advance()
 
-    def _model_fingerprint(self) -> str:
-        """Of the file and of the weights that it keeps beside it."""
-        beside = sorted({str(tensor.path) for tensor in external_tensors(self.parts.model)})
-        return fingerprint(*map(fingerprint_file, [str(self.model_path), *beside]))
-
-    def _reuse(self, neighbourhood: Neighbourhood, entry: Entry) -> bool:
+    def _reuse(self, task: Task) -> bool:
+        entry = self.jobs.entry(task)
         if not entry.done:
             return False
         result = read_result(entry)
-        self.outcomes[neighbourhood.name] = Outcome("reused", entry, result)
-        self.progress.finished(neighbourhood.name, "reused", result.nmse, None)
+        self.outcomes[task.label] = Outcome("reused", entry, result)
+        self.progress.finished(task.label, "reused", result.nmse, None)
         return True
 
-    def _entry(self, neighbourhood: Neighbourhood) -> Entry:
-        """Where a student lives: the key says everything that it depends on."""
-        method = method_of(self.recipe)
-        ahead = [self.recipe.look_ahead, *self._weights()] if self.recipe.look_ahead else []
-        key = fingerprint(
-            *self.data,
-            boundary([neighbourhood]),
-            type(method).__name__,
-            asdict(method),  # type: ignore[call-overload]
-            asdict(self._plan()),
-            self.recipe.holdout,
-            self.recipe.parity,
-            ahead,
-            self.recipe.inputs == "noise",
-            list(self._chain),
-        )
-        return self.run.entry("students", f"{neighbourhood.name}-{key}")
-
-    def _wanted(self, neighbourhoods: Iterable[Neighbourhood]) -> list[str]:
-        """Names of the values to capture for these neighbourhoods, each once, in order."""
-        open_ = list(neighbourhoods)
-        ahead = (name for n in open_ for head in self._heads(n) for name in (*head.context, head.output))
-        return list(dict.fromkeys([*boundary(open_), *ahead]))
-
-    def _exits(self, neighbourhoods: Iterable[Neighbourhood]) -> list[str]:
-        """The same without what the students before them give."""
-        open_ = list(neighbourhoods)
-        own = [n.exit.name or "" for n in open_ if n.exit is not None]
-        ahead = (name for n in open_ for head in self._heads(n) for name in (*head.context, head.output))
-        return list(dict.fromkeys([*own, *ahead]))
-
-    def _weights(self) -> tuple[float, ...]:
-        weights = self.recipe.look_ahead_weights or (1.0,) * self.recipe.look_ahead
-        if len(weights) != self.recipe.look_ahead:
-            raise RecipeError(
-                f"look_ahead_weights: {len(weights)} given for --look-ahead {self.recipe.look_ahead}; give one for each"
-            )
-        return weights
-
-    def _heads(self, neighbourhood: Neighbourhood) -> list[_Head]:
-        """The teacher slices behind a neighbourhood: each up to the exit of the next one on the chain."""
-        if neighbourhood.name not in self._looked:
-            self._looked[neighbourhood.name] = _heads(self.parts, neighbourhood, self.recipe.look_ahead)
-        return self._looked[neighbourhood.name]
-
-    def _waves(self) -> tuple[int, list[list[Neighbourhood]]]:
-        """Neighbourhoods in order, in as few and as even waves as the cache budget allows, and the samples it holds.
-
-        Depends on the recipe alone, not on what is done, so that a continued run captures the same.
-        """
-        budget = self.recipe.cache_budget
-        open_ = self.parts.distillable
-        one = [self._bytes([n]) for n in open_]
-        samples = self.samples
-        if open_ and max(one) * samples > budget:
-            samples = max(2, budget // max(one))
-            self.progress.note(
-                f"the cache budget of {gigabytes(budget)} holds {samples} of {self.samples} samples of the largest "
-                f"neighbourhood; raise --cache-budget to use them all"
-            )
-        low, high = max(one, default=0), budget // samples
-        fewest = len(self._fill(open_, high))
-        while low < high:  # the smallest limit that needs no more waves makes them even
-            middle = (low + high) // 2
-            if len(self._fill(open_, middle)) == fewest:
-                high = middle
-            else:
-                low = middle + 1
-        return samples, self._fill(open_, low)
-
-    def _fill(self, neighbourhoods: list[Neighbourhood], limit: int) -> list[list[Neighbourhood]]:
-        """Runs of neighbours whose boundaries take at most `limit` bytes a sample."""
-        waves: list[list[Neighbourhood]] = []
-        held: set[str] = set()
-        for neighbourhood in neighbourhoods:
-            wanted = held | set(self._wanted([neighbourhood]))
-            if waves and sum(self.sizes[name] for name in wanted) <= limit:
-                waves[-1].append(neighbourhood)
-                held = wanted
-            else:
-                waves.append([neighbourhood])
-                held = set(self._wanted([neighbourhood]))
-        return waves
-
-    def _bytes(self, neighbourhoods: list[Neighbourhood]) -> int:
-        """Bytes that one sample of these neighbourhoods' boundaries takes in the store."""
-        names = self._wanted(neighbourhoods)
-        for name in names:
-            if name not in self.sizes:
-                self.sizes[name] = sample_bytes(self.parts.model, [name], self.source)
-        return sum(self.sizes[name] for name in names)
-
-    def _estimate(self, todo: list[list[Neighbourhood]], waves: list[list[Neighbourhood]], samples: int) -> None:
-        sizes = [self._bytes(wave) * samples for wave, open_ in zip(waves, todo, strict=True) if open_]
-        if sizes:
-            sweeps = f"in {len(sizes)} sweeps of at most " if len(sizes) > 1 else ""
-            self.progress.note(
-                f"activations of {samples} samples take {sweeps}{gigabytes(max(sizes))} on disk "
-                f"(cache budget {gigabytes(self.recipe.cache_budget)})"
-            )
+    def planned(self) -> tuple[int, list[list[Neighbourhood]]]:
+        """How many samples the cache budget holds, and the waves of the capture."""
+        if self._plan is None:
+            self._plan = self._waves.plan(self.samples)
+            model, samples = self.jobs.model_fingerprint(), str(self._plan[0])
+            self.jobs.data = (model, self.source.fingerprint(), samples, str(self.recipe.seed))
+        return self._plan
 
     def _batches(self, samples: int) -> Callable[[], Iterator[Mapping[str, np.ndarray]]]:
         return lambda: whole_batches(self.source, CAPTURE_BATCH, samples=samples, seed=self.recipe.seed)
@@ -334,10 +273,13 @@ class Distillation:
         entry.commit({"samples": samples}, digest=False)
         return store
 
-    def _train(self, jobs: Mapping[str, DistilJob]) -> None:
+    def _train(self, jobs: Mapping[str, DistilJob], ordered: bool = False) -> None:
         executor = make_executor(self.recipe.executor, self._workers())
-        longest_first = sorted(jobs.values(), key=lambda job: -sum(self.sizes[name] for name in job.stores))
-        for outcome in executor.run(longest_first, self.progress.step):
+        sizes = self._waves.sizes
+        in_order = list(jobs.values())
+        if not ordered:
+            in_order.sort(key=lambda job: -sum(sizes[name] for name in job.stores))
+        for outcome in executor.run(in_order, self.progress.step):
             result = outcome.result
             self.outcomes[outcome.name] = (
                 Outcome("distilled", jobs[outcome.name].entry, result)
@@ -356,67 +298,5 @@ class Distillation:
             return 1
         return self.recipe.workers or min(usable_cores(), len(self.parts.distillable))
 
-    def _job(self, neighbourhood: Neighbourhood, stores: Mapping[str, Path], entry: Entry) -> DistilJob:
-        slices = self.run.path / "slices"
-        slices.mkdir(exist_ok=True)
-        slice_path = slices / f"{neighbourhood.name}.onnx"
-        model = self.parts.slice_of(neighbourhood)
-        save(model, slice_path)
-        heads = []
-        for number, head in enumerate(self._heads(neighbourhood), start=1):
-            path = slices / f"{neighbourhood.name}-ahead-{number}.onnx"
-            save(head.model, path)
-            heads.append(HeadSlice(path, head.context, head.output))
-        assert neighbourhood.groups is not None and neighbourhood.exit is not None
-        inputs = tuple(value.name or "" for value in model.graph.inputs)
-        target = neighbourhood.exit.name or ""
-        read = (*inputs, target, *(name for head in heads for name in (*head.context, head.output)))
-        return DistilJob(
-            name=neighbourhood.name,
-            slice_path=slice_path,
-            groups=neighbourhood.groups,
-            inputs=inputs,
-            target=target,
-            stores={name: stores[name] for name in read},
-            entry=entry,
-            method=method_of(self.recipe),
-            plan=self._plan(),
-            holdout=self.recipe.holdout,
-            parity=self.recipe.parity,
-            threads=max(1, usable_cores() // self._workers()),
-            heads=tuple(heads),
-            head_weights=self._weights()[: len(heads)],
-        )
-
-    def _plan(self) -> Plan:
-        return self.schedule.distil(len(self.parts.distillable), self._workers())
-
-
-def _heads(parts: Partition, neighbourhood: Neighbourhood, count: int) -> list[_Head]:
-    """Up to `count` teacher slices behind a neighbourhood, each from where the one before ends."""
-    heads: list[_Head] = []
-    order = parts.distillable
-    start = neighbourhood.exit
-    for following in order[order.index(neighbourhood) + 1 :]:
-        if len(heads) == count or start is None or following.exit is None:
-            break
-        nodes, context = region_nodes(parts.flow, start, following.exit)
-        if any(map(is_opaque, nodes)) or not any(start in node.inputs for node in nodes):
-            break
-        model = extract(parts.model, nodes, [start, *context], [following.exit])
-        heads.append(_Head(model, tuple(value.name or "" for value in context), following.exit.name or ""))
-        start = following.exit
-    return heads
-
-
-def boundary(neighbourhoods: Iterable[Neighbourhood]) -> list[str]:
-    """Names of the values to capture for these neighbourhoods, each once, in order."""
-    names: dict[str, None] = {}
-    for n in neighbourhoods:
-        assert n.entry is not None and n.exit is not None
-        names.update(dict.fromkeys(value.name or "" for value in (n.entry, *n.context, n.exit)))
-    return list(names)
-
-
-def gigabytes(count: float) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+    def _job(self, task: Task, stores: Mapping[str, Path]) -> DistilJob:
+        return self.jobs.job(task, stores, max(1, usable_cores() // self._workers()))

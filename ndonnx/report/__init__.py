@@ -66,6 +66,27 @@ class Seconds:
 
 
 @dataclass(frozen=True)
+class TargetReport:
+    """What was asked for, and what was reached by measurement."""
+
+    target: dict[str, float]
+    """Parts of the teacher's costs."""
+    max_drop: float | None
+    reached: dict[str, float]
+    """Parts of the teacher's costs that the student has."""
+    quality: str
+    """What the drop is of: accuracy, agreement or nmse."""
+    samples: int
+    """Held-out samples, which no training saw."""
+    drop: float
+    """Measured on them."""
+    bound: float
+    """One-sided 95% upper confidence bound of it, which `max_drop` is compared with."""
+    missed: str | None
+    """Why this is not what was asked for; None where it is."""
+
+
+@dataclass(frozen=True)
 class CompressReport:
     """The whole of a run."""
 
@@ -78,10 +99,14 @@ class CompressReport:
     seconds: Seconds
     peak_rss_bytes: int
     run_dir: str
+    target: TargetReport | None = None
+    """None where there was none; the document then has no such key."""
 
     def to_json(self) -> dict[str, Any]:
         """As one JSON document."""
         whole = asdict(self)
+        if self.target is None:
+            del whole["target"]
         whole["metrics"] = {name: metrics.to_json() for name, metrics in self.metrics.items()}
         return whole
 

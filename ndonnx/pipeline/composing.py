@@ -1,0 +1,111 @@
+"""Trained students into one: refitted down the chain, spliced, fine-tuned, verified."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from ndonnx.data import DataSource
+from ndonnx.distil import load_student
+from ndonnx.errors import VerificationError
+from ndonnx.graph import fold_constants, slice_cost
+from ndonnx.graph.load import declared_values, forget_inferred, infer_shapes
+from ndonnx.partition import Partition
+from ndonnx.pipeline.batches import probe
+from ndonnx.pipeline.clock import Clock
+from ndonnx.pipeline.finishing import Finishing
+from ndonnx.pipeline.schedule import Schedule
+from ndonnx.progress import Progress
+from ndonnx.recipe import Recipe
+from ndonnx.report import FinetuneReport
+from ndonnx.rundir import Entry
+from ndonnx.splice import is_changed, splice
+from ndonnx.verify import verify
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A finished student."""
+
+    model: ir.Model
+    tuned: FinetuneReport | None
+    """What its fine-tuning came to; None where there was none."""
+    refused: dict[str, str]
+    """Neighbourhoods whose students failed at their place in the whole and were left out, with the reason."""
+
+
+@dataclass(frozen=True)
+class Composition:
+    """Puts students together, the same way whoever chose them."""
+
+    teacher: ir.Model
+    parts: Partition
+    source: DataSource
+    recipe: Recipe
+    schedule: Schedule
+    finishing: Finishing
+    progress: Progress
+    clock: Clock
+
+    def spliced(self, entries: Mapping[str, Entry]) -> ir.Model:
+        """The students as they were trained, in the teacher's place."""
+        students = self._students(entries)
+        return splice(self.teacher, students) if students else self.teacher.clone()
+
+    def compose(self, entries: Mapping[str, Entry], data: tuple[str, ...]) -> Composed:
+        """The finished student; students that fail their check inside it are left out.
+
+        Args:
+            entries: trained students by the name of the neighbourhood.
+            data: what they and the finishing depend on.
+
+        Raises:
+            VerificationError: the whole is not what was trained, and no student alone is to blame.
+        """
+        refused: dict[str, str] = {}
+        while True:
+            try:
+                student, tuned = self._composed({n: e for n, e in entries.items() if n not in refused}, data)
+            except VerificationError as error:
+                if error.neighbourhood is None:
+                    raise
+                refused[error.neighbourhood] = str(error)
+                self.progress.note(f"{error}; it stays as the teacher has it")
+            else:
+                return Composed(student, tuned, refused)
+
+    def _composed(self, entries: Mapping[str, Entry], data: tuple[str, ...]) -> tuple[ir.Model, FinetuneReport | None]:
+        # In the teacher's order, not in that of completion: the same students are the same bytes.
+        entries = {n.name: entries[n.name] for n in self.parts.neighbourhoods if n.name in entries}
+        key: tuple[str, ...] = (*data, *(entry.path.name for entry in entries.values()))
+        with self.clock.measure("splice"):
+            students = self._students(entries)
+        if self.recipe.inputs == "refit" and students:
+            with self.clock.measure("refit"):
+                students = self.finishing.refit(students, key)
+        with self.clock.measure("splice"):
+            self.progress.stage("splice")
+            student = splice(self.teacher, students) if students else self.teacher.clone()
+        tuned: FinetuneReport | None = None
+        if self.schedule.finetunes and students:
+            with self.clock.measure("finetune"):
+                student, tuned = self.finishing.finetune(student, students, (*key, self.recipe.inputs))
+        with self.clock.measure("splice"):
+            # Fine-tuning compares the student as a whole; its slices are no longer those that were trained.
+            unchanged = students if tuned is None or tuned.reason is not None else {}
+            verify(self.teacher, student, self.parts, unchanged, probe(self.source), self.recipe.parity)
+            forget_inferred(student, declared_values(self.teacher))
+        return student, tuned
+
+    def _students(self, entries: Mapping[str, Entry]) -> dict[str, ir.Model]:
+        trained = {name: load_student(entry) for name, entry in entries.items()}
+        slices = {n.name: self.parts.slice_of(n) for n in self.parts.neighbourhoods if n.name in trained}
+        return {name: student for name, student in trained.items() if is_changed(student, slices[name])}
+
+
+def costs_of(model: ir.Model) -> tuple[int, int]:
+    """Parameters and MACs of a whole model."""
+    cost = slice_cost(fold_constants(infer_shapes(model.clone())))
+    return cost.parameters, cost.macs

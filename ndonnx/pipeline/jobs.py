@@ -1,0 +1,175 @@
+"""What a job is made of, and the key under which its student is found again by any later run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import onnx_ir as ir
+
+from ndonnx.distil import DistilJob, HeadSlice, Plan
+from ndonnx.errors import RecipeError
+from ndonnx.graph import save
+from ndonnx.graph.load import external_tensors
+from ndonnx.partition import Neighbourhood, Partition, extract, is_opaque, region_nodes
+from ndonnx.recipe import Recipe
+from ndonnx.rundir import Entry, RunDir, fingerprint, fingerprint_file
+from ndonnx.students import StudentMethod
+
+
+@dataclass(frozen=True)
+class Task:
+    """A neighbourhood, and one way to make a student of it."""
+
+    label: str
+    """What it is called in outcomes and in progress; unique in a run."""
+    neighbourhood: Neighbourhood
+    method: StudentMethod
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class _Head:
+    """A teacher slice through which a neighbourhood looks ahead."""
+
+    model: ir.Model
+    context: tuple[str, ...]
+    output: str
+
+
+@dataclass
+class Jobs:
+    """Makes jobs of tasks, and knows where their students live."""
+
+    run: RunDir
+    model_path: Path
+    parts: Partition
+    recipe: Recipe
+    data: tuple[str, ...] = ()
+    """What all students depend on: the model, the data, how many samples, the seed."""
+    chain: list[str] = field(default_factory=list)
+    """Keys of the students before this one, where it depends on them."""
+    _looked: dict[str, list[_Head]] = field(default_factory=dict)
+
+    def model_fingerprint(self) -> str:
+        """Of the file and of the weights that it keeps beside it."""
+        beside = sorted({str(tensor.path) for tensor in external_tensors(self.parts.model)})
+        return fingerprint(*map(fingerprint_file, [str(self.model_path), *beside]))
+
+    def entry(self, task: Task) -> Entry:
+        """Where a student lives: the key says everything that it depends on."""
+        return self.run.entry("students", self.key(task))
+
+    def key(self, task: Task) -> str:
+        """The name of the student's folder. A search and a plain run that want the same student agree on it."""
+        recipe = self.recipe
+        ahead = [recipe.look_ahead, *self._weights()] if recipe.look_ahead else []
+        key = fingerprint(
+            *self.data,
+            boundary([task.neighbourhood]),
+            type(task.method).__name__,
+            asdict(task.method),  # type: ignore[call-overload]
+            asdict(task.plan),
+            recipe.holdout,
+            recipe.parity,
+            ahead,
+            recipe.inputs == "noise",
+            list(self.chain),
+        )
+        return f"{task.neighbourhood.name}-{key}"
+
+    def chained(self, tasks: Iterable[Task]) -> Iterator[Task]:
+        """In order, the key of each going into those of all after it."""
+        for task in tasks:
+            yield task
+            self.chain.append(self.key(task))
+
+    def job(self, task: Task, stores: Mapping[str, Path], threads: int) -> DistilJob:
+        """The work of a task on captured values, the store of each by its name."""
+        neighbourhood = task.neighbourhood
+        slices = self.run.path / "slices"
+        slices.mkdir(exist_ok=True)
+        slice_path = slices / f"{neighbourhood.name}.onnx"
+        model = self.parts.slice_of(neighbourhood)
+        save(model, slice_path)
+        heads = []
+        for number, head in enumerate(self._heads(neighbourhood), start=1):
+            path = slices / f"{neighbourhood.name}-ahead-{number}.onnx"
+            save(head.model, path)
+            heads.append(HeadSlice(path, head.context, head.output))
+        assert neighbourhood.groups is not None and neighbourhood.exit is not None
+        inputs = tuple(value.name or "" for value in model.graph.inputs)
+        target = neighbourhood.exit.name or ""
+        read = (*inputs, target, *(name for head in heads for name in (*head.context, head.output)))
+        return DistilJob(
+            name=task.label,
+            slice_path=slice_path,
+            groups=neighbourhood.groups,
+            inputs=inputs,
+            target=target,
+            stores={name: stores[name] for name in read},
+            entry=self.entry(task),
+            method=task.method,
+            plan=task.plan,
+            holdout=self.recipe.holdout,
+            parity=self.recipe.parity,
+            threads=threads,
+            heads=tuple(heads),
+            head_weights=self._weights()[: len(heads)],
+            neighbourhood=neighbourhood.name,
+        )
+
+    def wanted(self, neighbourhoods: Iterable[Neighbourhood]) -> list[str]:
+        """Names of the values to capture for these neighbourhoods, each once, in order."""
+        open_ = list(neighbourhoods)
+        return list(dict.fromkeys([*boundary(open_), *self._ahead(open_)]))
+
+    def exits(self, neighbourhoods: Iterable[Neighbourhood]) -> list[str]:
+        """The same without what the students before them give."""
+        open_ = list(neighbourhoods)
+        own = [n.exit.name or "" for n in open_ if n.exit is not None]
+        return list(dict.fromkeys([*own, *self._ahead(open_)]))
+
+    def _ahead(self, neighbourhoods: Iterable[Neighbourhood]) -> Iterator[str]:
+        return (name for n in neighbourhoods for head in self._heads(n) for name in (*head.context, head.output))
+
+    def _weights(self) -> tuple[float, ...]:
+        weights = self.recipe.look_ahead_weights or (1.0,) * self.recipe.look_ahead
+        if len(weights) != self.recipe.look_ahead:
+            raise RecipeError(
+                f"look_ahead_weights: {len(weights)} given for --look-ahead {self.recipe.look_ahead}; give one for each"
+            )
+        return weights
+
+    def _heads(self, neighbourhood: Neighbourhood) -> list[_Head]:
+        """The teacher slices behind a neighbourhood: each up to the exit of the next one on the chain."""
+        if neighbourhood.name not in self._looked:
+            self._looked[neighbourhood.name] = _heads(self.parts, neighbourhood, self.recipe.look_ahead)
+        return self._looked[neighbourhood.name]
+
+
+def _heads(parts: Partition, neighbourhood: Neighbourhood, count: int) -> list[_Head]:
+    """Up to `count` teacher slices behind a neighbourhood, each from where the one before ends."""
+    heads: list[_Head] = []
+    order = parts.distillable
+    start = neighbourhood.exit
+    for following in order[order.index(neighbourhood) + 1 :]:
+        if len(heads) == count or start is None or following.exit is None:
+            break
+        nodes, context = region_nodes(parts.flow, start, following.exit)
+        if any(map(is_opaque, nodes)) or not any(start in node.inputs for node in nodes):
+            break
+        model = extract(parts.model, nodes, [start, *context], [following.exit])
+        heads.append(_Head(model, tuple(value.name or "" for value in context), following.exit.name or ""))
+        start = following.exit
+    return heads
+
+
+def boundary(neighbourhoods: Iterable[Neighbourhood]) -> list[str]:
+    """Names of the values to capture for these neighbourhoods, each once, in order."""
+    names: dict[str, None] = {}
+    for n in neighbourhoods:
+        assert n.entry is not None and n.exit is not None
+        names.update(dict.fromkeys(value.name or "" for value in (n.entry, *n.context, n.exit)))
+    return list(names)

@@ -1,0 +1,239 @@
+"""The block library: every candidate of every neighbourhood, trained once for all searches on the teacher."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+
+import onnx_ir as ir
+
+from ndonnx.distil import load_student
+from ndonnx.partition import Neighbourhood, Partition
+from ndonnx.pipeline.composing import costs_of
+from ndonnx.pipeline.distilling import Distillation, Outcome
+from ndonnx.pipeline.jobs import Task
+from ndonnx.pipeline.measuring import Loss, Measures
+from ndonnx.pipeline.results import file_bytes
+from ndonnx.recipe import Recipe
+from ndonnx.report.search import OptionReport
+from ndonnx.rundir import Entry, RunDir, fingerprint
+from ndonnx.search import TEACHER, Candidate, Option, Table
+from ndonnx.students import method_of
+
+_FAR = 3.0
+"""A candidate that alone loses so many times what the whole may is clearly beyond its neighbourhood's tolerance."""
+_MEMORY = "out of memory"
+
+
+@dataclass
+class Library:
+    """Trains and measures candidates, and lays them out as the table of a search."""
+
+    run: RunDir
+    parts: Partition
+    recipe: Recipe
+    distillation: Distillation
+    measures: Measures
+    candidates: tuple[Candidate, ...]
+    """Cheapest first."""
+    skipped: dict[str, str] = field(default_factory=dict)
+    """Why a candidate was not trained, by its label."""
+    _tasks: dict[str, tuple[Neighbourhood, Candidate, Task]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for candidate in self.candidates:
+            method = method_of(candidate.recipe(self.recipe))
+            for n in self.parts.distillable:
+                task = self.distillation.task(n, method, self.steps, label(n.name, candidate.spec))
+                self._tasks[task.label] = n, candidate, task
+
+    @property
+    def steps(self) -> int:
+        """Of the training of a candidate."""
+        steps = self.recipe.search.steps
+        return math.ceil(self.recipe.steps / 5) if steps is None else steps
+
+    def plan(self) -> list[OptionReport]:
+        """What there is and what would be trained; trains nothing."""
+        found = []
+        for n, candidate, task in self._tasks.values():
+            failed = self._failure(task)
+            there = self.distillation.jobs.entry(task).done
+            status = "reused" if there else "failed" if failed.done else "missing"
+            reason = failed.meta()["reason"] if status == "failed" else None
+            found.append(OptionReport(n.name, candidate.spec, status, {}, None, None, reason))
+        return found
+
+    def train(self, max_drop: float | None) -> None:
+        """Bring every candidate to an end. With a `max_drop`, one far beyond it ends its method's smaller ones."""
+        outcomes = self.distillation.outcomes
+        tasks = [task for _, _, task in self._tasks.values()]
+        for task in tasks:
+            failed = self._failure(task)
+            if failed.done:
+                outcomes[task.label] = Outcome("kept", reason=failed.meta()["reason"])
+        stops = max_drop is not None and self.recipe.search.early_stop
+
+        def rounds(wave: Sequence[Task]) -> Iterator[Sequence[Task]]:
+            yield from self._from_the_largest(wave, max_drop or 0.0) if stops else [wave]
+
+        self.distillation.apart(tasks, rounds, unit="students", ordered=True)
+        for task in tasks:
+            ended = outcomes.get(task.label)
+            if ended is not None and ended.reason and not ended.reason.startswith(_MEMORY):
+                failed = self._failure(task)
+                if not failed.done:
+                    failed.begin()
+                    failed.commit({"reason": ended.reason})
+        self._measure()
+
+    def entry(self, neighbourhood: str, candidate: str) -> Entry | None:
+        """The trained student of a choice; None for the teacher's own slice."""
+        ended = self.distillation.outcomes.get(label(neighbourhood, candidate))
+        return ended.entry if ended is not None else None
+
+    def outcome(self, neighbourhood: str, candidate: str) -> Outcome | None:
+        """How a candidate ended; None where it was left out."""
+        return self.distillation.outcomes.get(label(neighbourhood, candidate))
+
+    def entries(self, choice: Mapping[str, str]) -> dict[str, Entry]:
+        """The trained students of a choice, by neighbourhood."""
+        found = {name: self.entry(name, candidate) for name, candidate in choice.items() if candidate != TEACHER}
+        return {name: entry for name, entry in found.items() if entry is not None}
+
+    def table(self, *, latency: bool) -> Table:
+        """All options that there are. With `latency`, each slice is timed."""
+        params, macs = costs_of(self.parts.model)
+        whole = {"params": float(params), "macs": float(macs), "size": float(file_bytes(self.measures.teacher))}
+        if latency:
+            whole["latency"] = self.measures.time_of_whole()[0]
+        options = []
+        fixed = dict(whole)
+        for n in self.parts.distillable:
+            slice_ = self.parts.slice_of(n)
+            own = {"params": n.cost.parameters, "macs": n.cost.macs, "size": weight_bytes(slice_)}
+            students = {c.spec: e for c in self.candidates if (e := self.entry(n.name, c.spec)) is not None}
+            times = self.measures.times_of(n, students) if latency else {}
+            costs = {name: float(cost) for name, cost in own.items()} | _timed(times, TEACHER)
+            fixed = {name: fixed[name] - costs[name] for name in fixed}
+            options.append(Option(n.name, TEACHER, costs, 0.0))
+            for spec in students:
+                loss = self._loss(n, spec)
+                if math.isfinite(loss):
+                    options.append(Option(n.name, spec, self._costs(n.name, spec) | _timed(times, spec), loss))
+        return Table(options, fixed)
+
+    def losses(self) -> dict[tuple[str, str], Loss]:
+        """What every trained candidate loses alone, by neighbourhood and candidate."""
+        found = {}
+        for n, candidate, _ in self._tasks.values():
+            entry = self.entry(n.name, candidate.spec)
+            if entry is not None:
+                found[n.name, candidate.spec] = self.measures.of_candidate(n, entry)
+        return found
+
+    def options(self, table: Table) -> list[OptionReport]:
+        """All candidates with how they ended, in the table's neighbourhoods."""
+        measured = {(o.neighbourhood, o.candidate): o for name in table.neighbourhoods for o in table.options(name)}
+        found = []
+        for n, candidate, task in self._tasks.values():
+            ended = self.distillation.outcomes.get(task.label)
+            option = measured.get((n.name, candidate.spec))
+            status, reason = "skipped", self.skipped.get(task.label)
+            if ended is not None:
+                status = {"distilled": "trained", "kept": "failed"}.get(ended.status, ended.status)
+                reason = ended.reason
+                if option is None and ended.entry is not None:
+                    status, reason = "failed", "the model with it gives no finite answers"
+            result = ended.result if ended is not None else None
+            found.append(
+                OptionReport(
+                    n.name,
+                    candidate.spec,
+                    status,
+                    dict(option.costs) if option is not None else {},
+                    option.drop if option is not None else None,
+                    result.nmse if result is not None else None,
+                    reason,
+                )
+            )
+        return found
+
+    def _from_the_largest(self, wave: Sequence[Task], max_drop: float) -> Iterator[list[Task]]:
+        """One candidate of each method and neighbourhood a round, until one of them is far beyond the tolerance."""
+        ladders: dict[tuple[str, str], list[Task]] = defaultdict(list)
+        for task in wave:
+            n, candidate, _ = self._tasks[task.label]
+            ladders[n.name, candidate.method].insert(0, task)
+        while ladders:
+            these = [ladder[0] for ladder in ladders.values()]
+            yield sorted(these, key=lambda task: self._tasks[task.label][0].cost.macs)
+            for key, ladder in list(ladders.items()):
+                reason = self._beyond(ladder.pop(0), max_drop)
+                if reason is not None:
+                    # What an earlier search has trained stays an option.
+                    left = [task.label for task in ladder if task.label not in self.distillation.outcomes]
+                    self.skipped.update(dict.fromkeys(left, reason))
+                if reason is not None or not ladder:
+                    del ladders[key]
+
+    def _beyond(self, task: Task, max_drop: float) -> str | None:
+        n, candidate, _ = self._tasks[task.label]
+        entry = self.entry(n.name, candidate.spec)
+        drop = self.measures.of_candidate(n, entry).drop if entry is not None else 0.0
+        if drop <= _FAR * max_drop:
+            return None
+        return f"{candidate.spec} alone loses {drop:.2%}, where the whole may lose {max_drop:.2%}"
+
+    def _measure(self) -> None:
+        todo = []
+        for n, candidate, _ in self._tasks.values():
+            entry = self.entry(n.name, candidate.spec)
+            if entry is not None and not self.measures.known(entry):
+                todo.append((n, entry))
+        if todo:
+            _ = self.measures.partials
+            self.measures.progress.stage("measure", len(todo), "students")
+        for n, entry in todo:
+            self.measures.of_candidate(n, entry)
+            self.measures.progress.advance()
+
+    def _loss(self, n: Neighbourhood, spec: str) -> float:
+        entry, ended = self.entry(n.name, spec), self.outcome(n.name, spec)
+        assert entry is not None and ended is not None and ended.result is not None
+        match self.recipe.search.quality:
+            case "nmse":
+                largest = [e for c in self.candidates if (e := self.entry(n.name, c.spec)) is not None][-1]
+                return ended.result.nmse * self.measures.sensitivity(n, largest)
+            case "metric":
+                return self.measures.of_candidate(n, entry).drop
+            case _:
+                return self.measures.of_candidate(n, entry).divergence
+
+    def _costs(self, name: str, spec: str) -> dict[str, float]:
+        ended = self.outcome(name, spec)
+        assert ended is not None and ended.result is not None and ended.entry is not None
+        size = weight_bytes(load_student(ended.entry))
+        return {"params": float(ended.result.parameters), "macs": float(ended.result.macs), "size": float(size)}
+
+    def _failure(self, task: Task) -> Entry:
+        """Where it is kept that a candidate cannot be had, by this version."""
+        return self.run.entry("failures", fingerprint(self.distillation.jobs.key(task), version("ndonnx-compress")))
+
+
+def label(neighbourhood: str, candidate: str) -> str:
+    """What a candidate of a neighbourhood is called in a run."""
+    return f"{neighbourhood} {candidate}"
+
+
+def weight_bytes(model: ir.Model) -> int:
+    """What the weights of a slice take in a file."""
+    tensors = (value.const_value for value in model.graph.initializers.values())
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def _timed(times: Mapping[str, float], name: str) -> dict[str, float]:
+    return {"latency": times[name]} if times else {}

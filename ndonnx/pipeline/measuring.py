@@ -1,0 +1,226 @@
+"""What candidates and whole students lose and cost, measured once and kept in the run directory."""
+
+from __future__ import annotations
+
+import math
+import platform
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from ndonnx.benchmark import benchmark, ratio
+from ndonnx.distil import load_student
+from ndonnx.errors import ModelError, SliceError
+from ndonnx.graph.dataflow import real_inputs
+from ndonnx.machine import usable_cores
+from ndonnx.partial import PartialModels, Quality
+from ndonnx.partition import Neighbourhood, Partition
+from ndonnx.pipeline.batches import CAPTURE_BATCH, whole_batches
+from ndonnx.pipeline.heldout import Split
+from ndonnx.progress import Progress
+from ndonnx.recipe import Recipe
+from ndonnx.rundir import Entry, Fingerprintable, RunDir, fingerprint
+from ndonnx.search import TEACHER
+from ndonnx.teacher import make_session
+from ndonnx.teacher.sessions import OrtError, first_line
+from ndonnx.threshold import tolerances
+
+_AMPLITUDE = 0.1
+"""Size of the error, in parts of the activation's deviation, by which a neighbourhood's sensitivity is measured."""
+_ROUNDS = 30
+
+
+@dataclass(frozen=True)
+class Loss:
+    """How much worse than the teacher's answers are."""
+
+    drop: float
+    """Of the metric, see `ndonnx.partial.Quality`."""
+    divergence: float
+
+
+@dataclass(frozen=True)
+class WholeLoss(Loss):
+    """The same of a whole student."""
+
+    bound: float
+    """One-sided 95% upper confidence bound of the drop."""
+    metric: float
+
+
+@dataclass
+class Measures:
+    """Measures on the held-out rows. Close it in the end."""
+
+    run: RunDir
+    teacher: Path
+    key: str
+    """The teacher's fingerprint."""
+    parts: Partition
+    split: Split
+    recipe: Recipe
+    progress: Progress
+    _partials: PartialModels | None = None
+
+    @cached_property
+    def quality(self) -> Quality:
+        """Of whole students, on all held-out rows."""
+        return Quality(self.teacher_answers, self._labels, self.split.count)
+
+    @cached_property
+    def teacher_answers(self) -> dict[str, np.ndarray]:
+        """On all held-out rows."""
+        return self._answers(self.parts.model)
+
+    def close(self) -> None:
+        """Delete what was captured of the held-out rows."""
+        if self._partials is not None:
+            self._partials.close()
+        shutil.rmtree(self.run.path / "heldout", ignore_errors=True)
+
+    def known(self, student: Entry) -> bool:
+        """Whether a candidate was measured already."""
+        return self._entry("qualities", student.key).done
+
+    def of_candidate(self, neighbourhood: Neighbourhood, student: Entry) -> Loss:
+        """The loss of the teacher with this student alone in it (section 5)."""
+        entry = self._entry("qualities", student.key)
+        if not entry.done:
+            try:
+                answers = self.partials.replaced(neighbourhood.name, load_student(student))
+                quality = self.partials.quality
+                drop, divergence = quality.drop(answers), quality.divergence(answers)
+            except SliceError as error:
+                self.progress.note(str(error))
+                drop = divergence = math.inf
+            entry.begin()
+            entry.commit({"drop": _finite(drop), "divergence": _finite(divergence)})
+        meta = entry.meta()
+        return Loss(*(math.inf if meta[key] is None else meta[key] for key in ("drop", "divergence")))
+
+    def sensitivity(self, neighbourhood: Neighbourhood, student: Entry) -> float:
+        """The divergence that a student's error at a neighbourhood's exit causes, per NMSE.
+
+        Of a student's own error, made small: independent noise says less, because layers behind average it away.
+        """
+        entry = self._entry("sensitivities", student.key)
+        if not entry.done:
+            name = neighbourhood.name
+            students = {name: load_student(student)}
+            found = tolerances(
+                self.partials, self.partials.quality, math.inf, names=[name], amplitudes=[_AMPLITUDE], students=students
+            )[name].sensitivity
+            entry.begin()
+            entry.commit({"sensitivity": _finite(found or 0.0)})
+        found = entry.meta()["sensitivity"]
+        return math.inf if found is None else float(found)
+
+    def of_whole(self, student: ir.Model) -> WholeLoss:
+        """The loss of a whole student."""
+        answers = self._answers(student)
+        quality = self.quality
+        return WholeLoss(
+            quality.drop(answers), quality.divergence(answers), quality.bound(answers), quality.metric(answers)
+        )
+
+    def times_of(self, neighbourhood: Neighbourhood, students: Mapping[str, Entry]) -> dict[str, float]:
+        """Milliseconds of each slice for one sample, in turn with each other, the teacher's among them."""
+        where = (platform.node(), usable_cores())
+        entry = self._entry("latencies", neighbourhood.name, *where, {name: e.key for name, e in students.items()})
+        if not entry.done:
+            teacher = self.parts.slice_of(neighbourhood)
+            slices = {TEACHER: teacher} | {name: load_student(student) for name, student in students.items()}
+            feeds = self._one_sample([value.name or "" for value in teacher.graph.inputs])
+            times = benchmark(slices, feeds, rounds=_ROUNDS)
+            entry.begin()
+            entry.commit({"times": {name: found.p50_ms for name, found in times.items()}})
+        return {str(name): float(time) for name, time in entry.meta()["times"].items()}
+
+    def time_of_whole(self, student: ir.Model | None = None) -> tuple[float, float]:
+        """Milliseconds of the teacher for one sample, and the part of it that a student takes."""
+        feeds = self._one_sample([value.name or "" for value in real_inputs(self.parts.model.graph)])
+        models: dict[str, str | Path | ir.Model] = {TEACHER: self.teacher}
+        if student is not None:
+            models["student"] = student
+        times = benchmark(models, feeds, rounds=2 * _ROUNDS)
+        return times[TEACHER].p50_ms, 1.0 if student is None else ratio(times["student"], times[TEACHER]).median
+
+    @property
+    def partials(self) -> PartialModels:
+        """The partial models, captured when first asked for."""
+        if self._partials is None:
+            self.progress.stage("held-out", self.split.count, "samples")
+            self._partials = PartialModels(
+                self.parts,
+                self._batches,
+                self.run.path / "heldout",
+                self.split.count,
+                threads=usable_cores(),
+                labels=self._labels,
+                budget=self.recipe.cache_budget,
+                on_batch=self.progress.advance,
+            )
+        return self._partials
+
+    @cached_property
+    def _labels(self) -> NDArray[np.int64] | None:
+        found: list[NDArray[np.int64]] = []
+        if self.split.heldout.has_labels:
+            for batch in self.split.heldout.batches(CAPTURE_BATCH, samples=self.split.count):
+                if batch.labels is not None:
+                    found.append(batch.labels)
+        return np.concatenate(found) if found else None
+
+    def _batches(self) -> Iterator[Mapping[str, np.ndarray]]:
+        return whole_batches(self.split.heldout, CAPTURE_BATCH, samples=self.split.count)
+
+    def _answers(self, model: ir.Model) -> dict[str, np.ndarray]:
+        session = make_session(model)
+        names = [output.name for output in session.get_outputs()]
+        rows, parts = [], []
+        for batch in self._batches():
+            rows.append(len(next(iter(batch.values()))))
+            try:
+                parts.append(session.run(names, dict(batch)))
+            except OrtError as error:
+                raise ModelError(f"onnxruntime failed on the held-out samples: {first_line(error)}") from error
+        return {
+            name: _joined([part[place] for part in parts], rows, self.split.count)
+            for place, name in enumerate(names)
+            if isinstance(parts[0][place], np.ndarray)
+        }
+
+    def _one_sample(self, names: list[str]) -> dict[str, np.ndarray]:
+        """Values of the teacher for one sample, or for one batch of the size that the model fixes."""
+        batch = dict(next(whole_batches(self.split.heldout, 1, samples=1)))
+        inner = [name for name in names if name not in batch]
+        if inner:
+            model = self.parts.model.clone()
+            values = ir.convenience.create_value_mapping(model.graph)
+            present = {value.name for value in model.graph.outputs}
+            model.graph.outputs.extend(values[name] for name in inner if name not in present)
+            batch |= dict(zip(inner, make_session(model).run(inner, batch), strict=True))
+        return {name: batch[name] for name in names}
+
+    def _entry(self, kind: str, *parts: Fingerprintable) -> Entry:
+        return self.run.entry(kind, fingerprint(self.key, self._rows, *parts))
+
+    @cached_property
+    def _rows(self) -> str:
+        return self.split.key()
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _joined(pieces: list[np.ndarray], rows: list[int], count: int) -> np.ndarray:
+    if all(piece.ndim and len(piece) == size for piece, size in zip(pieces, rows, strict=True)):
+        return np.concatenate(pieces)[:count]
+    return pieces[0]

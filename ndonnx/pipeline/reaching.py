@@ -1,0 +1,193 @@
+"""From a target to a student that was measured to meet it: choose, compose, measure, correct, choose again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from statistics import median
+
+from ndonnx.errors import SearchError
+from ndonnx.pipeline.workbench import Whole, Workbench
+from ndonnx.search import Choice, Table, greedy_to, greedy_under, nearest, solve
+
+_ROOM = 0.6
+"""Part of the allowed drop under which there is room for a smaller student."""
+_CARE = 0.9
+"""Part of what would just do that is allowed next."""
+_CLOSE = 0.95
+"""Part of a latency target from which on no more is tried."""
+_STEEP = 1.5
+"""Power of the first correction: a drop grows more slowly than the divergence that causes it."""
+
+
+@dataclass
+class Reaching:
+    """One search for one target."""
+
+    bench: Workbench
+    shares: Mapping[str, float]
+    """Parts of the teacher's costs to reach."""
+    max_drop: float | None
+    in_full: bool
+    """Whether what is chosen is trained with the recipe's steps."""
+    on_better: Callable[[Whole], None] = lambda whole: None
+    """Told the best student so far, whenever there is a better one."""
+    cost: str = field(init=False)
+    """What is saved most of where no target says what."""
+
+    def __post_init__(self) -> None:
+        self.cost = next(iter(self.shares), "params")
+
+    def reach(self, table: Table) -> tuple[Whole, str | None]:
+        """The best student, and one line if it is not what was asked for."""
+        missed, best = None, None
+        if self.shares:
+            best, missed = self._to_costs(table)
+            if self.max_drop is None or best.loss.bound <= self.max_drop:
+                return best, missed
+        return self._within_drop(table, best) if self.max_drop is not None else (self._as_it_is(table), None)
+
+    def _to_costs(self, table: Table) -> tuple[Whole, str | None]:
+        """The least loss at these costs."""
+        missed: str | None = None
+        try:
+            choice, latency = self._timed(table, self._under_costs)
+        except SearchError as error:
+            missed = str(error)
+            choice, latency = self._timed(table, lambda t: nearest(t, t.bounds(self.shares)))
+        whole = self._finish(choice, latency)
+        self.on_better(whole)
+        return whole, missed or self._over(whole)
+
+    def _within_drop(self, table: Table, first: Whole | None) -> tuple[Whole, str | None]:
+        """The smallest student that keeps the promise; where a target was missed with it, the nearest to that."""
+        assert self.max_drop is not None
+        self._check_samples()
+        allowed = self._first_allowance(table)
+        best, low, high = None, 0.0, math.inf
+        closest = first
+        for _ in range(self.bench.recipe.search.attempts + 1):
+            limit = allowed
+
+            def within(table: Table, limit: float = limit) -> Choice:
+                return self._under_drop(table, limit)
+
+            choice, latency = self._timed(table, within)
+            whole = self._finish(choice, latency)
+            bound = whole.loss.bound
+            if closest is None or bound < closest.loss.bound:
+                closest = whole
+            if bound <= self.max_drop:
+                low = max(low, allowed)
+                if best is None or self._worth(whole) < self._worth(best):
+                    best = whole
+                    self.on_better(best)
+                most = all(candidate == least for candidate, least in zip(*self._smallest(table, choice), strict=True))
+                there = bool(self.shares) and self._over(whole) is None
+                if bound >= _ROOM * self.max_drop or most or there:
+                    break
+                more = allowed * min(4.0, (self.max_drop / bound) ** _STEEP * _CARE) if bound > 0 else 4 * allowed
+                allowed = math.sqrt(low * high) if more >= high else max(more, 1.1 * allowed)
+            else:
+                high = min(high, allowed)
+                less = allowed * min(_CARE, (self.max_drop / bound) ** _STEEP * _CARE)
+                allowed = math.sqrt(low * high) if less <= low else less
+        if best is not None:
+            over = self._over(best)
+            both = None if over is None else f"{over} and a drop of at most {self.max_drop:.2%} cannot both be had"
+            return best, both
+        assert closest is not None
+        self.on_better(closest)
+        return closest, (
+            f"a drop of at most {self.max_drop:.2%} was not reached: the best student's may be "
+            f"{closest.loss.bound:.2%} (measured {closest.loss.drop:.2%} on {self.bench.split.count} held-out samples)"
+        )
+
+    def _as_it_is(self, table: Table) -> Whole:
+        return self._finish(table.teacher, None)
+
+    def _under_costs(self, table: Table) -> Choice:
+        bounds = table.bounds(self.shares)
+        greedy = self.bench.recipe.search.solver == "greedy"
+        return greedy_to(table, bounds, self.cost) if greedy else solve(table, bounds=bounds)
+
+    def _under_drop(self, table: Table, allowed: float) -> Choice:
+        if self.shares:
+            return nearest(table, table.bounds(self.shares), allowed)
+        greedy = self.bench.recipe.search.solver == "greedy"
+        return greedy_under(table, allowed, self.cost) if greedy else solve(table, self.cost, max_drop=allowed)
+
+    def _timed(self, table: Table, choose: Callable[[Table], Choice]) -> tuple[Choice, float | None]:
+        """A choice whose latency was measured on the whole student, corrected until it is what was predicted."""
+        if "latency" not in self.shares:
+            return choose(table), None
+        target, best = self.shares["latency"], None
+        for _ in range(self.bench.recipe.search.attempts + 1):
+            out_of_reach = False
+            try:
+                choice = choose(table)
+            except SearchError:
+                if best is None:
+                    raise
+                choice, out_of_reach = nearest(table, table.bounds(self.shares)), True
+            measured = self.bench.measures.time_of_whole(self.bench.spliced(choice.candidates))[1]
+            if best is None or _miss(measured, target) < _miss(best[1], target):
+                best = choice, measured
+            saving = 1 - table.share(choice, "latency")
+            if out_of_reach or _CLOSE * target <= measured <= target or saving <= 0 or measured >= 1:
+                break
+            table = table.corrected("latency", (1 - measured) / saving)
+        assert best is not None
+        return best
+
+    def _finish(self, choice: Choice, latency: float | None) -> Whole:
+        return self.bench.finish(choice.candidates, in_full=self.in_full, latency=latency)
+
+    def _over(self, whole: Whole) -> str | None:
+        over = [f"{cost}={part:g} (reached {whole.shares[cost]:.4g})" for cost, part in self.shares.items()
+                if whole.shares[cost] > part * (1 + _SLACK.get(cost, 0.0))]  # fmt: skip
+        return f"not reached: {', '.join(over)}" if over else None
+
+    def _worth(self, whole: Whole) -> float:
+        """Less is better: how far over the targets, or what it costs."""
+        if self.shares:
+            return max(whole.shares[cost] / part for cost, part in self.shares.items())
+        return whole.shares[self.cost]
+
+    def _smallest(self, table: Table, choice: Choice) -> tuple[list[str], list[str]]:
+        names = table.neighbourhoods
+        least = [min(table.options(name), key=lambda option: option.costs[self.cost]).candidate for name in names]
+        return [choice.candidates[name] for name in names], least
+
+    def _first_allowance(self, table: Table) -> float:
+        """The allowed drop in the unit of the table's losses: what single candidates with about that drop lose."""
+        assert self.max_drop is not None
+        recipe = self.bench.recipe.search
+        if recipe.quality == "metric":
+            return max(self.max_drop, 1e-9)
+        drops = self.bench.library.losses()
+        losses = {(o.neighbourhood, o.candidate): o.loss for name in table.neighbourhoods for o in table.options(name)}
+        pairs = [(drops[key].drop, loss) for key, loss in losses.items() if key in drops and drops[key].drop > 0]
+        near = [pair for pair in pairs if self.max_drop / 4 <= pair[0] <= 4 * self.max_drop] or pairs
+        if not near:
+            return max(max(losses.values(), default=0.0), 1e-9)
+        return max(self.max_drop * median(loss / drop for drop, loss in near), 1e-9)
+
+    def _check_samples(self) -> None:
+        assert self.max_drop is not None
+        quality, count = self.bench.measures.quality, self.bench.split.count
+        least = -math.log(0.05) / count
+        if quality.kind != "nmse" and least > self.max_drop:
+            self.bench.progress.note(
+                f"{count} held-out samples cannot show that a drop is at most {self.max_drop:.2%}: without a single "
+                f"difference it may still be {least:.2%}; give more data, or raise samples under [search]"
+            )
+
+
+_SLACK = {"latency": 0.05}
+"""A time is never measured twice the same."""
+
+
+def _miss(measured: float, target: float) -> float:
+    return measured / target if measured > target else (target - measured) / target / 1e3

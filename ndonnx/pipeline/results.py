@@ -1,0 +1,71 @@
+"""What a run hands back, and the numbers in its report."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from ndonnx.data import DataSource
+from ndonnx.evaluate import Evaluation, evaluate
+from ndonnx.graph import save
+from ndonnx.pipeline.composing import costs_of
+from ndonnx.progress import Progress
+from ndonnx.report import CompressReport, ModelSummary
+
+CHECK_SAMPLES = 2000
+"""Samples of the calibration data on which teacher and student are compared without `--eval`."""
+
+
+@dataclass(frozen=True)
+class Student:
+    """The compressed model."""
+
+    model: ir.Model
+    path: Path | None
+    """Where it was written; None if no output was asked for."""
+
+    def save(self, path: str | Path) -> None:
+        """Write it under its final name only when complete (see `ndonnx.graph.save`)."""
+        save(self.model, path)
+
+
+@dataclass(frozen=True)
+class CompressResult:
+    """What `compress` returns: the student, and the report as `--json` prints it."""
+
+    student: Student
+    report: CompressReport
+
+
+def compare(
+    teacher: Path, student: ir.Model, judge: DataSource, limit: int | None, progress: Progress
+) -> dict[str, Evaluation]:
+    """Both on the data of the final comparison, the first `limit` samples of them (None: all)."""
+    ours = evaluate(student, judge, teacher=teacher, samples=limit, progress=progress)
+    theirs = evaluate(teacher, judge, samples=limit)
+    return {"teacher": theirs, "student": ours}
+
+
+def summary(model: ir.Model, path: Path | None) -> ModelSummary:
+    """A model in four numbers; `path` is where it lies, if anywhere."""
+    parameters, macs = costs_of(model)
+    size = file_bytes(path) if path is not None else None
+    return ModelSummary(path=str(path) if path else None, parameters=parameters, macs=macs, bytes=size)
+
+
+def file_bytes(path: Path) -> int:
+    """Of a model's file and of the weights beside it."""
+    return sum(part.stat().st_size for part in (path, path.with_name(f"{path.name}.data")) if part.exists())
+
+
+def drop_of(student: Evaluation, teacher: Evaluation) -> tuple[float, float]:
+    """What a student loses on the data of the final comparison, and its metric: accuracy, agreement or NMSE."""
+    if student.accuracy is not None and teacher.accuracy is not None:
+        return teacher.accuracy - student.accuracy, student.accuracy
+    if student.agreement is not None:
+        return 1 - student.agreement, student.agreement
+    nmse = math.inf if student.nmse is None else student.nmse
+    return nmse, nmse

@@ -1,0 +1,227 @@
+"""`search`: the trade-off curve of a teacher over the students in its library."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from ndonnx.evaluate import Evaluation, evaluate
+from ndonnx.graph import save
+from ndonnx.pipeline.clock import Clock
+from ndonnx.pipeline.opening import open_all
+from ndonnx.pipeline.reaching import Reaching
+from ndonnx.pipeline.results import drop_of
+from ndonnx.pipeline.workbench import Whole, Workbench
+from ndonnx.progress import Progress, Silent
+from ndonnx.recipe import Recipe
+from ndonnx.report.search import SearchedStudent, SearchReport, Source
+from ndonnx.rundir import fingerprint
+from ndonnx.search import TEACHER, Table, parse_drop, parse_target
+from ndonnx.search import pareto as trade_off
+
+PARETO = 5
+"""Students on the curve."""
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What `search` returns."""
+
+    report: SearchReport
+    missed: str | None
+    """Why the target was not reached; None where it was, or where there was none."""
+    folder: Path | None
+    """Where students, CSV, picture and report were written."""
+
+
+def search(
+    model: str | Path,
+    *,
+    data: str | None = None,
+    recipe: Recipe | None = None,
+    output: str | Path | None = None,
+    pareto: int = PARETO,
+    eval_data: str | None = None,
+    run_dir: str | Path | None = None,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> SearchResult:
+    """Train candidates for every neighbourhood, and choose among them along the trade-off of cost and quality.
+
+    Students are composed by the refit walk. They are fine-tuned only if the recipe sets `finetune_steps`.
+
+    Args:
+        model: path of the teacher; never modified.
+        data: inputs to distil on, as a data source; some of its rows are held out to measure with.
+        recipe: candidates under `[search]`, a target, and how to train.
+        output: folder for the Pareto students, `search.csv`, `search.png` and `search.json`. None: nothing is written.
+        pareto: how many students on the curve.
+        eval_data: data source to measure the students on instead of the held-out rows; candidates never see it.
+        run_dir: where the library is kept. None: beside `output` (or the model), with the suffix `.run`.
+        dry_run: only tell what is in the library and what would be trained.
+        progress: told what goes on.
+
+    Raises:
+        UsageError: bad input; one line that names the file, node or value and the way out.
+    """
+    recipe, progress, clock = recipe or Recipe(), progress or Silent(), Clock()
+    recipe = recipe.model_copy(update={"finetune_steps": recipe.finetune_steps or 0})
+    shares = parse_target(recipe.target) if recipe.target else {}
+    max_drop = None if recipe.max_drop is None else parse_drop(recipe.max_drop)
+    with clock.measure("load"):
+        progress.stage("load")
+        given = open_all(Path(model), None, data, eval_data, recipe)
+    folder = Path(run_dir) if run_dir is not None else Path(output or model).with_suffix(".run")
+    with Workbench(given, folder, recipe, progress, clock) as bench:
+        run = _Run(bench, shares, max_drop, eval_data is not None)
+        if dry_run:
+            return SearchResult(run.report([], None), None, None)
+        bench.train(max_drop)
+        with clock.measure("evaluate"):
+            table = bench.library.table(latency="latency" in shares)
+        wholes, missed = run.students(table, pareto)
+        where = Path(output) if output is not None else None
+        named = [run.point(*each, table, where) for each in wholes]
+        report = run.report([run.teacher(table), *named], table)
+        report.write(bench.run.path / "search.json")
+        if where is not None:
+            report.write(where / "search.json")
+            report.write_csv(where / "search.csv")
+            report.draw(where / "search.png")
+    return SearchResult(report, missed, where)
+
+
+@dataclass
+class _Run:
+    bench: Workbench
+    shares: Mapping[str, float]
+    max_drop: float | None
+    judged: bool
+    """Whether there are data to judge by other than the held-out rows."""
+
+    @property
+    def cost(self) -> str:
+        return next(iter(self.shares), "params")
+
+    def students(self, table: Table, count: int) -> tuple[list[tuple[str, Source, Whole]], str | None]:
+        """The target's student, those of the curve, and the uniform baseline."""
+        found: list[tuple[str, Source, Whole]] = []
+        missed = None
+        if self.shares or self.max_drop is not None:
+            whole, missed = Reaching(self.bench, self.shares, self.max_drop, False).reach(table)
+            found.append(("target", "searched", whole))
+            drop, _ = self._judgement(whole)
+            if missed is None and self.max_drop is not None and drop > self.max_drop:
+                missed = (
+                    f"a drop of at most {self.max_drop:.2%} held on the held-out samples; on --eval it is {drop:.2%}"
+                )
+        for name, source, candidates in self._curve(table, count):
+            found.append((name, source, self.bench.finish(candidates, in_full=False)))
+        return found, missed
+
+    def _curve(self, table: Table, count: int) -> Iterator[tuple[str, Source, Mapping[str, str]]]:
+        choices = trade_off(table, self.cost, count) if count > 0 else []
+        for number, choice in enumerate(choices, start=1):
+            yield f"pareto-{number}", "searched", choice.candidates
+        there = {option.candidate for name in table.neighbourhoods for option in table.options(name)}
+        for candidate in self.bench.candidates if count > 0 else ():
+            if candidate.spec in there:
+                yield candidate.spec, "uniform", table.uniform(candidate.spec).candidates
+
+    def point(self, name: str, source: Source, whole: Whole, table: Table, folder: Path | None) -> SearchedStudent:
+        """A student for the report; a searched one is written too."""
+        choice = table.choose(whole.candidates)
+        path = None
+        if folder is not None and source == "searched":
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / f"{name}.onnx"
+            save(whole.model(), path)
+        drop, metric = self._judgement(whole)
+        latency = whole.shares.get("latency")
+        time = table.teacher.totals.get("latency")
+        return SearchedStudent(
+            name=name,
+            source=source,
+            params=round(whole.costs["params"]),
+            macs=round(whole.costs["macs"]),
+            bytes=round(whole.costs["size"]),
+            latency=latency * time if latency is not None and time is not None else choice.totals.get("latency"),
+            shares=whole.shares
+            | ({"latency": table.share(choice, "latency")} if time is not None and latency is None else {}),
+            predicted_drop=choice.drop,
+            measured_drop=drop,
+            metric=metric,
+            candidates=dict(whole.candidates),
+            path=None if path is None else str(path),
+        )
+
+    def teacher(self, table: Table) -> SearchedStudent:
+        """The teacher as a point of the curve."""
+        whole = self.bench.whole
+        return SearchedStudent(
+            name=TEACHER,
+            source="teacher",
+            params=round(whole["params"]),
+            macs=round(whole["macs"]),
+            bytes=round(whole["size"]),
+            latency=table.teacher.totals.get("latency"),
+            shares=dict.fromkeys(table.costs, 1.0),
+            predicted_drop=0.0,
+            measured_drop=0.0,
+            metric=self._own_metric(),
+            candidates=dict(table.teacher.candidates),
+            path=str(self.bench.given.path),
+        )
+
+    def _judgement(self, whole: Whole) -> tuple[float, float]:
+        """What a student loses, and its metric: on the data that are there to judge by, else on the held-out rows."""
+        if not self.judged:
+            return whole.loss.drop, whole.loss.metric
+        bench, judge = self.bench, self.bench.given.judge
+        entry = bench.run.entry("judged", fingerprint(whole.entry.key, judge.fingerprint()))
+        if not entry.done:
+            found = evaluate(whole.path, judge, teacher=bench.given.path, progress=bench.progress)
+            entry.begin()
+            entry.commit(dict(zip(("drop", "metric"), drop_of(found, self._teacher), strict=True)))
+        meta = entry.meta()
+        return float(meta["drop"]), float(meta["metric"])
+
+    @cached_property
+    def _teacher(self) -> Evaluation:
+        return evaluate(self.bench.given.path, self.bench.given.judge)
+
+    def _own_metric(self) -> float:
+        if not self.judged:
+            measures = self.bench.measures
+            return measures.quality.metric(measures.teacher_answers)
+        if self._teacher.accuracy is not None:
+            return self._teacher.accuracy
+        return 0.0 if self._quality(True) == "nmse" else 1.0
+
+    def _quality(self, measured: bool) -> str:
+        """What drops are of."""
+        if not measured:
+            return ""
+        kind = self.bench.measures.quality.kind
+        if not self.judged or kind == "nmse":
+            return kind
+        return "agreement" if self._teacher.accuracy is None else "accuracy"
+
+    def report(self, students: list[SearchedStudent], table: Table | None) -> SearchReport:
+        """The document; without a table, of what would be done."""
+        bench = self.bench
+        seconds = vars(bench.clock.seconds())
+        return SearchReport(
+            model=str(bench.given.path),
+            cost=self.cost,
+            quality=self._quality(table is not None),
+            samples=self._teacher.samples if self.judged and table is not None else bench.split.count,
+            target=dict(self.shares),
+            max_drop=self.max_drop,
+            students=students,
+            options=bench.library.plan() if table is None else bench.library.options(table),
+            seconds=seconds,
+            run_dir=str(bench.run.path),
+        )

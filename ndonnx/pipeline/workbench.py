@@ -1,0 +1,232 @@
+"""What a search works with: one run directory, the library, and whole students made of its choices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import onnx_ir as ir
+
+from ndonnx.data import DataSource
+from ndonnx.errors import RecipeError
+from ndonnx.graph import load, save
+from ndonnx.partition import Partition
+from ndonnx.pipeline.clock import Clock
+from ndonnx.pipeline.composing import Composition, costs_of
+from ndonnx.pipeline.distilling import Distillation, Outcome
+from ndonnx.pipeline.finishing import Finishing
+from ndonnx.pipeline.heldout import Split, split
+from ndonnx.pipeline.library import Library, label
+from ndonnx.pipeline.measuring import Measures, WholeLoss
+from ndonnx.pipeline.opening import Given, partition_model
+from ndonnx.pipeline.results import file_bytes
+from ndonnx.pipeline.schedule import Schedule
+from ndonnx.progress import Progress
+from ndonnx.recipe import Recipe
+from ndonnx.report import FinetuneReport
+from ndonnx.rundir import Entry, RunDir, fingerprint
+from ndonnx.search import DEFAULT_CANDIDATES, TEACHER, parse_candidates
+from ndonnx.students import method_of
+
+STUDENT_FILE = "student.onnx"
+
+_DECIDING = {
+    *("inputs", "finetune_steps", "finetune_samples", "finetune_lr", "temperature", "label_weight", "holdout"),
+    *("batch_size", "warmup", "seed", "precision", "device", "cache_budget", "parity", "steps"),
+}
+"""Keys of the recipe that decide what is done to students together."""
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A choice as one student, in the run directory, with what it loses and costs."""
+
+    candidates: dict[str, str]
+    entry: Entry
+    loss: WholeLoss
+    costs: dict[str, float]
+    """`params`, `macs`, `size` as they are."""
+    shares: dict[str, float]
+    """The same as parts of the teacher's, and the latency's where it was measured."""
+    tuned: FinetuneReport | None
+    outcomes: dict[str, Outcome]
+    """The students in it, by neighbourhood."""
+
+    @property
+    def path(self) -> Path:
+        return self.entry.path / STUDENT_FILE
+
+    def model(self) -> ir.Model:
+        """The student itself."""
+        return load(self.path)
+
+
+class Workbench:
+    """Everything of one search; as a context manager, it holds the run directory."""
+
+    def __init__(self, given: Given, folder: Path, recipe: Recipe, progress: Progress, clock: Clock) -> None:
+        """Plan the search; nothing is trained yet.
+
+        Raises:
+            RecipeError: the recipe has candidates that are none, or a way to learn that candidates cannot share.
+        """
+        if recipe.inputs in ("student", "noise"):
+            raise RecipeError(
+                f"inputs = '{recipe.inputs}': a search trains its candidates apart from each other, on the teacher's "
+                "activations; use refit or teacher"
+            )
+        if recipe.time_budget is not None:
+            raise RecipeError("time_budget: a search has steps, not a time to fit into; give --steps instead")
+        self.given, self.recipe, self.progress, self.clock = given, recipe, progress, clock
+        self.candidates = parse_candidates(recipe.search.candidates or DEFAULT_CANDIDATES)
+        for candidate in self.candidates:
+            method_of(candidate.recipe(recipe))  # what is wrong with one is told before the first is trained
+        self.schedule = Schedule(recipe, finetunable=len(given.teacher.graph.outputs) == 1)
+        self.run = RunDir(folder)
+
+    def __enter__(self) -> Self:
+        self.run.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if "measures" in self.__dict__:
+            self.measures.close()
+        self.run.__exit__(kind, error, trace)
+
+    @cached_property
+    def parts(self) -> Partition:
+        with self.clock.measure("partition"):
+            self.progress.stage("partition")
+            return partition_model(self.given.teacher, self.recipe)
+
+    @cached_property
+    def split(self) -> Split:
+        """The data, with rows held out."""
+        return split(self.given.source, self._drawn, self.recipe.search.samples, self.recipe.seed, self.given.further)
+
+    @cached_property
+    def distillation(self) -> Distillation:
+        # The same numbers as a run without a target has, so that both find the same students.
+        same = self.split.training is self.given.source and self.split.samples == self._drawn
+        made = self._distillation(self.split.training, self.given.samples if same else self.split.samples)
+        made.planned()  # keys of students depend on it
+        return made
+
+    @cached_property
+    def _drawn(self) -> int:
+        """As many samples as the cache budget really holds: of fewer, other rows are drawn."""
+        return self._distillation(self.given.source, self.given.samples).planned()[0]
+
+    @cached_property
+    def measures(self) -> Measures:
+        key = self.distillation.jobs.model_fingerprint()
+        return Measures(self.run, self.given.path, key, self.parts, self.split, self.recipe, self.progress)
+
+    @cached_property
+    def library(self) -> Library:
+        return Library(self.run, self.parts, self.recipe, self.distillation, self.measures, self.candidates)
+
+    @cached_property
+    def composition(self) -> Composition:
+        given, source = self.given, self.split.finishing
+        return Composition(
+            given.teacher, self.parts, source, self.recipe, self.schedule, self.finishing, self.progress, self.clock
+        )
+
+    @cached_property
+    def finishing(self) -> Finishing:
+        source, samples = self.split.finishing, self.split.samples
+        return Finishing(self.run, self.parts, source, samples, self.recipe, self.schedule, self.progress)
+
+    @cached_property
+    def whole(self) -> dict[str, float]:
+        """Costs of the teacher: `params`, `macs`, `size`."""
+        return _costs(self.given.teacher, self.given.path)
+
+    @property
+    def workers_rss(self) -> int:
+        """Most memory of workers, in bytes."""
+        return max(self.distillation.workers_rss, self.finishing.workers_rss)
+
+    def train(self, max_drop: float | None = None) -> None:
+        """Fill the library."""
+        self.distillation.keep_the_rest()
+        self.library.train(max_drop)
+
+    def spliced(self, choice: Mapping[str, str]) -> ir.Model:
+        """A choice as it was searched, for a look at it."""
+        return self.composition.spliced(self.library.entries(choice))
+
+    def finish(self, choice: Mapping[str, str], *, in_full: bool, latency: float | None = None) -> Whole:
+        """Make a whole student of a choice, or find it in the run directory.
+
+        Args:
+            choice: a candidate for each neighbourhood.
+            in_full: train the chosen ones with the recipe's steps first, where the search used others.
+            latency: the part of the teacher's that it was measured to take.
+        """
+        outcomes = self._chosen(choice, in_full)
+        students = {name: ended.entry for name, ended in outcomes.items() if ended.entry is not None}
+        keys = [students[n.name].key for n in self.parts.neighbourhoods if n.name in students]
+        data = (*self.distillation.data, self.split.key())
+        settings = self.recipe.model_dump(mode="json", include=_DECIDING)
+        entry = self.run.entry("composed", fingerprint(*data, keys, settings))
+        if not entry.done:
+            composed = self.composition.compose(students, data)
+            student, tuned = composed.model, composed.tuned
+            with self.clock.measure("evaluate"):
+                loss = self.measures.of_whole(student)
+            folder = entry.begin()
+            save(student, folder / STUDENT_FILE)
+            costs = _costs(student, folder / STUDENT_FILE)
+            made = {"loss": asdict(loss), "tuned": None if tuned is None else asdict(tuned), "costs": costs}
+            entry.commit(made | {"refused": composed.refused})
+        meta = entry.meta()
+        costs = {str(name): float(cost) for name, cost in meta["costs"].items()}
+        shares = {name: cost / (self.whole[name] or 1.0) for name, cost in costs.items()}
+        outcomes |= {name: Outcome("kept", reason=reason) for name, reason in meta["refused"].items()}
+        return Whole(
+            candidates=dict(choice),
+            entry=entry,
+            loss=WholeLoss(**meta["loss"]),
+            costs=costs,
+            shares=shares if latency is None else shares | {"latency": latency},
+            tuned=None if meta["tuned"] is None else FinetuneReport(**meta["tuned"]),
+            outcomes=outcomes,
+        )
+
+    def _chosen(self, choice: Mapping[str, str], in_full: bool) -> dict[str, Outcome]:
+        """The students of a choice; one that cannot be trained in full stays as the search has it."""
+        named = {name: spec for name, spec in choice.items() if spec != TEACHER}
+        found = {name: ended for name, spec in named.items() if (ended := self.library.outcome(name, spec)) is not None}
+        if not in_full or self.library.steps == self.recipe.steps:
+            return found
+        methods = {c.spec: method_of(c.recipe(self.recipe)) for c in self.candidates}
+        by_name = {n.name: n for n in self.parts.distillable}
+        tasks = [
+            self.distillation.task(by_name[name], methods[spec], None, f"{label(name, spec)} in full")
+            for name, spec in named.items()
+        ]
+        self.distillation.apart(tasks)
+        for (name, _), task in zip(named.items(), tasks, strict=True):
+            ended = self.distillation.outcomes[task.label]
+            if ended.entry is not None:
+                found[name] = ended
+        return found
+
+    def _distillation(self, source: DataSource, samples: int) -> Distillation:
+        path, recipe = self.given.path, self.recipe
+        return Distillation(
+            self.run, path, self.parts, source, samples, recipe, self.schedule, self.progress, self.clock
+        )
+
+
+def _costs(model: ir.Model, path: Path) -> dict[str, float]:
+    params, macs = costs_of(model)
+    return {"params": params, "macs": macs, "size": file_bytes(path)}

@@ -99,6 +99,12 @@ def print_report(report: ndonnx.CompressReport) -> None:
     print_text(_neighbourhoods(report))
     if all(neighbourhood.status == "kept" for neighbourhood in report.neighbourhoods):
         print_text("nothing was distilled: the student is the teacher; the reasons stand above")
+    if report.student.compressed_bytes is not None:
+        part = report.student.zeros / max(1, report.student.parameters)
+        print_text(
+            f"{part_text(part)} of the weights are zeros: onnxruntime gains no speed from them, "
+            "the compressed file is what they save"
+        )
     if (found := report.target) is not None:
         parts = ", ".join(f"{cost} {part_text(part)}" for cost, part in found.reached.items())
         print_text(
@@ -173,6 +179,7 @@ def _comparison(report: ndonnx.CompressReport) -> Table:
         ("parameters", teacher.parameters, student.parameters, count_text),
         ("MACs per sample", teacher.macs, student.macs, count_text),
         ("file size", teacher.bytes, student.bytes, bytes_text),
+        ("file size, compressed", teacher.compressed_bytes, student.compressed_bytes, bytes_text),
     ):
         if before is not None and after is not None:
             table.add_row(name, text(before), text(after), f"{after / before:.2f}" if before else "")

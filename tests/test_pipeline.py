@@ -715,6 +715,22 @@ def test_an_unwritable_folder_fails_before_any_work(bench: Bench) -> None:
         compress(bench.model, data=str(bench.data), output=locked / "student.onnx", recipe=Recipe(**SMALL))
 
 
+def test_zeros_and_what_they_save_are_told(bench: Bench) -> None:
+    report = bench.compress(method="sparsity", sparsity="0.7").report
+    dense = bench.compress(keep=0.5).report
+    assert report.teacher.zeros == 0 and report.student.parameters == report.teacher.parameters
+    weights = sum(
+        int(value.const_value.size) - np.count_nonzero(value.const_value.numpy())
+        for value in ir.load(bench.student).graph.initializers.values()
+        if value.const_value is not None
+    )
+    assert dense.student.zeros == weights == 0, "the second student lies under the name"
+    assert 0.4 < report.student.zeros / report.student.parameters < 0.7
+    assert report.student.compressed_bytes is not None and report.teacher.compressed_bytes is not None
+    assert report.student.compressed_bytes < 0.75 * report.teacher.compressed_bytes
+    assert dense.student.compressed_bytes is None
+
+
 def test_a_student_that_fails_at_its_place_is_left_out(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     def careless(teacher: ir.Model, students: dict[str, ir.Model]) -> ir.Model:
         model = splice(teacher, students)

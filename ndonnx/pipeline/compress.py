@@ -15,7 +15,7 @@ from ndonnx.pipeline.composing import Composition
 from ndonnx.pipeline.distilling import Distillation, Outcome
 from ndonnx.pipeline.finishing import Finishing
 from ndonnx.pipeline.opening import open_all, partition_model
-from ndonnx.pipeline.results import CHECK_SAMPLES, CompressResult, Student, compare, summary
+from ndonnx.pipeline.results import CHECK_SAMPLES, CompressResult, Student, compare, summaries
 from ndonnx.pipeline.schedule import Schedule
 from ndonnx.progress import Progress, Silent
 from ndonnx.recipe import Recipe
@@ -80,7 +80,7 @@ def compress(
         with clock.measure("evaluate"):
             limit = None if eval_data is not None else CHECK_SAMPLES
             metrics = compare(given.path, student, given.judge, limit, progress)
-            before, after = summary(teacher, given.path), summary(student, Path(output) if output is not None else None)
+            before, after = summaries(teacher, given.path, student, Path(output) if output is not None else None)
         report = CompressReport(
             teacher=before,
             student=after,

@@ -6,14 +6,20 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from ndonnx.data import DataSource
 from ndonnx.evaluate import Evaluation, evaluate
 from ndonnx.graph import save
+from ndonnx.graph.costs import compressed_bytes
 from ndonnx.pipeline.composing import costs_of
 from ndonnx.progress import Progress
 from ndonnx.report import CompressReport, ModelSummary
+
+_MANY_ZEROS = 0.01
+"""Part of the weights."""
+_FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE}
 
 CHECK_SAMPLES = 2000
 """Samples of the calibration data on which teacher and student are compared without `--eval`."""
@@ -49,11 +55,27 @@ def compare(
     return {"teacher": theirs, "student": ours}
 
 
-def summary(model: ir.Model, path: Path | None) -> ModelSummary:
-    """A model in four numbers; `path` is where it lies, if anywhere."""
-    parameters, macs = costs_of(model)
-    size = file_bytes(path) if path is not None else None
-    return ModelSummary(path=str(path) if path else None, parameters=parameters, macs=macs, bytes=size)
+def summaries(teacher: ir.Model, given: Path, student: ir.Model, written: Path | None) -> list[ModelSummary]:
+    """Teacher and student in numbers; compressed sizes only where the student has zeros that the teacher has not."""
+    zeros = [zero_weights(model) for model in (teacher, student)]
+    packed = zeros[1] > zeros[0] + _MANY_ZEROS * costs_of(student)[0]
+    found = []
+    for model, path, none in ((teacher, given, zeros[0]), (student, written, zeros[1])):
+        parameters, macs = costs_of(model)
+        size = file_bytes(path) if path is not None else None
+        small = compressed_bytes(path) if path is not None and packed else None
+        found.append(ModelSummary(str(path) if path else None, parameters, macs, size, none, small))
+    return found
+
+
+def zero_weights(model: ir.Model) -> int:
+    """How many elements of floating-point initializers are exactly 0."""
+    tensors = (value.const_value for value in model.graph.initializers.values())
+    return sum(
+        int(tensor.size) - int(np.count_nonzero(tensor.numpy()))
+        for tensor in tensors
+        if tensor is not None and tensor.dtype in _FLOATS
+    )
 
 
 def file_bytes(path: Path) -> int:

@@ -11,7 +11,7 @@ from ndonnx.pipeline.clock import Clock
 from ndonnx.pipeline.distilling import Outcome
 from ndonnx.pipeline.opening import open_all
 from ndonnx.pipeline.reaching import Reaching
-from ndonnx.pipeline.results import CHECK_SAMPLES, CompressResult, Student, compare, drop_of, summary
+from ndonnx.pipeline.results import CHECK_SAMPLES, CompressResult, Student, compare, drop_of, summaries
 from ndonnx.pipeline.workbench import Whole, Workbench
 from ndonnx.progress import Progress
 from ndonnx.recipe import Recipe
@@ -54,9 +54,10 @@ def compress_to_target(
         if missed is None and max_drop is not None and eval_data is not None:
             missed = _broken(metrics, max_drop, eval_data)
         path = Path(output) if output is not None else None
+        before, after = summaries(given.teacher, given.path, student, path)
         report = CompressReport(
-            teacher=summary(given.teacher, given.path),
-            student=summary(student, path),
+            teacher=before,
+            student=after,
             metrics=metrics,
             neighbourhoods=_neighbourhoods(bench, best),
             finetune=best.tuned,

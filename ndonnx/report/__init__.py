@@ -12,12 +12,16 @@ from ndonnx.rundir import atomic_write_json
 
 @dataclass(frozen=True)
 class ModelSummary:
-    """A model in four numbers; `bytes` of the file (None if not written), external data included."""
+    """A model in numbers; `bytes` of the file (None if not written), external data included."""
 
     path: str | None
     parameters: int
     macs: int
     bytes: int | None
+    zeros: int = 0
+    """Weights that are exactly 0."""
+    compressed_bytes: int | None = None
+    """Of the file after zlib, where zeros were made; onnxruntime gains no speed from them."""
 
 
 @dataclass(frozen=True)

@@ -4,33 +4,32 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
-from ndonnx.data import DataSource, input_specs, open_source
-from ndonnx.distil import Plan, Training
+from ndonnx.data import DataSource
+from ndonnx.distil import Training
 from ndonnx.errors import ModelError, SliceError, UsageError
 from ndonnx.evaluate import Evaluation, evaluate
-from ndonnx.executor import make_executor
 from ndonnx.graph import load, save
 from ndonnx.graph.dataflow import real_inputs
-from ndonnx.graph.load import check_writable, declared_values, forget_inferred
+from ndonnx.graph.load import declared_values, forget_inferred
 from ndonnx.harden.noise import measure_noises
 from ndonnx.harden.training import MODEL_FILE, HardenJob
-from ndonnx.machine import computes_in_bf16, pick_device, usable_cores
+from ndonnx.machine import usable_cores
 from ndonnx.partition import Partition
 from ndonnx.pipeline import partition_model
-from ndonnx.pipeline.batches import CAPTURE_BATCH, count_samples, probe, whole_batches
+from ndonnx.pipeline.answers import capture_answers, run_alone
+from ndonnx.pipeline.batches import count_samples, probe, whole_batches
+from ndonnx.pipeline.opening import open_all
+from ndonnx.pipeline.schedule import Schedule
 from ndonnx.progress import Progress, Silent
 from ndonnx.recipe import Recipe
 from ndonnx.rundir import Entry
-from ndonnx.teacher import ActivationStore, capture, capture_bytes, make_session
+from ndonnx.teacher import capture_bytes
 from ndonnx.teacher.noise_inputs import Noise
 from ndonnx.verify import verify
 
@@ -119,7 +118,11 @@ def harden(
     steps = (recipe.finetune_steps or STEPS) if steps is None else steps
     progress.stage("load")
     path = Path(model)
-    given = _open(path, output, data, eval_data, recipe)
+    given = open_all(path, output, data, eval_data, recipe)
+    if len(given.teacher.graph.outputs) != 1:
+        raise ModelError(
+            f"{path}: has {len(given.teacher.graph.outputs)} outputs; only a model with one can be hardened"
+        )
     progress.stage("partition")
     parts = partition_model(given.teacher, recipe)
     try:
@@ -153,34 +156,6 @@ def harden(
 
 
 @dataclass(frozen=True)
-class _Given:
-    """What a hardening starts from."""
-
-    teacher: ir.Model
-    source: DataSource
-    judge: DataSource
-
-
-def _open(path: Path, output: str | Path | None, data: str, eval_data: str | None, recipe: Recipe) -> _Given:
-    """Open everything that may be missing or damaged, before any work is done."""
-    if output is not None:
-        check_writable(output)
-        if Path(output).exists() and path.exists() and Path(output).samefile(path):
-            raise ModelError(f"{output}: is the teacher itself, which is never modified; choose another output")
-    teacher = load(path)
-    if len(teacher.graph.outputs) != 1:
-        raise ModelError(f"{path}: has {len(teacher.graph.outputs)} outputs; only a model with one can be hardened")
-    specs = input_specs(make_session(path))
-
-    def source_of(spec: str) -> DataSource:
-        return open_source(spec, specs, recipe.data, seed=recipe.seed, graph=teacher.graph)
-
-    source = source_of(data)
-    judge = source if eval_data is None else source_of(eval_data)
-    return _Given(teacher, source, judge)
-
-
-@dataclass(frozen=True)
 class _Run:
     """One hardening: the teacher's answers, then the training in a process of its own."""
 
@@ -192,10 +167,9 @@ class _Run:
     folder: Path
 
     def train(self, noises: tuple[Noise, ...], steps: int) -> tuple[ir.Model, Training]:
-        store, labels = self._answers()
+        samples = self._samples()
+        store, labels = capture_answers(self.parts, self.source, samples, self.folder, self.recipe, self.progress)
         recipe = self.recipe
-        if recipe.label_weight > 0 and labels is None:
-            self.progress.note("--label-weight has no effect: the data hold no labels")
         entry = Entry(self.folder / "hardened")
         job = HardenJob(
             name="model",
@@ -204,64 +178,24 @@ class _Run:
             labels_path=labels,
             noises=noises,
             entry=entry,
-            plan=self._plan(steps),
+            plan=Schedule(recipe, finetunable=True).plan(steps, recipe.finetune_lr),
             temperature=recipe.temperature,
             label_weight=recipe.label_weight,
             holdout=recipe.holdout,
             parity=recipe.parity,
             threads=usable_cores(),
         )
-        self.progress.stage("harden", steps, "steps")
-        reached = 0
-
-        def on_step(name: str, step: int, steps: int, nmse: float) -> None:
-            nonlocal reached
-            self.progress.advance(step - reached)
-            reached = step
-            self.progress.step(name, step, steps, nmse)
-
-        (outcome,) = make_executor(recipe.executor, 1).run([job], on_step)
+        outcome, _ = run_alone(job, "harden", steps, recipe, self.progress)
         if outcome.error is not None:
             raise SliceError(outcome.error)
         hardened = load(entry.path / MODEL_FILE)
         ir.external_data.load_to_model(hardened)  # its files go with the folder
         return hardened, Training(**entry.meta())
 
-    def _plan(self, steps: int) -> Plan:
-        recipe, device = self.recipe, pick_device(self.recipe.device)
-        bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and computes_in_bf16(device))
-        return Plan(steps, recipe.batch_size, recipe.finetune_lr, recipe.warmup, recipe.seed, device, bf16)
-
-    def _answers(self) -> tuple[ActivationStore, Path | None]:
-        """The teacher's inputs and clean answers, and a file of labels if there are any."""
+    def _samples(self) -> int:
+        """As many as there are, the recipe asks for, and the cache budget holds."""
         graph = self.parts.model.graph
         names = [value.name or "" for value in (*real_inputs(graph), *graph.outputs)]
-        samples = self._samples(names)
-        labels: list[npt.NDArray[np.int64]] = []
-
-        def batches() -> Iterator[Mapping[str, npt.NDArray[Any]]]:
-            labels.clear()
-            yield from whole_batches(
-                self.source, CAPTURE_BATCH, samples=samples, seed=self.recipe.seed, on_labels=labels.append
-            )
-
-        self.progress.stage("answers", samples, "samples")
-        store = capture(
-            self.parts.model,
-            names,
-            batches,
-            self.folder / "answers",
-            samples=samples,
-            device=pick_device(self.recipe.device),
-            on_batch=self.progress.advance,
-        )
-        if not labels:
-            return store, None
-        np.save(self.folder / "labels.npy", np.concatenate(labels))
-        return store, self.folder / "labels.npy"
-
-    def _samples(self, names: Sequence[str]) -> int:
-        """As many as there are, the recipe asks for, and the cache budget holds."""
         batch = next(whole_batches(self.source, 1, samples=1))
         each = capture_bytes(self.parts.model, names, 1, batch=batch)
         available = count_samples(self.source, self.recipe.finetune_samples)

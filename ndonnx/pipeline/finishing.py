@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from ndonnx.data import DataSource
-from ndonnx.distil import Plan, Training
+from ndonnx.distil import Training
 from ndonnx.errors import SliceError
-from ndonnx.executor import make_executor
 from ndonnx.finetune import STUDENT_FILE, FinetuneJob
 from ndonnx.graph import load, save
 from ndonnx.graph.dataflow import reads, real_inputs
-from ndonnx.machine import pick_device, usable_cores
+from ndonnx.machine import usable_cores
 from ndonnx.partition import Partition
+from ndonnx.pipeline.answers import capture_answers, run_alone
 from ndonnx.pipeline.batches import CAPTURE_BATCH, sample_bytes, whole_batches
 from ndonnx.pipeline.schedule import Schedule
 from ndonnx.progress import Progress
 from ndonnx.recipe import Recipe
 from ndonnx.report import FinetuneReport
 from ndonnx.rundir import Entry, RunDir, fingerprint
-from ndonnx.teacher import ActivationStore, capture
 from ndonnx.walk import refit_walk
 
 _REFIT_SAMPLES = 2048
@@ -108,7 +105,7 @@ class Finishing:
         same = asdict(replace(plan, steps=0, seconds=None))
         entry = self.run.entry("finetuned", fingerprint(*key, same, *length, *map(str, settings)))
         if not entry.done:
-            reason = self._train(student, self._kept(replaced), entry, plan, samples)
+            reason = self._train(student, self._kept(replaced), entry, samples)
             if reason is not None:
                 self.progress.note(f"the student is not fine-tuned: {reason}")
                 return student, FinetuneReport(steps=0, seconds=0.0, reason=reason)
@@ -122,23 +119,20 @@ class Finishing:
             nmse=found.nmse,
         )
 
-    def _train(self, student: ir.Model, kept: frozenset[str], entry: Entry, plan: Plan, samples: int) -> str | None:
+    def _train(self, student: ir.Model, kept: frozenset[str], entry: Entry, samples: int) -> str | None:
         """Why there is no fine-tuned student; None when there is one."""
         scratch = self.run.path / "finetune"
         shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
         try:
-            answers, labels = self._answers(scratch / "answers", student, samples)
-            if self.recipe.label_weight > 0 and labels is None:
-                self.progress.note("--label-weight has no effect: the data hold no labels")
+            answers, labels = capture_answers(self.parts, self.source, samples, scratch, self.recipe, self.progress)
             save(student, scratch / STUDENT_FILE)
-            labels_path = None if labels is None else scratch / "labels.npy"
-            if labels is not None:
-                np.save(scratch / "labels.npy", labels)
+            plan = self.schedule.finetune()  # now, when the answers' time is spent
             job = FinetuneJob(
                 name="student",
                 student_path=scratch / STUDENT_FILE,
                 store_path=answers.path,
-                labels_path=labels_path,
+                labels_path=labels,
                 entry=entry,
                 plan=plan,
                 temperature=self.recipe.temperature,
@@ -148,7 +142,10 @@ class Finishing:
                 threads=usable_cores(),
                 kept=kept,
             )
-            return self._run(job, plan.steps)
+            steps = plan.steps if plan.seconds is None else None
+            outcome, rss = run_alone(job, "finetune", steps, self.recipe, self.progress)
+            self.workers_rss = max(self.workers_rss, rss)
+            return outcome.error
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
@@ -156,47 +153,6 @@ class Finishing:
         outside = (n for n in self.parts.neighbourhoods if n.name not in replaced)
         read = (value for n in outside for node in n.nodes for value in reads(node) if value.is_initializer())
         return frozenset(value.name or "" for value in read)
-
-    def _run(self, job: FinetuneJob, steps: int) -> str | None:
-        self.progress.stage("finetune", steps if job.plan.seconds is None else None, "steps")
-        reached = 0
-
-        def on_step(name: str, step: int, steps: int, nmse: float) -> None:
-            nonlocal reached
-            self.progress.advance(step - reached)
-            reached = step
-            self.progress.step(name, step, steps, nmse)
-
-        # A process of its own, for its threads' sake: see `ndonnx.executor.worker`.
-        executor = make_executor(self.recipe.executor, 1)
-        (outcome,) = executor.run([job], on_step)
-        self.workers_rss = max(self.workers_rss, executor.peak_rss_bytes)
-        return outcome.error
-
-    def _answers(
-        self, folder: Path, student: ir.Model, samples: int
-    ) -> tuple[ActivationStore, npt.NDArray[np.int64] | None]:
-        """The teacher's answers, its inputs beside them, and the labels if there are any."""
-        labels: list[npt.NDArray[np.int64]] = []
-
-        def batches() -> Iterator[Mapping[str, np.ndarray]]:
-            labels.clear()
-            yield from whole_batches(
-                self.source, CAPTURE_BATCH, samples=samples, seed=self.recipe.seed, on_labels=labels.append
-            )
-
-        self.progress.stage("answers", samples, "samples")
-        names = [value.name or "" for value in (*real_inputs(student.graph), *student.graph.outputs)]
-        store = capture(
-            self.parts.model,
-            names,
-            batches,
-            folder,
-            samples=samples,
-            device=pick_device(self.recipe.device),
-            on_batch=self.progress.advance,
-        )
-        return store, np.concatenate(labels) if labels else None
 
     def _finetune_samples(self) -> int:
         names = [value.name or "" for value in (*real_inputs(self.parts.model.graph), *self.parts.model.graph.outputs)]

@@ -42,7 +42,7 @@ def open_all(model: Path, output: str | Path | None, data: str | None, eval_data
     """
     if output is not None:
         check_writable(output)
-        if Path(output).exists() and Path(output).samefile(model):
+        if Path(output).exists() and model.exists() and Path(output).samefile(model):
             raise ModelError(f"{output}: is the teacher itself, which is never modified; choose another output")
     teacher = load(model)
     specs = input_specs(make_session(model))

@@ -47,7 +47,7 @@ class Schedule:
             part = _DISTIL_PART if self.finetunable else _ALONE_PART
             seconds = part * recipe.time_budget * min(workers, jobs) / max(1, jobs)
         steps = recipe.steps if seconds is None else min(_ENDLESS, max(recipe.steps, 1) * 1000)
-        return self._plan(steps, recipe.lr, seconds)
+        return self.plan(steps, recipe.lr, seconds)
 
     def finetune_samples(self, samples: int) -> int:
         """Most samples of fine-tuning, when neighbourhoods are trained on so many."""
@@ -60,11 +60,12 @@ class Schedule:
         """Of the whole student; with a time budget, in what is left of it."""
         recipe = self.recipe
         if recipe.time_budget is None:
-            return self._plan(self.finetune_steps, recipe.finetune_lr, None)
+            return self.plan(self.finetune_steps, recipe.finetune_lr)
         left = (1 - _RESERVE) * recipe.time_budget - (time.perf_counter() - self._began)
-        return self._plan(_ENDLESS, recipe.finetune_lr, max(1.0, left))
+        return self.plan(_ENDLESS, recipe.finetune_lr, max(1.0, left))
 
-    def _plan(self, steps: int, lr: float, seconds: float | None) -> Plan:
+    def plan(self, steps: int, lr: float, seconds: float | None = None) -> Plan:
+        """Of any training, by the recipe."""
         recipe = self.recipe
         device = pick_device(recipe.device)
         bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and computes_in_bf16(device))

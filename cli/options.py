@@ -337,5 +337,8 @@ Quality = Annotated[
 ]
 Solver = Annotated[str | None, _flag("--solver", "milp|greedy", "How students are chosen.", "milp")]
 HeldOut = Annotated[
-    int | None, _flag("--held-out", "N", "Most samples kept out of the training, to measure on.", "2000", _TRAIN)
+    int | None,
+    _flag(
+        "--held-out", "N", "Samples kept out to measure candidates on; five times as many for a whole.", "2000", _TRAIN
+    ),
 ]

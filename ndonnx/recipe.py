@@ -124,7 +124,8 @@ class SearchRecipe(_Section):
     solver: Literal["milp", "greedy"] = "milp"
     """Exact, or the paper's threshold on each neighbourhood alone."""
     samples: int = Field(2000, ge=2)
-    """Held-out samples on which candidates and students are measured; no training sees them."""
+    """Held-out samples on which candidates are measured, and whole students on five times as many where the data have
+    them; no training sees them."""
     attempts: int = Field(3, ge=0)
     """Corrections of the choice, after a whole student was measured."""
     early_stop: bool = True

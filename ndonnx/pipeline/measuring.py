@@ -155,12 +155,13 @@ class Measures:
     def partials(self) -> PartialModels:
         """The partial models, captured when first asked for."""
         if self._partials is None:
-            self.progress.stage("held-out", self.split.count, "samples")
+            samples = min(self.split.count, self.recipe.search.samples)
+            self.progress.stage("held-out", samples, "samples")
             self._partials = PartialModels(
                 self.parts,
                 self._batches,
                 self.run.path / "heldout",
-                self.split.count,
+                samples,
                 threads=usable_cores(),
                 labels=self._labels,
                 budget=self.recipe.cache_budget,
@@ -209,7 +210,7 @@ class Measures:
         return {name: batch[name] for name in names}
 
     def _entry(self, kind: str, *parts: Fingerprintable) -> Entry:
-        return self.run.entry(kind, fingerprint(self.key, self._rows, *parts))
+        return self.run.entry(kind, fingerprint(self.key, self._rows, self.recipe.search.samples, *parts))
 
     @cached_property
     def _rows(self) -> str:

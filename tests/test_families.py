@@ -67,7 +67,7 @@ FAMILIES: dict[str, Family] = {
     "all control flow": Family(lambda _: families.all_control(), 0, "holds If"),
     "scan": Family(lambda _: families.scanned(), 2, "holds Scan"),
     "STFT": Family(lambda _: families.spectral(), 1),
-    "chance in one unit": Family(lambda _: families.unsupported(), 2, "no width"),
+    "chance in one unit": Family(lambda _: families.unsupported(), 2, "not followed through Random"),
     "quantised half": Family(lambda _: families.half_quantised(), 2, "quantised"),
     "fused by onnxruntime": Family(lambda folder: families.fused(families.detector(), folder), 2),
     "mixer fused by onnxruntime": Family(lambda folder: families.fused(_mixer(), folder), 3),
@@ -265,6 +265,43 @@ def test_a_fused_operator_without_its_inputs_stays(op: str) -> None:
     model = ir.from_proto(proto)
     take_apart(model)
     assert [node.op_type for node in model.graph if node.outputs[0].name == "y"] == [op]
+
+
+@pytest.mark.parametrize(
+    ("equation", "one", "other"),
+    [
+        ("b h i d, b h j d -> b h i j", (2, 3, 4, 5), (2, 3, 6, 5)),
+        ("bhij,bhjd->bhid", (2, 3, 4, 5), (2, 3, 5, 6)),
+        ("bihd,bjhd->bhij", (2, 4, 3, 5), (2, 6, 3, 5)),
+        ("bid,dk->bik", (2, 4, 5), (5, 6)),
+        ("dib,kd->kib", (5, 4, 2), (6, 5)),
+        ("ij,jk->ki", (4, 5), (5, 6)),
+    ],
+)
+def test_an_einsum_that_is_a_matrix_product_is_written_as_one(
+    equation: str, one: tuple[int, ...], other: tuple[int, ...]
+) -> None:
+    net = Net(17)
+    net.input("x", *one)
+    net.input("z", *other)
+    net.op("Einsum", "x", "z", out="y", equation=equation)
+    proto = net.proto("y")
+    model = ir.from_proto(proto)
+    assert take_apart(model) and not take_apart(model)
+    assert "MatMul" in {node.op_type for node in model.graph} <= {"MatMul", "Transpose"}
+    rng = np.random.default_rng(0)
+    feeds = {"x": rng.standard_normal(one, np.float32), "z": rng.standard_normal(other, np.float32)}
+    expected = np.einsum(equation.replace(" ", ""), feeds["x"], feeds["z"])
+    np.testing.assert_allclose(run(ir.to_proto(model), feeds)["y"], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("equation", ["bij,bij->b", "bii,bij->bj", "...ij,...jk->...ik", "bij,bjk", "bijk,bkjl->bil"])
+def test_another_einsum_stays(equation: str) -> None:
+    net = Net(17)
+    net.input("x", 2, 3, 3, 3) if equation[3] == "k" else net.input("x", 2, 3, 3)
+    net.input("z", 2, 3, 3, 3) if equation[3] == "k" else net.input("z", 2, 3, 3)
+    net.op("Einsum", "x", "z", out="y", equation=equation)
+    assert not take_apart(ir.from_proto(net.proto("y")))
 
 
 def test_no_neighbourhood_ends_inside_a_fused_operator(tmp_path: Path) -> None:

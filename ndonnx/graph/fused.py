@@ -1,7 +1,7 @@
 """Operators that onnxruntime fuses when it saves an optimised model, in the working copy taken apart again.
 
 Behind them stand ONNX's own operators, which everything here knows. A student is written in these; onnxruntime
-fuses them anew when it loads the model.
+fuses them anew when it loads the model. An `Einsum` that is a matrix product is written as one, too.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def take_apart(model: ir.Model) -> bool:
     """
     changed = False
     for node in list(model.graph):
-        rule = _RULES.get(node.op_type) if node.domain == DOMAIN else None
+        rules = _RULES if node.domain == DOMAIN else _OWN_RULES if node.domain in ("", "ai.onnx") else {}
+        rule = rules.get(node.op_type)
         if rule is None or {value.dtype for value in node.inputs if value is not None} - {None} != {ir.DataType.FLOAT}:
             continue
         writer = _Writer(model.graph, node, model.opset_imports.get("", 1))
@@ -225,6 +226,32 @@ def _scaled(writer: _Writer, x: ir.Value, scale: ir.Value | None, epsilon: float
     return writer.op("Mul", writer.op("Div", x, root), scale)
 
 
+def _einsum(writer: _Writer, node: ir.Node) -> Outputs:
+    """A product over one letter: of matrices that share their leading axes, or of a tensor and one matrix."""
+    terms, arrow, out = node.attributes["equation"].as_string().replace(" ", "").partition("->")
+    left, right = terms.split(",")
+    if not arrow or not all(term.isalpha() and len(set(term)) == len(term) for term in (left, right, out)):
+        return None
+    shared = "".join(letter for letter in out if letter in left and letter in right)
+    rows = "".join(letter for letter in out if letter in left and letter not in right)
+    columns = "".join(letter for letter in out if letter in right and letter not in left)
+    summed = "".join(letter for letter in left if letter in right and letter not in out)
+    known = len(shared + rows + columns) == len(out) and set(left + right) == set(out + summed)
+    if not known or len(summed) != 1 or len(columns) != 1 or not rows or (shared and len(rows) != 1):
+        return None
+    product = writer.op(
+        "MatMul",
+        _turned(writer, node.inputs[0], left, shared + rows + summed),
+        _turned(writer, node.inputs[1], right, shared + summed + columns),
+    )
+    return (_turned(writer, product, shared + rows + columns, out),)
+
+
+def _turned(writer: _Writer, value: ir.Value | None, letters: str, wanted: str) -> ir.Value:
+    assert value is not None
+    return value if letters == wanted else writer.op("Transpose", value, perm=[letters.index(one) for one in wanted])
+
+
 def _input(node: ir.Node, position: int) -> ir.Value | None:
     return node.inputs[position] if position < len(node.inputs) else None
 
@@ -245,3 +272,5 @@ _RULES: dict[str, Callable[[_Writer, ir.Node], Outputs]] = {
     "SkipLayerNormalization": _skip_layer_norm,
     "SkipSimplifiedLayerNormalization": _skip_rms_norm,
 }
+_OWN_RULES: dict[str, Callable[[_Writer, ir.Node], Outputs]] = {"Einsum": _einsum}
+"""Of ONNX's own operators."""

@@ -20,6 +20,7 @@ from ndonnx.partition.choice import Choice, Chooser
 from ndonnx.partition.groups import ChannelGroups, find_groups
 from ndonnx.partition.layers import layer_runs, why_left_out
 from ndonnx.partition.regions import find_chains
+from ndonnx.partition.rules import has_rule
 from ndonnx.partition.runs import TRAILING_OPS, Run
 from ndonnx.partition.slices import extract, is_opaque, region_nodes
 
@@ -227,7 +228,9 @@ _QUANTISED = {
 
 
 def _no_width(nodes: Iterable[ir.Node]) -> str:
-    del nodes
+    unknown = list(dict.fromkeys(node.op_type for node in nodes if not has_rule(node)))
+    if unknown:
+        return f"no width to shrink inside: channels are not followed through {', '.join(unknown)}"
     return "no width to shrink inside: its channels reach its ends"
 
 

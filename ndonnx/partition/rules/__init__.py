@@ -15,7 +15,7 @@ from ndonnx.partition.rules.recurrent import RECURRENT
 from ndonnx.partition.rules.shapes import freeze_widths_calculated_with
 from ndonnx.partition.rules.tracker import Edit, Role, Rule, Tracker
 
-__all__ = ["RULES", "Edit", "Role", "Tracker", "apply_rule"]
+__all__ = ["RULES", "Edit", "Role", "Tracker", "apply_rule", "has_rule"]
 
 RULES: dict[str, Rule] = {**LINEAR, **MOVEMENT, **POINTWISE, **RECURRENT}
 
@@ -34,6 +34,11 @@ def apply_rule(tracker: Tracker, node: ir.Node) -> None:
         tracker.freeze_weights(node)
         for value in node.outputs:
             tracker.forget(value)
+
+
+def has_rule(node: ir.Node) -> bool:
+    """Whether channels are followed through operators of this kind at all."""
+    return node.domain in ("", "ai.onnx") and (node.op_type in RULES or node.op_type in _READ_SHAPE_ONLY)
 
 
 def _holds(tracker: Tracker, node: ir.Node) -> bool:

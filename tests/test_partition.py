@@ -147,6 +147,20 @@ def test_a_mask_for_every_layer_becomes_context() -> None:
     assert [[value.name for value in n.context] for n in parts.distillable] == [["mask"], ["mask"]]
 
 
+def test_of_two_towers_and_the_mask_of_one_only_the_mask_becomes_context() -> None:
+    net = Net(6)
+    mask, ends = net.input("mask", "N", 1, 6, 6), []
+    for tower in ("left", "right"):
+        x = net.relu(net.conv(net.input(tower, "N", 3, 6, 6), 3, 8))
+        for _ in range(2):
+            y = net.relu(net.conv(x, 8, 8))
+            y = net.conv(net.op("Mul", y, mask) if tower == "right" else y, 8, 8)
+            x = net.relu(net.op("Add", y, x))
+        ends.append(x)
+    _, parts = parted(net.proto(net.op("Add", *ends)))
+    assert sorted([value.name for value in n.context] for n in parts.distillable) == [[], [], ["mask"], ["mask"]]
+
+
 def test_two_towers_are_both_streams() -> None:
     net = Net()
     left, right = (

@@ -125,12 +125,35 @@ def partition(
 def _choose_stream(model: ir.Model) -> tuple[Dataflow, Choice]:
     """Try which inputs are the stream and keep the choice whose channel groups touch most weights.
 
-    All inputs together first, then each alone with the others as context.
+    All inputs together first, then each alone with the others as context; where there are several but not many, also
+    fewer and fewer of them as long as that helps: two towers, and a mask that one of them reads.
     """
+
+    def tried(names: Sequence[str]) -> tuple[Dataflow, Choice]:
+        flow = Dataflow.of(model.graph, names)
+        return flow, Chooser(flow, find_chains(flow)).best()
+
+    def without(names: Sequence[str]) -> list[list[str]]:
+        return [[name for name in names if name != other] for other in names]
+
+    def touched(found: tuple[Dataflow, Choice]) -> int:
+        return found[1].touched
+
     names = [value.name or "" for value in real_inputs(model.graph)]
-    choices: list[list[str]] = [names] if len(names) == 1 else [names, *([name] for name in names)]
-    flows = (Dataflow.of(model.graph, choice) for choice in choices)
-    return max(((flow, Chooser(flow, find_chains(flow)).best()) for flow in flows), key=lambda found: found[1].touched)
+    best = found = tried(names)
+    if len(names) > 1:
+        best = max([best, *(tried([name]) for name in names)], key=touched)
+    while 2 < len(names) <= _FEW_INPUTS:
+        fewer = max((tried(rest) for rest in without(names)), key=touched)
+        if touched(fewer) <= touched(found):
+            break
+        found, names = fewer, list(fewer[0].stream_inputs)
+        best = max(best, found, key=touched)
+    return best
+
+
+_FEW_INPUTS = 6
+"""Of more inputs, not every part is tried."""
 
 
 def _with_rest(

@@ -331,10 +331,26 @@ def test_a_part_of_every_head_goes_where_heads_must_stay() -> None:
     bias = net.op("Neg", net.input("bias", "N", 3, 5, 5))
     model = net.proto(attention(net, net.input("x", "N", 5, 8), bias))
     working, groups = attention_groups(model)
-    assert {group.name: group.width for group in groups.groups} == {"v": 4}
+    # Queries and keys lose what only their product sums over.
+    assert {group.name: group.width for group in groups.groups} == {"q": 4, "v": 4}
     units = {axis.initializer: axis.units.tolist() for axis in groups.axes}
-    assert units == {"v.weight": [0, 1, 2, 3] * 3, "y.weight": [0, 1, 2, 3] * 3}
+    assert units["q.weight"] == units["k.weight"] == [0, 1, 2, 3] * 3
+    assert units["v.weight"] == units["y.weight"] == [4, 5, 6, 7] * 3 and len(units) == 4
     check_against_zeroing(model, working, groups)
+
+
+@pytest.mark.parametrize("shape", ["Exp", "shifted"])
+def test_queries_that_are_not_nought_at_nought_stay(shape: str) -> None:
+    net = Net()
+    x = net.input("x", "N", 5, 8)
+    one = net.constant("one", np.ones([], np.float32))
+    q, k = (
+        net.op(shape, made) if shape == "Exp" else net.op("Add", net.op("Elu", made), one)
+        for made in (net.matmul(x, 8, 6, out=name) for name in ("q", "k"))
+    )
+    scores = net.op("MatMul", q, net.op("Transpose", k, perm=[0, 2, 1]))
+    _, groups = attention_groups(net.proto(net.op("MatMul", scores, x)))
+    assert not groups.groups
 
 
 def test_a_list_that_several_read_is_written_for_each() -> None:

@@ -140,8 +140,10 @@ def _freeze_weights_read_elsewhere(tracker: Tracker, nodes: list[ir.Node]) -> No
 
 
 def _freeze_unread(tracker: Tracker) -> None:
-    """A unit that no weight sums over has no consumer to refit, and nothing to show it is unused."""
+    """A unit that nothing sums over, no weight and no product of two activations, has nothing to show it is unused."""
     read = {FROZEN}
+    for labels in tracker.contracted:
+        read.update(tracker.sets.roots(labels).reshape(-1).tolist())
     for weight in tracker.weights.values():
         for axis, labels in weight.axes.items():
             if weight.roles[axis] == "in":

@@ -109,8 +109,10 @@ def check_by_zeroing(teacher: TeacherSlice, shrunk: ir.Model, kept: npt.NDArray[
         ShrinkError: the channel groups do not describe this slice.
     """
     zeroed = teacher.model.clone()
+    summed = {unit for axis in teacher.groups.axes if axis.role == "in" for unit in axis.units.tolist()}
     for axis in teacher.groups.axes:
-        if axis.role == "in":
+        # What only a product of two activations sums over (queries and keys) is removed where it is made.
+        if axis.role == "in" or not summed & set(axis.units[axis.units >= 0].tolist()):
             value = zeroed.graph.initializers[axis.initializer]
             assert value.const_value is not None
             array = np.moveaxis(np.array(value.const_value.numpy()), axis.axis, 0)

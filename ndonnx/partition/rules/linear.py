@@ -132,6 +132,8 @@ def _product(tracker: Tracker, node: ir.Node, left: ir.Value | None, right: ir.V
             tracker.sets.unite(other, other[:, :1])
             one, other = one[:, :1], other[:, :1]
         tracker.sets.unite(one, other)
+        if axis_a == rank - 1 and (_nought_stays(left) or _nought_stays(right)):
+            tracker.contracted.append(one)
     out = [1] * rank
     parts: list[Labels] = []
     for labels, drop in ((a, rank - 1), (b, rank - 2)):
@@ -147,6 +149,35 @@ def _product(tracker: Tracker, node: ir.Node, left: ir.Value | None, right: ir.V
             tracker.sets.freeze(part)
         return True
     return tracker.set(node.outputs[0], merged if merged.size > 1 else None)
+
+
+def _nought_stays(value: ir.Value | None) -> bool:
+    """Whether channels that a linear operator makes as zeros are zeros here, so that a product does not feel them."""
+    stack, seen = [value], set()
+    while stack:
+        node = reached.producer() if (reached := stack.pop()) is not None else None
+        if node is None or node.op_type in LINEAR or node in seen:
+            continue
+        seen.add(node)
+        if node.op_type not in _NOUGHT_STAYS:
+            return False
+        if node.op_type in ("Add", "Sub") and any(map(_is_shift, node.inputs)):
+            return False
+        stack += [given for given in node.inputs if constant_of(given) is None]
+    return True
+
+
+def _is_shift(value: ir.Value | None) -> bool:
+    """Whether a summand is one constant number for all channels, and not a bias that goes with them."""
+    tensor = constant_of(value)
+    return tensor is not None and tensor.size == 1 and bool(tensor.numpy().any())
+
+
+_NOUGHT_STAYS = {
+    "Add", "Cast", "Concat", "Div", "Elu", "Erf", "Expand", "Flatten", "Gelu", "Identity", "LeakyRelu", "Mul", "Neg",
+    "PRelu", "Relu", "Reshape", "Slice", "Split", "Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze",
+}  # fmt: skip
+"""Operators whose answer is 0 where their input is."""
 
 
 def _by_head(tracker: Tracker, value: ir.Value | None) -> Labels | None:

@@ -83,6 +83,8 @@ class Tracker:
     """Whether of channels behind a batch axis of a product (heads) whole heads go; else a part of every head."""
     heads: list[Labels] = field(default_factory=list)
     """Labels of the batch axes of products."""
+    contracted: list[Labels] = field(default_factory=list)
+    """Labels of axes that a product of two activations sums over: both lose them without another trace."""
     blocks: list[Labels] = field(default_factory=list)
     """Labels that vary along several axes at once: what stays of them must be a rectangle."""
 

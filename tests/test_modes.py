@@ -80,6 +80,16 @@ def test_every_way_to_learn_beats_cutting_channels_alone(tmp_path: Path) -> None
     assert len(students) == 3
 
 
+def test_the_walk_is_left_to_fine_tuning_where_there_is_one(tmp_path: Path) -> None:
+    by_itself, tuned, walked = Recorder(), Recorder(), Recorder()
+    go(tmp_path, residual_cnn(), "a", inputs=None, progress=by_itself)
+    go(tmp_path, residual_cnn(), "b", inputs=None, finetune_steps=3, progress=tuned)
+    go(tmp_path, residual_cnn(), "c", inputs="refit", finetune_steps=3, progress=walked)
+    assert "refit" in by_itself.stages and "finetune" not in by_itself.stages
+    assert "refit" not in tuned.stages and "finetune" in tuned.stages
+    assert {"refit", "finetune"} <= set(walked.stages)
+
+
 @pytest.mark.parametrize("mode", ["refit", "student"])
 def test_a_second_run_repeats_the_bytes_and_trains_nothing(tmp_path: Path, mode: str) -> None:
     go(tmp_path, residual_cnn(), inputs=mode, finetune_steps=5)

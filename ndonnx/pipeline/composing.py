@@ -82,22 +82,33 @@ class Composition:
         key: tuple[str, ...] = (*data, *(entry.path.name for entry in entries.values()))
         with self.clock.measure("splice"):
             students = self._students(entries)
-        if self.recipe.inputs == "refit" and students:
-            with self.clock.measure("refit"):
-                students = self.finishing.refit(students, key)
-        with self.clock.measure("splice"):
-            self.progress.stage("splice")
-            student = splice(self.teacher, students) if students else self.teacher.clone()
-        tuned: FinetuneReport | None = None
+        inputs = self.recipe.inputs
+        if inputs == "refit" or (inputs is None and not self.schedule.finetunes):
+            students = self._refitted(students, key)
+        student, tuned = self._spliced(students), None
         if self.schedule.finetunes and students:
             with self.clock.measure("finetune"):
-                student, tuned = self.finishing.finetune(student, students, (*key, self.recipe.inputs))
+                student, tuned = self.finishing.finetune(student, students, (*key, str(inputs)))
+            if tuned.reason is not None and inputs is None:
+                students = self._refitted(students, key)
+                student = self._spliced(students)
         with self.clock.measure("splice"):
             # Fine-tuning compares the student as a whole; its slices are no longer those that were trained.
             unchanged = students if tuned is None or tuned.reason is not None else {}
             verify(self.teacher, student, self.parts, unchanged, probe(self.source), self.recipe.parity)
             forget_inferred(student, declared_values(self.teacher))
         return student, tuned
+
+    def _refitted(self, students: dict[str, ir.Model], key: tuple[str, ...]) -> dict[str, ir.Model]:
+        if not students:
+            return students
+        with self.clock.measure("refit"):
+            return self.finishing.refit(students, key)
+
+    def _spliced(self, students: Mapping[str, ir.Model]) -> ir.Model:
+        with self.clock.measure("splice"):
+            self.progress.stage("splice")
+            return splice(self.teacher, students) if students else self.teacher.clone()
 
     def _students(self, entries: Mapping[str, Entry]) -> dict[str, ir.Model]:
         trained = {name: load_student(entry) for name, entry in entries.items()}

@@ -199,7 +199,8 @@ def _draw_curve(axes: Axes, report: SearchReport) -> None:
         axes.set_ylabel(f"drop ({report.quality})")
         axes.invert_yaxis()
     axes.set_xlabel(f"{_AXES.get(report.cost, report.cost)}, part of the teacher's")
-    axes.set_title(f"{Path(report.model).name}: cost against quality, {report.samples} held-out samples", parse_math=False)
+    title = f"{Path(report.model).name}: cost against quality, {report.samples} held-out samples"
+    axes.set_title(title, parse_math=False)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.grid(alpha=0.3)
     if axes.lines:

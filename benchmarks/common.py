@@ -115,13 +115,18 @@ class Notes:
 def make_parser(description: str | None) -> argparse.ArgumentParser:
     """A parser with the arguments that name a teacher and its data; the description keeps its line breaks."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_subject(parser)
+    return parser
+
+
+def add_subject(parser: argparse.ArgumentParser) -> None:
+    """The arguments that `subject_of` reads."""
     parser.add_argument("model", nargs="?", type=Path, metavar="MODEL", help="the teacher, an ONNX file")
     parser.add_argument("--data", metavar="SRC", help="inputs to distil on: .npz, .npy, .parquet, folder, gaussian")
     parser.add_argument("--eval", metavar="SRC", help="data to judge by, with labels where accuracy is wanted")
     parser.add_argument("--recipe", type=Path, metavar="FILE", help="recipe in TOML, for `[data]` and the training")
     parser.add_argument("--demo", action="store_true", help="use the teacher and the data that ship with ndonnx")
     parser.add_argument("--seed", type=int, help="seed of everything drawn at random (default: the recipe's, 0)")
-    return parser
 
 
 def subject_of(options: argparse.Namespace, *, judged: bool, **overrides: Any) -> Subject:

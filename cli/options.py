@@ -133,6 +133,10 @@ FinetuneSteps = Annotated[
 FinetuneSamples = Annotated[
     int | None, _flag("--finetune-samples", "N", "Most samples of fine-tuning.", "50000", _TRAIN)
 ]
+Augment = Annotated[
+    str | None,
+    _flag("--augment", "KINDS", "Changes of images in fine-tuning: flip, shift, mixup; or none.", "flip,shift", _TRAIN),
+]
 FinetuneLr = Annotated[
     float | None, _flag("--finetune-lr", "RATE", "Peak step of Adam in fine-tuning, as --lr.", "0.01", _TRAIN)
 ]
@@ -140,6 +144,16 @@ Temperature = Annotated[float | None, _flag("--temperature", "T", "Of the class 
 LabelWeight = Annotated[
     float | None,
     _flag("--label-weight", "PART", "Of labels in fine-tuning; the teacher's answers have the rest.", "0.0", _TRAIN),
+]
+Threshold = Annotated[
+    str | None,
+    _flag(
+        "--threshold",
+        "FILE.json",
+        "What ndonnx threshold wrote: train no part further than it needs, and warn where one bears less.",
+        "as many steps for each",
+        _TRAIN,
+    ),
 ]
 TimeBudget = Annotated[
     str | None,
@@ -336,6 +350,15 @@ Quality = Annotated[
     _flag("--quality", "NAME", "What a candidate is judged by: divergence, metric or nmse.", "divergence"),
 ]
 Solver = Annotated[str | None, _flag("--solver", "milp|greedy", "How students are chosen.", "milp")]
+SearchThreshold = Annotated[
+    str | None,
+    _flag(
+        "--threshold",
+        "FILE.json",
+        "What ndonnx threshold wrote: warn where the student of --target or --max-drop is beyond it.",
+        "no warnings",
+    ),
+]
 HeldOut = Annotated[
     int | None,
     _flag(

@@ -202,16 +202,20 @@ def measured(found: ndonnx.Evaluation) -> list[tuple[str, str]]:
 
 
 def _neighbourhoods(report: ndonnx.CompressReport) -> Table:
-    columns = ("neighbourhood", "candidate", "status", ">NMSE start → end", ">steps", ">time", "reason")
+    columns = (
+        "neighbourhood", "candidate", "status", ">NMSE start → end", ">bears", ">steps", ">saved", ">time", "reason",
+    )  # fmt: skip
     rows = (
         (
             n.name,
             n.candidate or "",
             n.status,
             "" if n.nmse is None or n.nmse_start is None else f"{nmse_text(n.nmse_start)} → {nmse_text(n.nmse)}",
+            "" if n.tolerance is None else nmse_text(n.tolerance),
             str(n.steps) if n.candidate else "",
+            str(n.steps_saved) if n.steps_saved else "",
             seconds_text(n.seconds) if n.candidate else "",
-            n.reason or "",
+            n.reason or n.warning or "",
         )
         for n in report.neighbourhoods
     )

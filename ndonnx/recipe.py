@@ -85,6 +85,17 @@ Drop = Annotated[str, BeforeValidator(parse_plain)]
 Names = Annotated[tuple[str, ...], BeforeValidator(parse_names)]
 
 
+def parse_augmentations(value: object) -> object:
+    """Read `none` as nothing and `flip,mixup` as two; pass anything else to pydantic."""
+    if isinstance(value, str):
+        value = tuple(name.strip() for name in value.split(","))
+    return () if value in (("none",), ["none"]) else value
+
+
+Augmentation = Literal["flip", "shift", "mixup"]
+Augmentations = Annotated[tuple[Augmentation, ...], BeforeValidator(parse_augmentations)]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
@@ -191,12 +202,18 @@ class Recipe(_Section):
     """Optimiser steps of the whole student against the teacher's answers (equation 3). None: three times `steps`."""
     finetune_samples: int = Field(50_000, ge=2)
     """Most samples of fine-tuning, for which only inputs and outputs are kept."""
+    augment: Augmentations = ("flip", "shift")
+    """What is done to copies of images in fine-tuning: `flip`, `shift`, `mixup`, or `none`. The teacher answers each,
+    so that none needs a label; there are as many as the steps can use."""
     finetune_lr: float = Field(0.01, gt=0)
     """Peak step of Adam in fine-tuning, relative to the root mean square of each weight."""
     temperature: float = Field(4.0, gt=0)
     """Of the softened class scores in fine-tuning."""
     label_weight: float = Field(0.0, ge=0, le=1)
     """Weight of the labels' cross-entropy in fine-tuning; the teacher's answers have the rest."""
+    threshold: str | None = None
+    """What `ndonnx threshold` has written for this model: no neighbourhood is trained further than it needs, a time
+    budget is spent where errors cost most, and students beyond what their place bears are told. None: no such file."""
     time_budget: Duration | None = None
     """Seconds until the student is there (`3m`): steps are chosen to fit it. None: as many steps as the recipe says."""
     holdout: float = Field(0.05, gt=0, lt=1)

@@ -24,7 +24,7 @@ from typer.main import get_command
 
 import ndonnx
 from ndonnx.demo import data_path, teacher_path
-from ndonnx.recipe import Recipe, parse_bytes
+from ndonnx.recipe import Recipe, parse_augmentations, parse_bytes
 from ndonnx.report.inspection import Coverage, Inspection, Piece
 from ndonnx_cli.main import app, main
 from ndonnx_cli.progress import BarTeller, LineTeller, Pace
@@ -106,6 +106,8 @@ def test_help_tells_the_default_of_the_recipe(name: str) -> None:
         assert not told[1][0].isupper() and told[1] != "none"  # in words
     elif name == "cache_budget":
         assert parse_bytes(told[1]) == default
+    elif name == "augment":
+        assert parse_augmentations(told[1]) == default
     else:
         assert told[1] == ("off" if default is False else str(default)) or (default == () and not told[1][0].isupper())
 

@@ -6,8 +6,8 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -50,6 +50,13 @@ class Plan:
     bf16: bool = False
     seconds: float | None = None
     """Wall time after which the training ends, its learning rate fallen to zero, whatever the steps."""
+    enough: float | None = None
+    """NMSE of the target at or under which the training is over, wherever it is measured anyway, the start included.
+    None: never."""
+
+    def key(self) -> dict[str, Any]:
+        """What a student depends on. Without `enough` where there is none: students older than it are found again."""
+        return {name: value for name, value in asdict(self).items() if name != "enough" or value is not None}
 
 
 @dataclass(frozen=True)
@@ -86,7 +93,8 @@ def train(
 ) -> Training:
     """Train in place; the module ends in its best held-out state, never worse than it began.
 
-    With a constraint, the beginning is the start on which it was imposed at once. On a CPU each of
+    With a constraint, the beginning is the start on which it was imposed at once, and nothing is measured, so
+    that nothing can be enough, before its pattern is settled. On a CPU each of
     `threads` takes a part of every batch: inside the operators of small modules threads gain nothing,
     and lose a lot as soon as another process takes one of their cores.
 
@@ -129,17 +137,24 @@ def _train(
     best_step, state = 0, _copy(module)
     _restore(module, free)
     step = 0
-    if plan.steps and any(weight.requires_grad for weight in module.parameters()):
+    trainable = any(weight.requires_grad for weight in module.parameters())
+    if plan.steps and trainable and not _is_enough(best, plan):
         for step, done in _descend(module, samples, objective, plan, constraint, lanes):
             if constraint is None or done >= constraint.settled:
                 errors = judge.errors()
                 if errors.loss < best.loss:
                     best, best_step, state = errors, step, _copy(module)
             on_step(step, plan.steps, best.nmse)
+            if _is_enough(best, plan):
+                break
     _restore(module, state)
     module.to("cpu")
     seconds = time.perf_counter() - began
     return Training(start.nmse, best.nmse, start.loss, best.loss, best_step, step, seconds)
+
+
+def _is_enough(best: _Errors, plan: Plan) -> bool:
+    return plan.enough is not None and best.nmse <= plan.enough
 
 
 def impose(constraint: Constraint, module: TorchSlice, done: float) -> None:

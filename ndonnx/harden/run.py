@@ -168,14 +168,14 @@ class _Run:
 
     def train(self, noises: tuple[Noise, ...], steps: int) -> tuple[ir.Model, Training]:
         samples = self._samples()
-        store, labels = capture_answers(self.parts, self.source, samples, self.folder, self.recipe, self.progress)
+        answers = capture_answers(self.parts, self.source, samples, self.folder, self.recipe, self.progress)
         recipe = self.recipe
         entry = Entry(self.folder / "hardened")
         job = HardenJob(
             name="model",
             teacher_path=self.path,
-            store_path=store.path,
-            labels_path=labels,
+            store_path=answers.store.path,
+            labels_path=answers.labels,
             noises=noises,
             entry=entry,
             plan=Schedule(recipe, finetunable=True).plan(steps, recipe.finetune_lr),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,53 +11,117 @@ import numpy as np
 import numpy.typing as npt
 
 from ndonnx.data import DataSource
+from ndonnx.data.views import image_axes, with_views
+from ndonnx.distil.samples import Blocks
 from ndonnx.executor import Job, Outcome, make_executor
 from ndonnx.graph.dataflow import real_inputs
 from ndonnx.machine import pick_device
 from ndonnx.partition import Partition
-from ndonnx.pipeline.batches import CAPTURE_BATCH, whole_batches
+from ndonnx.pipeline.batches import CAPTURE_BATCH, fixed_batch, whole_batches
 from ndonnx.progress import Progress
 from ndonnx.recipe import Recipe
 from ndonnx.teacher import ActivationStore, capture
 
 
+@dataclass(frozen=True)
+class Answers:
+    """What the teacher says to samples and to changed copies of them."""
+
+    store: ActivationStore
+    """Its inputs and outputs."""
+    labels: Path | None
+    """An `.npy` of class numbers, one per sample; None where the data hold none."""
+    holdout: float
+    """Part of the store, at its beginning, that shares no sample with the rest: the recipe's part of the samples."""
+
+
 def capture_answers(
-    parts: Partition, source: DataSource, samples: int, folder: Path, recipe: Recipe, progress: Progress
-) -> tuple[ActivationStore, Path | None]:
-    """A store of the teacher's inputs and outputs, and an `.npy` of labels if the data hold any.
+    parts: Partition,
+    source: DataSource,
+    samples: int,
+    folder: Path,
+    recipe: Recipe,
+    progress: Progress,
+    views: int = 1,
+) -> Answers:
+    """Run the teacher on the data.
 
     Args:
         parts: the teacher.
         source: the data.
         samples: how many of them, drawn with the recipe's seed.
         folder: exists; the store goes to `answers` in it.
-        recipe: the seed and the device; a `label_weight` without labels is told of.
+        recipe: the seed, the device and the kinds of views; a `label_weight` without labels is told of.
         progress: told how far it is.
+        views: how often each image comes, once as it is and then changed; see `ndonnx.data.views`.
     """
+    copies = _Copies.of(source, samples, recipe, views)
+    # Two images in one have no class number.
+    kinds = [kind for kind in recipe.augment if kind != "mixup" or recipe.label_weight == 0]
     labels: list[npt.NDArray[np.int64]] = []
 
     def batches() -> Iterator[Mapping[str, npt.NDArray[Any]]]:
         labels.clear()
-        yield from whole_batches(source, CAPTURE_BATCH, samples=samples, seed=recipe.seed, on_labels=labels.append)
+        drawn = whole_batches(source, copies.batch, samples=copies.samples, seed=recipe.seed, on_labels=labels.append)
+        yield from with_views(drawn, kinds, copies.axes, views=copies.views, after=copies.held, seed=recipe.seed)
 
-    progress.stage("answers", samples, "samples")
+    progress.stage("answers", copies.total, "samples")
     graph = parts.model.graph
     store = capture(
         parts.model,
         [value.name or "" for value in (*real_inputs(graph), *graph.outputs)],
         batches,
         folder / "answers",
-        samples=samples,
+        samples=copies.total,
         device=pick_device(recipe.device),
         on_batch=progress.advance,
     )
     if not labels:
         if recipe.label_weight > 0:
             progress.note("--label-weight has no effect: the data hold no labels")
-        return store, None
+        return Answers(store, None, copies.holdout)
     path = folder / "labels.npy"
-    np.save(path, np.concatenate(labels))
-    return store, path
+    np.save(path, np.concatenate(list(copies.repeated(labels))))
+    return Answers(store, path, copies.holdout)
+
+
+@dataclass(frozen=True)
+class _Copies:
+    """How many samples come, and how often; copies come batch by batch."""
+
+    axes: Mapping[str, tuple[int, int]]
+    batch: int
+    samples: int
+    held: int
+    """Samples at the beginning without copies."""
+    views: int
+    holdout: float
+
+    @classmethod
+    def of(cls, source: DataSource, samples: int, recipe: Recipe, views: int) -> _Copies:
+        once = cls({}, CAPTURE_BATCH, samples, 0, 1, recipe.holdout)
+        axes = image_axes(source.inputs, source.recipe)
+        if views == 1 or not recipe.augment or not axes:
+            return once
+        fixed = fixed_batch(source)
+        wanted = Blocks.split(samples, recipe.holdout).holdout
+        batch = fixed or min(CAPTURE_BATCH, wanted)
+        samples -= samples % fixed if fixed else 0  # a batch that is filled up has no copies
+        held = -(-wanted // batch) * batch
+        if held >= samples:
+            return once
+        return cls(axes, batch, samples, held, views, held / (held + (samples - held) * views))
+
+    @property
+    def total(self) -> int:
+        return self.held + (self.samples - self.held) * self.views
+
+    def repeated(self, labels: Iterable[npt.NDArray[np.int64]]) -> Iterator[npt.NDArray[np.int64]]:
+        """Labels of batches as those of their views."""
+        seen = 0
+        for batch in labels:
+            yield from [batch] * (self.views if seen >= self.held else 1)
+            seen += len(batch)
 
 
 def run_alone(job: Job, stage: str, steps: int | None, recipe: Recipe, progress: Progress) -> tuple[Outcome, int]:

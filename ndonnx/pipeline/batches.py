@@ -27,6 +27,12 @@ def count_samples(source: DataSource, wanted: int) -> int:
     return min(available, wanted)
 
 
+def fixed_batch(source: DataSource) -> int | None:
+    """Samples in a batch where the model fixes them."""
+    fixed = (spec.shape[0] for spec in source.inputs if spec.shape)
+    return next((size for size in fixed if isinstance(size, int)), None)
+
+
 def whole_batches(
     source: DataSource,
     size: int,
@@ -39,11 +45,11 @@ def whole_batches(
 
     `on_labels` is told the labels of each batch that has any, without the filling.
     """
-    fixed = [spec.shape[0] for spec in source.inputs if spec.shape and isinstance(spec.shape[0], int)]
-    for batch in source.batches(fixed[0] if fixed else size, samples=samples, seed=seed):
+    fixed = fixed_batch(source)
+    for batch in source.batches(fixed or size, samples=samples, seed=seed):
         if batch.labels is not None:
             on_labels(batch.labels)
-        missing = fixed[0] - len(batch) if fixed else 0
+        missing = fixed - len(batch) if fixed else 0
         yield {
             name: np.concatenate([rows, np.repeat(rows[-1:], missing, axis=0)]) if missing > 0 else rows
             for name, rows in batch.inputs.items()

@@ -17,6 +17,7 @@ from ndonnx.pipeline.finishing import Finishing
 from ndonnx.pipeline.opening import open_all, partition_model
 from ndonnx.pipeline.results import CHECK_SAMPLES, CompressResult, Student, compare, summaries
 from ndonnx.pipeline.schedule import Schedule
+from ndonnx.pipeline.tolerating import Tolerances, study_of
 from ndonnx.progress import Progress, Silent
 from ndonnx.recipe import Recipe
 from ndonnx.report import CompressReport
@@ -61,12 +62,16 @@ def compress(
         given = open_all(Path(model), output, data, eval_data, recipe)
         teacher, source = given.teacher, given.source
         schedule = Schedule(recipe, finetunable=len(teacher.graph.outputs) == 1)
+        study = study_of(recipe)
     folder = Path(run_dir) if run_dir is not None else Path(output or model).with_suffix(".run")
     with RunDir(folder) as run:
         with clock.measure("partition"):
             progress.stage("partition")
             parts = partition_model(teacher, recipe)
-        distillation = Distillation(run, given.path, parts, source, given.samples, recipe, schedule, progress, clock)
+            tolerances = None if study is None else Tolerances(study, parts)
+        distillation = Distillation(
+            run, given.path, parts, source, given.samples, recipe, schedule, progress, clock, tolerances
+        )
         finishing = Finishing(run, parts, source, given.samples, recipe, schedule, progress)
         composition = Composition(teacher, parts, source, recipe, schedule, finishing, progress, clock)
         outcomes = distillation.distil()

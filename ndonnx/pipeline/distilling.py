@@ -19,6 +19,7 @@ from ndonnx.pipeline.batches import CAPTURE_BATCH, whole_batches
 from ndonnx.pipeline.clock import Clock
 from ndonnx.pipeline.jobs import Jobs, Task
 from ndonnx.pipeline.schedule import Schedule
+from ndonnx.pipeline.tolerating import Tolerances
 from ndonnx.pipeline.waves import Waves
 from ndonnx.progress import Progress
 from ndonnx.recipe import Recipe
@@ -42,6 +43,10 @@ class Outcome:
     entry: Entry | None = None
     result: DistilResult | None = None
     reason: str | None = None
+    tolerance: float | None = None
+    """See `NeighbourhoodReport`, as for the next two."""
+    steps_saved: int | None = None
+    warning: str | None = None
 
     def report(self, neighbourhood: Neighbourhood) -> NeighbourhoodReport:
         result = self.result
@@ -56,6 +61,9 @@ class Outcome:
             parameters=result.parameters if result else neighbourhood.cost.parameters,
             macs=result.macs if result else neighbourhood.cost.macs,
             reason=self.reason,
+            tolerance=self.tolerance,
+            steps_saved=self.steps_saved,
+            warning=self.warning,
         )
 
 
@@ -72,6 +80,8 @@ class Distillation:
     schedule: Schedule
     progress: Progress
     clock: Clock
+    tolerances: Tolerances | None = None
+    """What the students of `distil` have to come to; those of a search are the same whatever is asked of them."""
     workers_rss: int = 0
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     """By the label of the task."""
@@ -110,8 +120,19 @@ class Distillation:
         elif self.recipe.inputs == "noise":
             self._on_noise(waves, samples)
         else:
-            self.apart([self.task(n) for n in self.parts.distillable])
+            self.apart([self._needed(n) for n in self.parts.distillable])
+        if self.tolerances is not None:
+            for n in self.parts.distillable:
+                ended, plan = self.outcomes[n.name], self._needed(n).plan
+                self.outcomes[n.name] = self.tolerances.judged(n, ended, plan, self.progress)
         return self.outcomes
+
+    def _needed(self, neighbourhood: Neighbourhood) -> Task:
+        """A student as the recipe says, trained no further than its neighbourhood needs."""
+        task = self.task(neighbourhood)
+        if self.tolerances is None:
+            return task
+        return replace(task, plan=self.tolerances.plan(neighbourhood.name, task.plan, self._workers()))
 
     def keep_the_rest(self) -> None:
         """Give what cannot be distilled its outcome."""
@@ -172,7 +193,7 @@ class Distillation:
             jobs = {}
             with self.clock.measure("capture"):
                 for number, neighbourhood in enumerate(wave):
-                    task = self.task(neighbourhood)
+                    task = self._needed(neighbourhood)
                     if self._reuse(task):
                         continue
                     noise = drawn.get(neighbourhood.name, EntryNoise("white", None))
@@ -216,7 +237,7 @@ class Distillation:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _chained(self, neighbourhoods: Iterable[Neighbourhood]) -> Iterator[Task]:
-        return self.jobs.chained(map(self.task, neighbourhoods))
+        return self.jobs.chained(map(self._needed, neighbourhoods))
 
     def _after(self, prefix: Prefix, task: Task, store: ActivationStore) -> None:
         """Train one neighbourhood behind the students before it."""
@@ -278,7 +299,8 @@ class Distillation:
         sizes = self._waves.sizes
         in_order = list(jobs.values())
         if not ordered:
-            in_order.sort(key=lambda job: -sum(sizes[name] for name in job.stores))
+            # Those with most of a time budget first, so that no worker is left with one alone in the end.
+            in_order.sort(key=lambda job: (-(job.plan.seconds or 0.0), -sum(sizes[name] for name in job.stores)))
         for outcome in executor.run(in_order, self.progress.step):
             result = outcome.result
             self.outcomes[outcome.name] = (

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
 
 from ndonnx.data import DataSource
+from ndonnx.data.views import image_axes
 from ndonnx.distil import Training
 from ndonnx.errors import SliceError
 from ndonnx.finetune import STUDENT_FILE, FinetuneJob
@@ -98,14 +99,16 @@ class Finishing:
             key: what it depends on.
         """
         plan = self.schedule.finetune()
-        samples = self._finetune_samples()
-        settings = (self.recipe.temperature, self.recipe.label_weight, self.recipe.holdout, samples)
+        samples, views = self._finetune_samples()
+        settings: list[object] = [self.recipe.temperature, self.recipe.label_weight, self.recipe.holdout, samples]
+        if views > 1:
+            settings += [views, *self.recipe.augment]
         # Of a time budget, not what is left of it: a run that goes on finds what it has done.
         length = (str(self.recipe.time_budget), str(self.schedule.finetune_steps))
-        same = asdict(replace(plan, steps=0, seconds=None))
+        same = replace(plan, steps=0, seconds=None).key()
         entry = self.run.entry("finetuned", fingerprint(*key, same, *length, *map(str, settings)))
         if not entry.done:
-            reason = self._train(student, self._kept(replaced), entry, samples)
+            reason = self._train(student, self._kept(replaced), entry, samples, views)
             if reason is not None:
                 self.progress.note(f"the student is not fine-tuned: {reason}")
                 return student, FinetuneReport(steps=0, seconds=0.0, reason=reason)
@@ -119,25 +122,25 @@ class Finishing:
             nmse=found.nmse,
         )
 
-    def _train(self, student: ir.Model, kept: frozenset[str], entry: Entry, samples: int) -> str | None:
+    def _train(self, student: ir.Model, kept: frozenset[str], entry: Entry, samples: int, views: int) -> str | None:
         """Why there is no fine-tuned student; None when there is one."""
         scratch = self.run.path / "finetune"
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
         try:
-            answers, labels = capture_answers(self.parts, self.source, samples, scratch, self.recipe, self.progress)
+            answers = capture_answers(self.parts, self.source, samples, scratch, self.recipe, self.progress, views)
             save(student, scratch / STUDENT_FILE)
             plan = self.schedule.finetune()  # now, when the answers' time is spent
             job = FinetuneJob(
                 name="student",
                 student_path=scratch / STUDENT_FILE,
-                store_path=answers.path,
-                labels_path=labels,
+                store_path=answers.store.path,
+                labels_path=answers.labels,
                 entry=entry,
                 plan=plan,
                 temperature=self.recipe.temperature,
                 label_weight=self.recipe.label_weight,
-                holdout=self.recipe.holdout,
+                holdout=answers.holdout,
                 parity=self.recipe.parity,
                 threads=usable_cores(),
                 kept=kept,
@@ -154,9 +157,14 @@ class Finishing:
         read = (value for n in outside for node in n.nodes for value in reads(node) if value.is_initializer())
         return frozenset(value.name or "" for value in read)
 
-    def _finetune_samples(self) -> int:
+    def _finetune_samples(self) -> tuple[int, int]:
+        """How many, and how often each comes."""
         names = [value.name or "" for value in (*real_inputs(self.parts.model.graph), *self.parts.model.graph.outputs)]
         each = sample_bytes(self.parts.model, names, self.source)
         length = self.source.length
         available = self.samples if length is None else min(length, self.schedule.finetune_samples(self.samples))
-        return max(2, min(available, self.recipe.cache_budget // max(1, each)))
+        held = max(2, self.recipe.cache_budget // max(1, each))
+        samples = max(2, min(available, held))
+        images = image_axes(self.source.inputs, self.source.recipe)
+        views = self.schedule.views(samples) if self.recipe.augment and images else 1
+        return samples, max(1, min(views, held // samples))

@@ -70,7 +70,7 @@ class Jobs:
             boundary([task.neighbourhood]),
             type(task.method).__name__,
             asdict(task.method),  # type: ignore[call-overload]
-            asdict(task.plan),
+            task.plan.key(),
             recipe.holdout,
             recipe.parity,
             ahead,

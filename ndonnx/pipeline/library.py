@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 
 import onnx_ir as ir
@@ -21,7 +21,7 @@ from ndonnx.recipe import Recipe
 from ndonnx.report.search import OptionReport
 from ndonnx.rundir import Entry, RunDir, fingerprint
 from ndonnx.search import TEACHER, Candidate, Option, Table
-from ndonnx.students import method_of
+from ndonnx.students import WHOLE, StudentMethod, method_of
 
 _FAR = 3.0
 """A candidate that alone loses so many times what the whole may is clearly beyond its neighbourhood's tolerance."""
@@ -42,13 +42,37 @@ class Library:
     skipped: dict[str, str] = field(default_factory=dict)
     """Why a candidate was not trained, by its label."""
     _tasks: dict[str, tuple[Neighbourhood, Candidate, Task]] = field(default_factory=dict)
+    """What there is to train, by its label."""
+    _rows: list[tuple[Neighbourhood, Candidate, Task]] = field(default_factory=list)
+    """The same with all aliases: every candidate of every neighbourhood."""
+    _aliases: dict[tuple[str, str], str] = field(default_factory=dict)
+    """The candidate that stands for another one with the same student, by neighbourhood and that other one."""
 
     def __post_init__(self) -> None:
         for candidate in self.candidates:
             method = method_of(candidate.recipe(self.recipe))
             for n in self.parts.distillable:
                 task = self.distillation.task(n, method, self.steps, label(n.name, candidate.spec))
-                self._tasks[task.label] = n, candidate, task
+                self._rows.append((n, candidate, task))
+        self._find_aliases()
+        distinct = (row for row in self._rows if (row[0].name, row[1].spec) not in self._aliases)
+        self._tasks = {task.label: (n, candidate, task) for n, candidate, task in distinct}
+
+    def _find_aliases(self) -> None:
+        """Candidates with the same student: the first stands for all, or the first that an earlier run has trained."""
+        equal: dict[tuple[str, type[StudentMethod], Hashable], list[tuple[str, Task]]] = defaultdict(list)
+        for n, candidate, task in self._rows:
+            assert n.groups is not None
+            shape = task.method.shape_key(n.groups)
+            if shape == WHOLE:
+                self._aliases[n.name, candidate.spec] = TEACHER
+            elif shape is not None:
+                equal[n.name, type(task.method), shape].append((candidate.spec, task))
+        for (name, _, _), same in equal.items():
+            if len(same) > 1:
+                there = (spec for spec, task in same if self.distillation.jobs.entry(task).done)
+                first = next(there, same[0][0])
+                self._aliases.update({(name, spec): first for spec, _ in same if spec != first})
 
     @property
     def steps(self) -> int:
@@ -59,7 +83,11 @@ class Library:
     def plan(self) -> list[OptionReport]:
         """What there is and what would be trained; trains nothing."""
         found = []
-        for n, candidate, task in self._tasks.values():
+        for n, candidate, task in self._rows:
+            alias = self._aliases.get((n.name, candidate.spec))
+            if alias is not None:
+                found.append(OptionReport(n.name, candidate.spec, "alias", {}, None, None, f"same as {alias}"))
+                continue
             failed = self._failure(task)
             there = self.distillation.jobs.entry(task).done
             status = "reused" if there else "failed" if failed.done else "missing"
@@ -124,7 +152,7 @@ class Library:
                 loss = self._loss(n, spec)
                 if math.isfinite(loss):
                     options.append(Option(n.name, spec, self._costs(n.name, spec) | _timed(times, spec), loss))
-        return Table(options, fixed)
+        return Table(options, fixed, self._aliases)
 
     def losses(self) -> dict[tuple[str, str], Loss]:
         """What every trained candidate loses alone, by neighbourhood and candidate."""
@@ -138,7 +166,10 @@ class Library:
     def options(self, table: Table) -> list[OptionReport]:
         """All candidates with how they ended, in the table's neighbourhoods."""
         measured = {(o.neighbourhood, o.candidate): o for name in table.neighbourhoods for o in table.options(name)}
-        found = []
+        found = {
+            (name, TEACHER): OptionReport(name, TEACHER, "alias", dict(measured[name, TEACHER].costs), 0.0)
+            for name in table.neighbourhoods
+        }
         for n, candidate, task in self._tasks.values():
             ended = self.distillation.outcomes.get(task.label)
             option = measured.get((n.name, candidate.spec))
@@ -149,18 +180,19 @@ class Library:
                 if option is None and ended.entry is not None:
                     status, reason = "failed", "the model with it gives no finite answers"
             result = ended.result if ended is not None else None
-            found.append(
-                OptionReport(
-                    n.name,
-                    candidate.spec,
-                    status,
-                    dict(option.costs) if option is not None else {},
-                    option.drop if option is not None else None,
-                    result.nmse if result is not None else None,
-                    reason,
-                )
+            found[n.name, candidate.spec] = OptionReport(
+                n.name,
+                candidate.spec,
+                status,
+                dict(option.costs) if option is not None else {},
+                option.drop if option is not None else None,
+                result.nmse if result is not None else None,
+                reason,
             )
-        return found
+        for (name, spec), same in self._aliases.items():
+            alias = replace(found[name, same], candidate=spec, status="alias", reason=f"same as {same}")
+            found[name, spec] = alias
+        return [found[n.name, candidate.spec] for n, candidate, _ in self._rows]
 
     def _from_the_largest(self, wave: Sequence[Task], max_drop: float) -> Iterator[list[Task]]:
         """One candidate of each method and neighbourhood a round, until one of them is far beyond the tolerance."""

@@ -17,6 +17,10 @@ _RESERVE = 0.05
 """Part of a time budget left for the last checks."""
 _SAMPLES_A_SECOND = 80
 """Of a time budget, for fine-tuning: decoded and sent through the teacher in a small part of it."""
+_SEEN = 2
+"""Times that fine-tuning sees the same answer, where the images can be changed."""
+_MOST_VIEWS = 64
+"""Of one image."""
 _ENDLESS = 10**7
 
 
@@ -55,6 +59,15 @@ class Schedule:
         if recipe.time_budget is None:
             return recipe.finetune_samples
         return min(recipe.finetune_samples, max(samples, int(_SAMPLES_A_SECOND * recipe.time_budget)))
+
+    def views(self, samples: int) -> int:
+        """How often each of so many images comes in fine-tuning, changed each time; 1 is as they are."""
+        recipe = self.recipe
+        if recipe.time_budget is None:
+            answers = self.finetune_steps * recipe.batch_size / _SEEN
+        else:
+            answers = _SAMPLES_A_SECOND * recipe.time_budget
+        return max(1, min(_MOST_VIEWS, round(answers / samples)))
 
     def finetune(self) -> Plan:
         """Of the whole student; with a time budget, in what is left of it."""

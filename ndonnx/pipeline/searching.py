@@ -111,6 +111,7 @@ class _Run:
         missed = None
         if self.shares or self.max_drop is not None:
             whole, missed = Reaching(self.bench, self.shares, self.max_drop, False).reach(table)
+            whole = self.bench.judged(whole)
             found.append(("target", "searched", whole))
             drop, _ = self._judgement(whole)
             if missed is None and self.max_drop is not None and drop > self.max_drop:
@@ -125,9 +126,8 @@ class _Run:
         choices = trade_off(table, self.cost, count) if count > 0 else []
         for number, choice in enumerate(choices, start=1):
             yield f"pareto-{number}", "searched", choice.candidates
-        there = {option.candidate for name in table.neighbourhoods for option in table.options(name)}
         for candidate in self.bench.candidates if count > 0 else ():
-            if candidate.spec in there:
+            if table.knows(candidate.spec):
                 yield candidate.spec, "uniform", table.uniform(candidate.spec).candidates
 
     def point(self, name: str, source: Source, whole: Whole, table: Table, folder: Path | None) -> SearchedStudent:

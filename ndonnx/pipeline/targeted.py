@@ -46,6 +46,7 @@ def compress_to_target(
         with clock.measure("evaluate"):
             table = bench.library.table(latency="latency" in shares)
         best, missed = Reaching(bench, shares, max_drop, True, keep).reach(table)
+        best = bench.judged(best)
         keep(best)
         student = best.model()
         with clock.measure("evaluate"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +14,7 @@ import onnx_ir as ir
 from ndonnx.data import DataSource
 from ndonnx.errors import RecipeError
 from ndonnx.graph import load, save
-from ndonnx.partition import Partition
+from ndonnx.partition import Neighbourhood, Partition
 from ndonnx.pipeline.clock import Clock
 from ndonnx.pipeline.composing import Composition, costs_of
 from ndonnx.pipeline.distilling import Distillation, Outcome
@@ -25,11 +25,12 @@ from ndonnx.pipeline.measuring import Measures, WholeLoss
 from ndonnx.pipeline.opening import Given, partition_model
 from ndonnx.pipeline.results import file_bytes
 from ndonnx.pipeline.schedule import Schedule
+from ndonnx.pipeline.tolerating import Need, Tolerances, allowed_divergence, measured_need, study_of
 from ndonnx.progress import Progress
 from ndonnx.recipe import Recipe
 from ndonnx.report import FinetuneReport
 from ndonnx.rundir import Entry, RunDir, fingerprint
-from ndonnx.search import DEFAULT_CANDIDATES, TEACHER, parse_candidates
+from ndonnx.search import DEFAULT_CANDIDATES, TEACHER, parse_candidates, parse_drop
 from ndonnx.students import method_of
 
 STUDENT_FILE = "student.onnx"
@@ -37,8 +38,8 @@ STUDENT_FILE = "student.onnx"
 _MORE_FOR_THE_WHOLE = 5
 """Times as many held-out samples as candidates are measured on, where there are rows."""
 _DECIDING = {
-    *("inputs", "finetune_steps", "finetune_samples", "finetune_lr", "temperature", "label_weight", "holdout"),
-    *("batch_size", "warmup", "seed", "precision", "device", "cache_budget", "parity", "steps"),
+    *("inputs", "finetune_steps", "finetune_samples", "finetune_lr", "augment", "temperature", "label_weight"),
+    *("holdout", "batch_size", "warmup", "seed", "precision", "device", "cache_budget", "parity", "steps"),
 }
 """Keys of the recipe that decide what is done to students together."""
 
@@ -75,6 +76,7 @@ class Workbench:
 
         Raises:
             RecipeError: the recipe has candidates that are none, or a way to learn that candidates cannot share.
+            UsageError: its threshold study cannot be read.
         """
         if recipe.inputs in ("student", "noise"):
             raise RecipeError(
@@ -87,6 +89,7 @@ class Workbench:
         self.candidates = parse_candidates(recipe.search.candidates or DEFAULT_CANDIDATES)
         for candidate in self.candidates:
             method_of(candidate.recipe(recipe))  # what is wrong with one is told before the first is trained
+        self.study = study_of(recipe)
         self.schedule = Schedule(recipe, finetunable=len(given.teacher.graph.outputs) == 1)
         self.run = RunDir(folder)
 
@@ -138,6 +141,11 @@ class Workbench:
         return Library(self.run, self.parts, self.recipe, self.distillation, self.measures, self.candidates)
 
     @cached_property
+    def tolerances(self) -> Tolerances | None:
+        """What the neighbourhoods bear, where the recipe names a study."""
+        return None if self.study is None else Tolerances(self.study, self.parts)
+
+    @cached_property
     def composition(self) -> Composition:
         given, source = self.given, self.split.finishing
         return Composition(
@@ -160,7 +168,12 @@ class Workbench:
         return max(self.distillation.workers_rss, self.finishing.workers_rss)
 
     def train(self, max_drop: float | None = None) -> None:
-        """Fill the library."""
+        """Fill the library.
+
+        Raises:
+            UsageError: the threshold study of the recipe is of another model.
+        """
+        _ = self.tolerances
         self.distillation.keep_the_rest()
         self.library.train(max_drop)
 
@@ -173,7 +186,8 @@ class Workbench:
 
         Args:
             choice: a candidate for each neighbourhood.
-            in_full: train the chosen ones with the recipe's steps first, where the search used others.
+            in_full: train the chosen ones with the recipe's steps first, where the search used others; none of them
+                further than it needs by `max_drop`, or by the recipe's threshold study.
             latency: the part of the teacher's that it was measured to take.
         """
         outcomes = self._chosen(choice, in_full)
@@ -214,16 +228,50 @@ class Workbench:
             return found
         methods = {c.spec: method_of(c.recipe(self.recipe)) for c in self.candidates}
         by_name = {n.name: n for n in self.parts.distillable}
-        tasks = [
-            self.distillation.task(by_name[name], methods[spec], None, f"{label(name, spec)} in full")
+        tasks = {
+            name: self.distillation.task(by_name[name], methods[spec], None, f"{label(name, spec)} in full")
             for name, spec in named.items()
-        ]
-        self.distillation.apart(tasks)
-        for (name, _), task in zip(named.items(), tasks, strict=True):
+        }
+        planned = {name: task.plan for name, task in tasks.items()}
+        needs = {name: need for name, spec in named.items() if (need := self._need(by_name[name], spec)) is not None}
+        for name, need in needs.items():
+            result = found[name].result if name in found else None
+            if result is not None and result.nmse <= need.enough:
+                del tasks[name]  # the search has trained it as far as it needs
+            elif not self.distillation.jobs.entry(tasks[name]).done:
+                tasks[name] = replace(tasks[name], plan=replace(tasks[name].plan, enough=need.enough))
+        self.distillation.apart(list(tasks.values()))
+        for name, task in tasks.items():
             ended = self.distillation.outcomes[task.label]
             if ended.entry is not None:
                 found[name] = ended
-        return found
+        return {n: needs[n].told(ended, planned[n]) if n in needs else ended for n, ended in found.items()}
+
+    def _need(self, n: Neighbourhood, spec: str) -> Need | None:
+        """How near a chosen student has to come: by what its own error costs, and by the recipe's study."""
+        by_study = self.tolerances.need(n.name) if self.tolerances is not None else None
+        entry, measured = self.library.entry(n.name, spec), None
+        if self._allowed is not None and entry is not None:
+            with self.clock.measure("evaluate"):
+                sensitivity = self.measures.sensitivity(n, entry)
+            measured = measured_need(self._allowed, sensitivity, len(self.parts.distillable))
+        return min((need for need in (by_study, measured) if need is not None), key=lambda n: n.enough, default=None)
+
+    @cached_property
+    def _allowed(self) -> float | None:
+        """The divergence that goes with the drop that is allowed."""
+        if self.recipe.max_drop is None:
+            return None
+        return allowed_divergence(self.library.losses().values(), parse_drop(self.recipe.max_drop))
+
+    def judged(self, whole: Whole) -> Whole:
+        """The same, with a note for each student that is beyond what its place bears by the recipe's study."""
+        if self.tolerances is None:
+            return whole
+        plan, judge = self.schedule.plan(self.library.steps, self.recipe.lr), self.tolerances.judged
+        by_name = {n.name: n for n in self.parts.distillable}
+        outcomes = {name: judge(by_name[name], ended, plan, self.progress) for name, ended in whole.outcomes.items()}
+        return replace(whole, outcomes=outcomes)
 
     def _distillation(self, source: DataSource, samples: int) -> Distillation:
         path, recipe = self.given.path, self.recipe

@@ -38,6 +38,13 @@ class NeighbourhoodReport:
     parameters: int
     macs: int
     reason: str | None
+    tolerance: float | None = None
+    """The NMSE that it bears alone, as far as that is known: see `ndonnx threshold`."""
+    steps_saved: int | None = None
+    """Steps that were not needed, because the student was near enough before; None without a tolerance or with a time
+    budget."""
+    warning: str | None = None
+    """That the student is beyond the tolerance, and the way out."""
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,11 @@ class SearchedStudent:
 
 @dataclass(frozen=True)
 class OptionReport:
-    """One candidate in one neighbourhood: `trained`, `reused`, or with a reason `skipped` or `failed`."""
+    """One candidate in one neighbourhood: `trained`, `reused`, or with a reason `skipped`, `failed` or `alias`.
+
+    An alias comes to the same student as another candidate, which its reason names (`same as width 0.7`) and whose
+    numbers it has. Before anything is trained, what will be is `missing`.
+    """
 
     neighbourhood: str
     candidate: str

@@ -12,13 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from ndonnx.errors import RunDirError
 from ndonnx.rundir import atomic_write, atomic_write_json
-from ndonnx.threshold import Curve, Point, ThresholdReport
+from ndonnx.threshold import DOCUMENT, Curve, Point, ThresholdReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-DOCUMENT = "threshold.json"
 
 _DROPS = {
     "accuracy": "drop in accuracy",

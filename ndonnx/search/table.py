@@ -47,13 +47,21 @@ class Table:
         options: among them the teacher's for each neighbourhood, with drop 0. All name the same costs.
         fixed: what the rest of the model costs, 0 where it is not named. It may be below 0: slices timed one by one may
             take longer than the whole.
+        aliases: other names of options, as `{("n02", "width 0.8"): "width 0.7"}`; one of an option that is not there
+            is no name.
 
     Raises:
         ValueError: a neighbourhood lacks the teacher's option or has an option twice, costs differ in their names, a
             number is not finite, or a cost is below 0.
     """
 
-    def __init__(self, options: Iterable[Option], fixed: Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self,
+        options: Iterable[Option],
+        fixed: Mapping[str, float] | None = None,
+        aliases: Mapping[tuple[str, str], str] | None = None,
+    ) -> None:
+        self._aliases = dict(aliases or {})
         self._options: dict[str, dict[str, Option]] = {}
         for option in options:
             row = self._options.setdefault(option.neighbourhood, {})
@@ -95,14 +103,14 @@ class Table:
         return tuple(self._options[neighbourhood].values())
 
     def choose(self, candidates: Mapping[str, str]) -> Choice:
-        """The choice of these candidates; a neighbourhood that is not named keeps the teacher's.
+        """The choice of these candidates, by any of their names; a neighbourhood that is not named keeps the teacher's.
 
         Raises:
             KeyError: a neighbourhood, or a candidate of it, is not in the table.
         """
         if strange := [name for name in candidates if name not in self._options]:
             raise KeyError(strange[0])
-        chosen = {name: row[candidates.get(name, TEACHER)] for name, row in self._options.items()}
+        chosen = {name: row[self._name(name, candidates.get(name, TEACHER))] for name, row in self._options.items()}
         return Choice(
             candidates={name: option.candidate for name, option in chosen.items()},
             # Rounded once, at the end: whether a bound holds must not depend on the order of a sum.
@@ -120,7 +128,17 @@ class Table:
 
     def uniform(self, candidate: str) -> Choice:
         """One candidate wherever it is an option, the teacher's elsewhere: the baseline of the paper's figure 3."""
-        return self.choose({name: candidate for name, row in self._options.items() if candidate in row})
+        return self.choose({name: candidate for name in self._options if self._is_option(name, candidate)})
+
+    def knows(self, candidate: str) -> bool:
+        """Whether it is an option, under this or another name, in any neighbourhood."""
+        return any(self._is_option(name, candidate) for name in self._options)
+
+    def _is_option(self, neighbourhood: str, candidate: str) -> bool:
+        return self._name(neighbourhood, candidate) in self._options[neighbourhood]
+
+    def _name(self, neighbourhood: str, candidate: str) -> str:
+        return self._aliases.get((neighbourhood, candidate), candidate)
 
     def total(self, choice: Choice, cost: str) -> float:
         """What the whole model costs with this choice."""
@@ -151,7 +169,7 @@ class Table:
         For a cost that does not add up, as latency: `factor` is what a measured whole student saves, divided by what
         was predicted.
         """
-        return Table((self._corrected(option, cost, factor) for option in self), self.fixed)
+        return Table((self._corrected(option, cost, factor) for option in self), self.fixed, self._aliases)
 
     def _corrected(self, option: Option, cost: str, factor: float) -> Option:
         before = self._options[option.neighbourhood][TEACHER].costs[cost]

@@ -1,7 +1,7 @@
 """Ways to shrink a slice: each turns a teacher slice into a candidate."""
 
 from ndonnx.students.activation import ActivationSwap
-from ndonnx.students.base import Candidate, Constraint, StudentMethod, TeacherSlice
+from ndonnx.students.base import WHOLE, Candidate, Constraint, StudentMethod, TeacherSlice
 from ndonnx.students.custom import Custom, ValueType
 from ndonnx.students.lowrank import LowRank
 from ndonnx.students.methods import method_of
@@ -10,6 +10,7 @@ from ndonnx.students.sparsity import Sparsity
 from ndonnx.students.width import Width
 
 __all__ = [
+    "WHOLE",
     "ActivationSwap",
     "Candidate",
     "Constraint",

@@ -7,7 +7,7 @@ that changes the slice's boundary fails here, by name.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,6 +17,9 @@ from torch import Tensor
 from ndonnx.errors import ShrinkError
 from ndonnx.partition import ChannelGroups
 from ndonnx.teacher.sessions import REFUSALS, first_line, make_session
+
+WHOLE = "whole"
+"""The `shape_key` of a student that is as large as its slice: the teacher's own is never worse."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,14 @@ class StudentMethod(ABC):
     @abstractmethod
     def _build(self, teacher: TeacherSlice, rng: np.random.Generator) -> Candidate:
         """Make the candidate; the base class checks its boundary."""
+
+    def shape_key(self, groups: ChannelGroups) -> Hashable | None:
+        """What a student of a slice with these groups comes down to, as far as that is known before it is built.
+
+        Two methods of one class with equal keys make the same student, bit for bit, and a search trains one of them.
+        None: it takes the samples to tell. `WHOLE`: everything is kept.
+        """
+        return None
 
     def build(self, teacher: TeacherSlice, rng: np.random.Generator) -> Candidate:
         """A candidate for the slice.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +17,7 @@ from ndonnx.graph.load import infer_shapes
 from ndonnx.graph.shapes import resolve_shapes
 from ndonnx.partition import ChannelGroups, DimensionEdit
 from ndonnx.partition.sizes import write_number
-from ndonnx.students.base import Candidate, StudentMethod, TeacherSlice
+from ndonnx.students.base import WHOLE, Candidate, StudentMethod, TeacherSlice
 from ndonnx.students.importance import rank_units
 from ndonnx.students.refit import refit_consumers
 
@@ -52,6 +53,13 @@ class Width(StudentMethod):
         elif self.init == "random":
             shrunk = randomise(shrunk, rng)
         return Candidate(spec, shrunk)
+
+    def shape_key(self, groups: ChannelGroups) -> Hashable | None:
+        """The kept widths: how many units stay decides which do, and all that is drawn and fitted."""
+        if not groups.groups:
+            return None
+        kept = tuple(kept_width(group.width, self.keep, self.round_to) for group in groups.groups)
+        return WHOLE if kept == tuple(group.width for group in groups.groups) else (self.init, kept)
 
 
 def kept_width(width: int, keep: float, round_to: int | None) -> int:

@@ -1,20 +1,25 @@
 """How much error each neighbourhood, and all together, can bear: the thresholding effect (figures 1, 4 and 6)."""
 
 from ndonnx.threshold.noise import AMPLITUDES, Point
+from ndonnx.threshold.reading import DOCUMENT, Bearable, StudyFile, read_study
 from ndonnx.threshold.study import KEEP, REPEATS, Curve, Shrunk, ThresholdReport, WeightNoise, check_study, study
 from ndonnx.threshold.tolerance import Tolerance, tolerances
 
 __all__ = [
     "AMPLITUDES",
+    "DOCUMENT",
     "KEEP",
     "REPEATS",
+    "Bearable",
     "Curve",
     "Point",
     "Shrunk",
+    "StudyFile",
     "ThresholdReport",
     "Tolerance",
     "WeightNoise",
     "check_study",
+    "read_study",
     "study",
     "tolerances",
 ]

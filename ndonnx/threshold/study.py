@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -100,6 +100,8 @@ class ThresholdReport:
     seconds: float = 0.0
     files: tuple[str, ...] = ()
     """What was written."""
+    exits: Mapping[str, str] = field(default_factory=dict)
+    """The value at which each neighbourhood ends: a run that is given the study knows by it whose it is."""
 
     def to_json(self) -> dict[str, Any]:
         """As one JSON document, which has no NaN or Inf: such numbers become null."""
@@ -197,6 +199,7 @@ def study(
         tolerances=found,
         student_tolerances=tuple(_of_students(width, deviations, max_drop)),
         kept=kept,
+        exits={n.name: n.exit.name or "" for n in partials.parts.distillable if n.exit is not None},
     )
 
 

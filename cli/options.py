@@ -138,7 +138,7 @@ Augment = Annotated[
     _flag("--augment", "KINDS", "Changes of images in fine-tuning: flip, shift, mixup; or none.", "flip,shift", _TRAIN),
 ]
 FinetuneLr = Annotated[
-    float | None, _flag("--finetune-lr", "RATE", "Peak step of Adam in fine-tuning, as --lr.", "0.01", _TRAIN)
+    float | None, _flag("--finetune-lr", "RATE", "Peak step in fine-tuning, as --lr.", "0.01", _TRAIN)
 ]
 Temperature = Annotated[float | None, _flag("--temperature", "T", "Of the class scores in fine-tuning.", "4.0", _TRAIN)]
 LabelWeight = Annotated[
@@ -163,8 +163,10 @@ TimeBudget = Annotated[
 ]
 Steps = Annotated[int | None, _flag("--steps", "N", "Optimiser steps per neighbourhood.", "1000", _TRAIN)]
 BatchSize = Annotated[int | None, _flag("--batch-size", "N", "Samples per optimiser step.", "64", _TRAIN)]
-Lr = Annotated[
-    float | None, _flag("--lr", "RATE", "Peak step of Adam, relative to the size of each weight.", "0.1", _TRAIN)
+Lr = Annotated[float | None, _flag("--lr", "RATE", "Peak step, relative to the size of each weight.", "0.1", _TRAIN)]
+Optimiser = Annotated[
+    str | None,
+    _flag("--optimiser", "muon|adam", "What moves matrices where that is cheap; Adam the rest.", "muon", _TRAIN),
 ]
 Warmup = Annotated[
     float | None,
@@ -230,7 +232,7 @@ Noise = Annotated[
 ]
 HardenSteps = Annotated[int | None, _flag("--steps", "N", "Optimiser steps of the whole model.", "2000", _TRAIN)]
 HardenLr = Annotated[
-    float | None, _flag("--lr", "RATE", "Peak step of Adam, relative to the size of each weight.", "0.01", _TRAIN)
+    float | None, _flag("--lr", "RATE", "Peak step, relative to the size of each weight.", "0.01", _TRAIN)
 ]
 HardenSamples = Annotated[int | None, _flag("--samples", "N", "Most samples taken from the data.", "50000", _TRAIN)]
 

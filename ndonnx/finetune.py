@@ -17,8 +17,9 @@ from ndonnx.distil.losses import LABEL, DistillationLoss, NeighbourhoodLoss, Obj
 from ndonnx.distil.samples import SliceSamples, Source
 from ndonnx.distil.trainer import OnStep
 from ndonnx.errors import ConversionError
-from ndonnx.graph import fold_constants, load, save
+from ndonnx.graph import fold_constants, load, save, slice_cost
 from ndonnx.graph.dataflow import real_inputs
+from ndonnx.graph.load import infer_shapes
 from ndonnx.rundir import Entry
 from ndonnx.students.masks import zeros_of
 from ndonnx.teacher import ActivationStore
@@ -131,7 +132,8 @@ def finetune(
     module, _ = pass_gate(whole, probe, parity)
     train_only(module, student, kept)
     objective = objective_of(output, temperature, label_weight if labels is not None else 0.0)
-    training = train(module, samples, objective, plan, on_step, zeros_of(whole), threads=threads)
+    macs = slice_cost(fold_constants(infer_shapes(student.clone()))).macs
+    training = train(module, samples, objective, plan, on_step, zeros_of(whole), threads=threads, macs=macs)
     trained = {name: array for name, array in module.trained_weights().items() if holds(student, name, array)}
     tuned = write_back(student, trained)
     check_answer(module, free_batch(fold_constants(tuned.clone()), inputs), probe, parity)

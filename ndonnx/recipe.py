@@ -191,7 +191,9 @@ class Recipe(_Section):
     batch_size: int = Field(64, ge=1)
     """Samples per optimiser step."""
     lr: float = Field(0.1, gt=0)
-    """Peak step of Adam, relative to the root mean square of each weight."""
+    """Peak step, relative to the root mean square of each weight."""
+    optimiser: Literal["muon", "adam"] = "muon"
+    """`muon` orthogonalises the steps of matrices where that is cheap, and has Adam for the rest."""
     warmup: float = Field(0.05, ge=0, le=1)
     """Part of the steps over which the learning rate rises linearly."""
     look_ahead: int = Field(0, ge=0)
@@ -206,7 +208,7 @@ class Recipe(_Section):
     """What is done to copies of images in fine-tuning: `flip`, `shift`, `mixup`, or `none`. The teacher answers each,
     so that none needs a label; there are as many as the steps can use."""
     finetune_lr: float = Field(0.01, gt=0)
-    """Peak step of Adam in fine-tuning, relative to the root mean square of each weight."""
+    """Peak step in fine-tuning, relative to the root mean square of each weight."""
     temperature: float = Field(4.0, gt=0)
     """Of the softened class scores in fine-tuning."""
     label_weight: float = Field(0.0, ge=0, le=1)

@@ -97,11 +97,13 @@ class DistilJob:
         candidate = self.method.build(self._teacher(model, samples), np.random.default_rng(seed))
         module, _ = pass_gate(candidate.model, probe, self.parity, self.threads)
         objective = self._objective(samples)
-        training = train(module, samples, objective, self.plan, on_step, candidate.constraint, threads=self.threads)
+        cost = slice_cost(candidate.model)
+        training = train(
+            module, samples, objective, self.plan, on_step, candidate.constraint, threads=self.threads, macs=cost.macs
+        )
         student = write_back(candidate.model, module.trained_weights())
         check_answer(module, student, probe, self.parity, self.threads)
         save(student, folder / STUDENT_FILE)
-        cost = slice_cost(student)
         result = DistilResult(
             candidate.spec + (f", look-ahead {len(self.heads)}" if self.heads else ""),
             training.nmse_start,

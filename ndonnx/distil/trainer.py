@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ndonnx.convert import TorchSlice
 from ndonnx.distil.losses import Objective, nmse, target_variance
+from ndonnx.distil.optimiser import Optimiser
 from ndonnx.distil.samples import SliceSamples
 from ndonnx.errors import TrainingError
 from ndonnx.students import Constraint
@@ -32,8 +33,8 @@ _HOLDOUT_BYTES = 64 * 2**20
 _HOLDOUT_SAMPLES = 1024
 """Most of them."""
 _EVALUATION_BATCH = 64
-_SMALLEST_SCALE = 1e-2
-"""Scale of weights that are all (nearly) zero."""
+_GRADIENT = 6
+"""Operations of a gradient for each multiply-accumulate of the answer: forwards, and twice that backwards."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Plan:
     steps: int
     batch_size: int
     lr: float
-    """Peak step of Adam, relative to each weight's root mean square."""
+    """Peak step, relative to each weight's root mean square."""
     warmup: float
     seed: int
     device: str = "cpu"
@@ -54,9 +55,13 @@ class Plan:
     """NMSE of the target at or under which the training is over, wherever it is measured anyway, the start included.
     None: never."""
 
+    optimiser: Literal["muon", "adam"] = "adam"
+    """What moves matrices where that is cheap; see `ndonnx.distil.optimiser`."""
+
     def key(self) -> dict[str, Any]:
-        """What a student depends on. Without `enough` where there is none: students older than it are found again."""
-        return {name: value for name, value in asdict(self).items() if name != "enough" or value is not None}
+        """What a student depends on. Without what older students did not have, so that they are found again."""
+        older = {"enough": None, "optimiser": "adam"}
+        return {name: value for name, value in asdict(self).items() if name not in older or value != older[name]}
 
 
 @dataclass(frozen=True)
@@ -90,13 +95,15 @@ def train(
     constraint: Constraint | None = None,
     *,
     threads: int = 1,
+    macs: float = 0.0,
 ) -> Training:
     """Train in place; the module ends in its best held-out state, never worse than it began.
 
     With a constraint, the beginning is the start on which it was imposed at once, and nothing is measured, so
     that nothing can be enough, before its pattern is settled. On a CPU each of
     `threads` takes a part of every batch: inside the operators of small modules threads gain nothing,
-    and lose a lot as soon as another process takes one of their cores.
+    and lose a lot as soon as another process takes one of their cores. `macs` are the module's for one
+    sample, by which the plan's optimiser judges what is cheap; 0 leaves everything to Adam.
 
     Raises:
         TrainingError: the loss, or the held-out error of the start, is NaN or Inf.
@@ -109,7 +116,7 @@ def train(
     before = torch.get_num_threads()
     lanes = _Lanes(threads if device.type == "cpu" else 1)
     try:
-        return _train(module, samples, objective, plan, on_step, constraint, lanes, began)
+        return _train(module, samples, objective, plan, on_step, constraint, lanes, macs, began)
     finally:
         lanes.close()
         torch.set_num_threads(before)
@@ -123,6 +130,7 @@ def _train(
     on_step: OnStep,
     constraint: Constraint | None,
     lanes: _Lanes,
+    macs: float,
     began: float,
 ) -> Training:
     judge = _Judge(module, samples, objective, torch.device(plan.device), lanes)
@@ -139,7 +147,7 @@ def _train(
     step = 0
     trainable = any(weight.requires_grad for weight in module.parameters())
     if plan.steps and trainable and not _is_enough(best, plan):
-        for step, done in _descend(module, samples, objective, plan, constraint, lanes):
+        for step, done in _descend(module, samples, objective, plan, constraint, lanes, macs):
             if constraint is None or done >= constraint.settled:
                 errors = judge.errors()
                 if errors.loss < best.loss:
@@ -171,18 +179,17 @@ def _descend(
     plan: Plan,
     constraint: Constraint | None,
     lanes: _Lanes,
+    macs: float,
 ) -> Iterator[tuple[int, float]]:
     """Run the steps; yield the step and the part that is over whenever the held-out error is to be measured."""
     weights = [weight for weight in module.parameters() if weight.requires_grad]
-    optimiser = torch.optim.Adam([{"params": [w], "scale": _scale(w)} for w in weights], lr=plan.lr, fused=True)
+    optimiser = Optimiser(weights, _GRADIENT * macs * plan.batch_size, muon=plan.optimiser == "muon")
     slope = _Slope(module, samples, objective, plan, weights)
     clock = _Clock(plan)
     measured = 0.0
     for step, rows in enumerate(_batches(samples, plan), start=1):
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate(clock.done, plan) * group["scale"]
         loss = slope.descend(rows, lanes)
-        optimiser.step()
+        optimiser.step(learning_rate(clock.done, plan))
         clock.tick(step)
         if constraint is not None:
             impose(constraint, module, clock.done)
@@ -286,15 +293,6 @@ def _batches(samples: SliceSamples, plan: Plan) -> Iterator[np.ndarray]:
             order, position = first + rng.permutation(last - first), 0
         yield np.sort(order[position : position + size])
         position += size
-
-
-def _scale(weight: Tensor) -> float:
-    """Root mean square of a weight, by which its steps are scaled.
-
-    Students begin near their end, with weights of very different size from one slice to the
-    next; a step of so many per cent suits them all, where no absolute learning rate does.
-    """
-    return max(float(weight.detach().double().square().mean().sqrt()), _SMALLEST_SCALE)
 
 
 @dataclass(frozen=True)

@@ -82,4 +82,14 @@ class Schedule:
         recipe = self.recipe
         device = pick_device(recipe.device)
         bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and computes_in_bf16(device))
-        return Plan(steps, recipe.batch_size, lr, recipe.warmup, recipe.seed, device, bf16, seconds)
+        return Plan(
+            steps,
+            recipe.batch_size,
+            lr,
+            recipe.warmup,
+            recipe.seed,
+            device,
+            bf16,
+            seconds,
+            optimiser=recipe.optimiser,
+        )

@@ -39,7 +39,7 @@ _MORE_FOR_THE_WHOLE = 5
 """Times as many held-out samples as candidates are measured on, where there are rows."""
 _DECIDING = {
     *("inputs", "finetune_steps", "finetune_samples", "finetune_lr", "augment", "temperature", "label_weight"),
-    *("holdout", "batch_size", "warmup", "seed", "precision", "device", "cache_budget", "parity", "steps"),
+    *("holdout", "batch_size", "optimiser", "warmup", "seed", "precision", "device", "cache_budget", "parity", "steps"),
 }
 """Keys of the recipe that decide what is done to students together."""
 

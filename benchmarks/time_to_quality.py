@@ -3,8 +3,9 @@
     python -m benchmarks.time_to_quality MODEL --data SRC --eval SRC [--recipe FILE] [--out DIR]
     python -m benchmarks.time_to_quality --demo
 
-What is compared. One student architecture (the recipe's, at --keep), the same images, no labels, no augmentation,
-the same machine, threads, device and precision, in one process; the runs of both methods take turns.
+What is compared. One student architecture (the recipe's, at --keep), images of one source, no labels, the same
+machine, threads, device and precision, in one process; the runs of both methods take turns. KD has --samples of the
+images, as they are; ND draws as many as its budget has time for, and may change copies of them, as it does by itself.
 
 ND: `ndonnx.compress` as it is by default (fine-tuning on the teacher's answers included), once for each time budget
 of --nd-seconds, or for each number of steps of --nd-steps, every time from nothing in a fresh run directory. Its

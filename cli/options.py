@@ -104,7 +104,7 @@ Inputs = Annotated[
         "--inputs",
         "WHOSE",
         "What students learn on: teacher, student, refit (teacher, then a refit on the students' own) or noise.",
-        "teacher before a fine-tuning, else refit",
+        "teacher before a fine-tuning, else student",
         _TRAIN,
     ),
 ]

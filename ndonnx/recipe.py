@@ -185,7 +185,8 @@ class Recipe(_Section):
     inputs: Literal["teacher", "student", "refit", "noise"] | None = None
     """What a student learns on: the teacher's activations (the paper's method), those of the students before it
     (one after the other), the teacher's and then a closed-form refit on the students' own, or Gaussian noise.
-    None: `teacher`, and `refit` where no fine-tuning follows that would make up for the same errors."""
+    None: `teacher`; where no fine-tuning follows that would make up for the same errors, `student`, or `refit` in a
+    search, whose candidates are trained apart."""
     steps: int = Field(1000, ge=0)
     """Optimiser steps per neighbourhood."""
     batch_size: int = Field(64, ge=1)

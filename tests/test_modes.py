@@ -80,12 +80,15 @@ def test_every_way_to_learn_beats_cutting_channels_alone(tmp_path: Path) -> None
     assert len(students) == 3
 
 
-def test_the_walk_is_left_to_fine_tuning_where_there_is_one(tmp_path: Path) -> None:
-    by_itself, tuned, walked = Recorder(), Recorder(), Recorder()
-    go(tmp_path, residual_cnn(), "a", inputs=None, progress=by_itself)
-    go(tmp_path, residual_cnn(), "b", inputs=None, finetune_steps=3, progress=tuned)
-    go(tmp_path, residual_cnn(), "c", inputs="refit", finetune_steps=3, progress=walked)
-    assert "refit" in by_itself.stages and "finetune" not in by_itself.stages
+def test_students_are_trained_apart_where_a_fine_tuning_follows_and_in_order_where_not(tmp_path: Path) -> None:
+    def bytes_of(name: str, **options: object) -> bytes:
+        go(tmp_path, residual_cnn(), name, **options)
+        return (tmp_path / f"{name}.onnx").read_bytes()
+
+    assert bytes_of("a", inputs=None) == bytes_of("b", inputs="student")
+    tuned, walked = Recorder(), Recorder()
+    go(tmp_path, residual_cnn(), "c", inputs=None, finetune_steps=3, progress=tuned)
+    go(tmp_path, residual_cnn(), "d", inputs="refit", finetune_steps=3, progress=walked)
     assert "refit" not in tuned.stages and "finetune" in tuned.stages
     assert {"refit", "finetune"} <= set(walked.stages)
 

@@ -40,6 +40,7 @@ SMALL: dict[str, Any] = {
     "batch_size": 16,
     "inputs": "teacher",
     "finetune_steps": 0,
+    "inputs": "refit",
     "executor": "serial",
     "workers": 1,
     "device": "cpu",

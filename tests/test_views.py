@@ -118,12 +118,21 @@ def test_without_views_the_samples_come_as_they_are(tmp_path: Path) -> None:
 
 def test_as_many_views_as_the_steps_can_use() -> None:
     def views(samples: int, **settings: object) -> int:
-        return Schedule(Recipe(**settings), True).views(samples)  # type: ignore[arg-type]
+        return Schedule(Recipe(**settings), True, rate=1000).views(samples)  # type: ignore[arg-type]
 
     # 3,000 steps of 64 see 192,000 images, each answer twice.
     assert [views(n, finetune_steps=3000, batch_size=64) for n in (96_000, 48_000, 9_600)] == [1, 2, 10]
     assert views(500_000) == 1 and views(2) == 64
-    assert views(8_000, time_budget=600.0) == 6
+    # A tenth of the time, in which a thousand are answered each second.
+    assert views(8_000, time_budget=600.0) == 8
+
+
+def test_a_time_budget_draws_as_many_samples_as_are_answered_in_a_tenth_of_it() -> None:
+    for rate, drawn in ((5, 256), (100, 6_000), (1_000, 50_000)):
+        schedule = Schedule(Recipe(time_budget=600.0), True, rate=rate)
+        assert schedule.finetune_samples() == drawn and schedule.distil_samples(16_000) == min(drawn, 16_000)
+    free = Schedule(Recipe(), True)
+    assert free.finetune_samples() == 50_000 and free.distil_samples(70_000) == 70_000
 
 
 @pytest.mark.parametrize(("given", "read"), [("none", ()), ("flip", ("flip",)), ("flip, mixup", ("flip", "mixup"))])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,24 @@ from ndonnx.partition import Partition
 from ndonnx.pipeline.batches import CAPTURE_BATCH, fixed_batch, whole_batches
 from ndonnx.progress import Progress
 from ndonnx.recipe import Recipe
-from ndonnx.teacher import ActivationStore, capture
+from ndonnx.teacher import ActivationStore, capture, make_session
+
+
+def answers_a_second(model: Path, source: DataSource) -> float:
+    """Samples that are read and answered by a model in a second, roughly: by a few batches, the first not counted."""
+    session = make_session(model)
+    began, samples = time.perf_counter(), 0
+    for number, batch in enumerate(whole_batches(source, CAPTURE_BATCH, samples=_TIMED * CAPTURE_BATCH)):
+        session.run(None, dict(batch))
+        if number == 0:
+            began = time.perf_counter()
+        else:
+            samples += len(next(iter(batch.values())))
+    return samples / (time.perf_counter() - began) if samples else math.inf
+
+
+_TIMED = 4
+"""Batches."""
 
 
 @dataclass(frozen=True)

@@ -6,22 +6,25 @@ was interrupted continues with what is done there, whichever executor did it.
 
 from __future__ import annotations
 
+import platform
+from dataclasses import replace
 from pathlib import Path
 
 from ndonnx.graph import save
-from ndonnx.machine import peak_rss_bytes
+from ndonnx.machine import peak_rss_bytes, usable_cores
+from ndonnx.pipeline.answers import answers_a_second
 from ndonnx.pipeline.clock import Clock
 from ndonnx.pipeline.composing import Composition
 from ndonnx.pipeline.distilling import Distillation, Outcome
 from ndonnx.pipeline.finishing import Finishing
-from ndonnx.pipeline.opening import open_all, partition_model
+from ndonnx.pipeline.opening import Given, open_all, partition_model
 from ndonnx.pipeline.results import CHECK_SAMPLES, CompressResult, Student, compare, summaries
 from ndonnx.pipeline.schedule import Schedule
 from ndonnx.pipeline.tolerating import Tolerances, study_of
 from ndonnx.progress import Progress, Silent
 from ndonnx.recipe import Recipe
 from ndonnx.report import CompressReport
-from ndonnx.rundir import RunDir
+from ndonnx.rundir import RunDir, fingerprint, fingerprint_file
 
 
 def compress(
@@ -62,6 +65,8 @@ def compress(
         given = open_all(Path(model), output, data, eval_data, recipe)
         teacher, source = given.teacher, given.source
         schedule = Schedule(recipe, finetunable=len(teacher.graph.outputs) == 1)
+        if recipe.inputs is None and not schedule.finetunes:
+            recipe = recipe.model_copy(update={"inputs": "student"})
         study = study_of(recipe)
     folder = Path(run_dir) if run_dir is not None else Path(output or model).with_suffix(".run")
     with RunDir(folder) as run:
@@ -69,10 +74,13 @@ def compress(
             progress.stage("partition")
             parts = partition_model(teacher, recipe)
             tolerances = None if study is None else Tolerances(study, parts)
+        if recipe.time_budget is not None:
+            schedule = replace(schedule, rate=_rate(run, given))
+        samples = schedule.distil_samples(given.samples)
         distillation = Distillation(
-            run, given.path, parts, source, given.samples, recipe, schedule, progress, clock, tolerances
+            run, given.path, parts, source, samples, recipe, schedule, progress, clock, tolerances
         )
-        finishing = Finishing(run, parts, source, given.samples, recipe, schedule, progress)
+        finishing = Finishing(run, parts, source, samples, recipe, schedule, progress)
         composition = Composition(teacher, parts, source, recipe, schedule, finishing, progress, clock)
         outcomes = distillation.distil()
         entries = {n.name: entry for n in parts.neighbourhoods if (entry := outcomes[n.name].entry)}
@@ -98,3 +106,17 @@ def compress(
         )
         report.write(run.path / "report.json")
     return CompressResult(Student(student, Path(output) if output is not None else None), report)
+
+
+def _rate(run: RunDir, given: Given) -> float:
+    """Samples that are answered in a second; measured once, so that a continued run draws the same ones."""
+    where = (platform.node(), str(usable_cores()))
+    entry = run.entry("rates", fingerprint(fingerprint_file(str(given.path)), given.source.fingerprint(), *where))
+    if not entry.done:
+        entry.begin()
+        entry.commit({"samples_a_second": min(answers_a_second(given.path, given.source), _FASTEST)})
+    return float(entry.meta()["samples_a_second"])
+
+
+_FASTEST = 1e9
+"""Where there are too few samples to measure."""

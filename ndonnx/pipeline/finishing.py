@@ -162,7 +162,7 @@ class Finishing:
         names = [value.name or "" for value in (*real_inputs(self.parts.model.graph), *self.parts.model.graph.outputs)]
         each = sample_bytes(self.parts.model, names, self.source)
         length = self.source.length
-        available = self.samples if length is None else min(length, self.schedule.finetune_samples(self.samples))
+        available = self.samples if length is None else min(length, self.schedule.finetune_samples())
         held = max(2, self.recipe.cache_budget // max(1, each))
         samples = max(2, min(available, held))
         images = image_axes(self.source.inputs, self.source.recipe)

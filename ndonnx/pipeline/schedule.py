@@ -15,8 +15,11 @@ _ALONE_PART = 0.75
 """The same where it cannot be."""
 _RESERVE = 0.05
 """Part of a time budget left for the last checks."""
-_SAMPLES_A_SECOND = 80
-"""Of a time budget, for fine-tuning: decoded and sent through the teacher in a small part of it."""
+_ANSWERS_PART = 0.1
+"""Part of a time budget for reading data and sending it through the teacher: before the neighbourhoods, and again
+before fine-tuning."""
+_LEAST_SAMPLES = 256
+"""Drawn in any case: where they take too long, the budget was too small."""
 _SEEN = 2
 """Times that fine-tuning sees the same answer, where the images can be changed."""
 _MOST_VIEWS = 64
@@ -31,6 +34,8 @@ class Schedule:
     recipe: Recipe
     finetunable: bool
     """Whether the whole student can be fine-tuned, as far as is known beforehand."""
+    rate: float = 0.0
+    """Samples that are read and answered by the teacher in a second; needed with a time budget only."""
     _began: float = field(default_factory=time.perf_counter)
 
     @property
@@ -53,21 +58,26 @@ class Schedule:
         steps = recipe.steps if seconds is None else min(_ENDLESS, max(recipe.steps, 1) * 1000)
         return self.plan(steps, recipe.lr, seconds)
 
-    def finetune_samples(self, samples: int) -> int:
-        """Most samples of fine-tuning, when neighbourhoods are trained on so many."""
-        recipe = self.recipe
-        if recipe.time_budget is None:
-            return recipe.finetune_samples
-        return min(recipe.finetune_samples, max(samples, int(_SAMPLES_A_SECOND * recipe.time_budget)))
+    def distil_samples(self, samples: int) -> int:
+        """Samples of the neighbourhoods, when there are so many."""
+        return samples if self.recipe.time_budget is None else min(samples, max(_LEAST_SAMPLES, self._answers))
+
+    def finetune_samples(self) -> int:
+        """Most samples of fine-tuning."""
+        most = self.recipe.finetune_samples
+        return most if self.recipe.time_budget is None else min(most, max(_LEAST_SAMPLES, self._answers))
 
     def views(self, samples: int) -> int:
         """How often each of so many images comes in fine-tuning, changed each time; 1 is as they are."""
         recipe = self.recipe
-        if recipe.time_budget is None:
-            answers = self.finetune_steps * recipe.batch_size / _SEEN
-        else:
-            answers = _SAMPLES_A_SECOND * recipe.time_budget
+        seen = self.finetune_steps * recipe.batch_size / _SEEN
+        answers = seen if recipe.time_budget is None else self._answers
         return max(1, min(_MOST_VIEWS, round(answers / samples)))
+
+    @property
+    def _answers(self) -> int:
+        """Of the teacher, in their part of a time budget."""
+        return int(_ANSWERS_PART * (self.recipe.time_budget or 0.0) * self.rate)
 
     def finetune(self) -> Plan:
         """Of the whole student; with a time budget, in what is left of it."""

@@ -128,7 +128,7 @@ def test_as_many_views_as_the_steps_can_use() -> None:
 
 
 def test_a_time_budget_draws_as_many_samples_as_are_answered_in_a_tenth_of_it() -> None:
-    for rate, drawn in ((5, 256), (100, 6_000), (1_000, 50_000)):
+    for rate, drawn in ((2, 256), (100, 6_000), (1_000, 50_000)):
         schedule = Schedule(Recipe(time_budget=600.0), True, rate=rate)
         assert schedule.finetune_samples() == drawn and schedule.distil_samples(16_000) == min(drawn, 16_000)
     free = Schedule(Recipe(), True)

@@ -68,7 +68,8 @@ def searched(folder: Path, progress: Recorder | None = None, *, dry_run: bool = 
 
 
 def compressed(folder: Path, keep: float) -> None:
-    compress(folder / "teacher.onnx", data=str(folder / "data.npz"), recipe=made(keep=keep), run_dir=folder / "run")
+    recipe = made(keep=keep, inputs="teacher")
+    compress(folder / "teacher.onnx", data=str(folder / "data.npz"), recipe=recipe, run_dir=folder / "run")
 
 
 def groups_of(sizes: list[int]) -> ChannelGroups:

@@ -40,7 +40,6 @@ SMALL: dict[str, Any] = {
     "batch_size": 16,
     "inputs": "teacher",
     "finetune_steps": 0,
-    "inputs": "refit",
     "executor": "serial",
     "workers": 1,
     "device": "cpu",

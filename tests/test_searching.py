@@ -199,9 +199,9 @@ def test_a_dry_run_tells_and_trains_nothing(folder: Path) -> None:
 
 def test_compress_finds_what_a_search_has_trained_and_the_other_way_round(folder: Path) -> None:
     searched(folder, pareto=0, search={"candidates": ("width 0.5",)})
-    result = compressed(folder, keep=0.5)
+    result = compressed(folder, keep=0.5, inputs="teacher")
     assert {n.name for n in result.report.neighbourhoods if n.status == "reused"} == UNITS
-    compressed(folder, keep=0.25)
+    compressed(folder, keep=0.25, inputs="teacher")
     options = searched(folder, pareto=0).report.options
     assert {o.candidate for o in options if o.status == "reused"} == {"width 0.25", "width 0.5"}
 

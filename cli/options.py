@@ -319,7 +319,7 @@ Candidates = Annotated[
         "--candidates",
         "NAME",
         "What is tried: width K, sparsity S, lowrank K, activation, removal; by commas, and repeatable.",
-        "width 0.1 to 0.9",
+        "width 0.1 to 0.9, lowrank 0.3 to 0.75",
     ),
 ]
 SearchFolder = Annotated[

@@ -126,7 +126,8 @@ class SearchRecipe(_Section):
     """How the candidates of a search are trained, measured and chosen."""
 
     candidates: Names = ()
-    """What is tried in every neighbourhood, as `width 0.5` or `sparsity 2:4`. Empty: width 0.1 to 0.9."""
+    """What is tried in every neighbourhood, as `width 0.5` or `sparsity 2:4`. Empty: width 0.1 to 0.9,
+    and lowrank 0.3 to 0.75."""
     steps: int | None = Field(None, ge=0)
     """Optimiser steps of a candidate in the search. None: a fifth of the recipe's `steps`."""
     quality: Literal["divergence", "metric", "nmse"] = "divergence"

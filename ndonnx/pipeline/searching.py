@@ -126,7 +126,8 @@ class _Run:
         choices = trade_off(table, self.cost, count) if count > 0 else []
         for number, choice in enumerate(choices, start=1):
             yield f"pareto-{number}", "searched", choice.candidates
-        for candidate in self.bench.candidates if count > 0 else ():
+        multipliers = [c for c in self.bench.candidates if c.method == "width"] or self.bench.candidates
+        for candidate in multipliers if count > 0 else ():
             if table.knows(candidate.spec):
                 yield candidate.spec, "uniform", table.uniform(candidate.spec).candidates
 

@@ -9,8 +9,9 @@ from typing import Any
 from ndonnx.errors import RecipeError
 from ndonnx.recipe import Recipe, parse_sparsity
 
-DEFAULT_CANDIDATES = ("width 0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9",)
-"""The multipliers of the paper (section 5); its 1.0 is the teacher, which needs no training."""
+DEFAULT_CANDIDATES = ("width 0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9", "lowrank 0.3,0.4,0.5,0.6,0.75")
+"""The multipliers of the paper (section 5), whose 1.0 is the teacher and needs no training, and factorisations, which
+lose less for the same weights on many slices."""
 
 _POSSIBLE = (
     "width K, lowrank K (K above 0 and at most 1), sparsity S (S from 0 to below 1, or N:M as 2:4), activation "

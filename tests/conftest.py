@@ -2,8 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
 from hypothesis import settings
+
+from ndonnx.executor import processes
+from ndonnx.pipeline import distilling, finishing, measuring
+from ndonnx.teacher import sessions
 
 # A busy machine must not fail a property: no test has a time limit.
 settings.register_profile("ndonnx", deadline=None)
 settings.load_profile("ndonnx")
+
+COUNTING: tuple[Any, ...] = (distilling, finishing, measuring, sessions, processes)
+"""Modules that ask for the number of cores."""
+
+
+@pytest.fixture
+def one_core(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Everything on one core, in one thread: tests run side by side."""
+    for module in COUNTING:
+        monkeypatch.setattr(module, "usable_cores", lambda: 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

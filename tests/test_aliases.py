@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,7 +20,7 @@ from ndonnx.students.width import kept_width
 from ndonnx_cli.main import main
 from tests.models import inputs_of, residual_cnn
 from tests.test_pipeline import Recorder
-from tests.test_searching import MODULES, SETTINGS, UNITS, markers
+from tests.test_searching import SETTINGS, UNITS, markers
 
 # Of 8 channels with multiples of 4, 0.4 and 0.5 keep four and 0.9 all eight.
 CANDIDATES = ("width 0.4,0.5,0.9",)
@@ -33,14 +31,7 @@ roundings = st.none() | st.integers(1, 32)
 parts = st.floats(0.01, 0.99)
 
 
-@pytest.fixture(autouse=True)
-def one_core(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for module in MODULES:
-        monkeypatch.setattr(module, "usable_cores", lambda: 1)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_core")
 
 
 @pytest.fixture

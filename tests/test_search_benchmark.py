@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-import torch
 
 import ndonnx
 from benchmarks import search
@@ -20,7 +18,6 @@ from ndonnx.errors import UsageError
 from ndonnx.partition import partition
 from ndonnx.pipeline.composing import costs_of
 from tests.models import inputs_of, residual_cnn, run
-from tests.test_searching import MODULES
 
 RECIPE = """
 executor = "serial"
@@ -36,14 +33,7 @@ samples = 64
 """
 
 
-@pytest.fixture(autouse=True)
-def one_core(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for module in MODULES:
-        monkeypatch.setattr(module, "usable_cores", lambda: 1)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_core")
 
 
 def undecided() -> onnx.ModelProto:

@@ -8,24 +8,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-import torch
 
 from ndonnx import demo
 from ndonnx.data import DataSource, input_specs, open_source
 from ndonnx.data.source import RowSource, row_order
 from ndonnx.errors import DataError, RecipeError
-from ndonnx.executor import processes
-from ndonnx.pipeline import CompressResult, SearchResult, compress, distilling, finishing, measuring, search
+from ndonnx.pipeline import CompressResult, SearchResult, compress, search
 from ndonnx.pipeline.heldout import split
 from ndonnx.recipe import DataRecipe, Recipe, load_recipe
-from ndonnx.teacher import make_session, sessions
+from ndonnx.teacher import make_session
 from ndonnx_cli.main import main
 from tests.models import inputs_of, residual_cnn, run
 from tests.test_pipeline import Recorder, done_markers
@@ -42,17 +39,9 @@ SETTINGS: dict[str, Any] = {
 }
 SEARCH: dict[str, Any] = {"candidates": ("width 0.25,0.5,0.75",), "steps": 4, "samples": 64}
 UNITS = {"n02", "n03", "n04"}
-MODULES: tuple[Any, ...] = (distilling, finishing, measuring, sessions, processes)
 
 
-@pytest.fixture(autouse=True)
-def one_core(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for module in MODULES:
-        monkeypatch.setattr(module, "usable_cores", lambda: 1)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_core")
 
 
 @pytest.fixture
@@ -357,8 +346,9 @@ def test_a_missed_target_is_exit_code_3_and_one_line(
 CODE = """
 import sys
 from pathlib import Path
-from tests.test_searching import MODULES, compressed
-for module in MODULES:
+from tests.conftest import COUNTING
+from tests.test_searching import compressed
+for module in COUNTING:
     module.usable_cores = lambda: 1
 compressed(Path(sys.argv[1]), target=("params=0.7",))
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -20,14 +19,12 @@ from torch import Tensor
 from ndonnx.convert import TorchSlice, to_torch
 from ndonnx.distil import NeighbourhoodLoss, Plan, Training, train
 from ndonnx.errors import RecipeError, UsageError
-from ndonnx.executor import processes
-from ndonnx.pipeline import CompressResult, compress, distilling, finishing, measuring
+from ndonnx.pipeline import CompressResult, compress
 from ndonnx.pipeline.measuring import Loss
 from ndonnx.pipeline.tolerating import Tolerances, allowed_divergence, measured_need, shared
 from ndonnx.recipe import Recipe
 from ndonnx.rundir import fingerprint
 from ndonnx.students import Constraint
-from ndonnx.teacher import sessions
 from ndonnx.threshold import Bearable, read_study, study
 from ndonnx_cli.main import main
 from tests.models import Net, inputs_of, parted, residual_cnn
@@ -54,14 +51,7 @@ UNITS = ("n02", "n03", "n04")
 """Neighbourhoods of `residual_cnn` that can be shrunk."""
 
 
-@pytest.fixture(autouse=True)
-def one_core(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for module in (distilling, finishing, measuring, sessions, processes):
-        monkeypatch.setattr(module, "usable_cores", lambda: 1)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_core")
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import ndonnx
 from ndonnx.errors import UsageError
 
 from . import options
-from .outcome import DONE, interruptible, results_only
+from .outcome import DONE, job
 
 
 def benchmark(
@@ -29,12 +29,10 @@ def benchmark(
     settings = ndonnx.load_recipe(recipe)
     sizes = _whole_numbers(batch_sizes)
 
-    from .progress import telling  # noqa: PLC0415 - rich and pydantic are not for `--help`
-    from .speed import print_speed  # noqa: PLC0415
+    from .speed import print_speed  # noqa: PLC0415 - rich is not for `--help`
     from .tables import print_json  # noqa: PLC0415
 
-    with interruptible(), results_only(), telling(quiet, verbose) as progress:
-        progress.stage("start")  # what is imported now takes seconds
+    with job(quiet, verbose) as progress:
         speed = ndonnx.benchmark(
             model,
             against=against,

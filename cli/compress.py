@@ -5,14 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import typer
+
 import ndonnx
 from ndonnx.errors import UsageError
 
 from . import options
-from .outcome import interruptible, results_only, verdict
+from .outcome import job, verdict
 
 
 def compress(
+    context: typer.Context,
     model: options.Model,
     data: options.Data = None,
     data_free: options.DataFree = False,
@@ -62,57 +65,15 @@ def compress(
     verbose: options.Verbose = False,
 ) -> int:
     """Write a smaller student of MODEL, distilled neighbourhood by neighbourhood."""
-    settings = ndonnx.load_recipe(
-        recipe,
-        method=method,
-        keep=keep,
-        sparsity=sparsity,
-        swap=swap or None,
-        student=student,
-        round_to=round_to,
-        granularity=granularity,
-        cut=cut or None,
-        freeze=freeze or None,
-        init=init,
-        target=target or None,
-        max_drop=max_drop,
-        data_free=data_free or None,
-        inputs=inputs,
-        steps=steps,
-        batch_size=batch_size,
-        lr=lr,
-        optimiser=optimiser,
-        warmup=warmup,
-        look_ahead=look_ahead,
-        look_ahead_weights=look_ahead_weights or None,
-        finetune_steps=finetune_steps,
-        finetune_samples=finetune_samples,
-        augment=augment,
-        finetune_lr=finetune_lr,
-        temperature=temperature,
-        label_weight=label_weight,
-        threshold=threshold,
-        time_budget=time_budget,
-        holdout=holdout,
-        samples=samples,
-        parity=parity,
-        seed=seed,
-        workers=workers,
-        executor=executor,
-        device=device,
-        precision=precision,
-        cache_budget=cache_budget,
-    )
+    settings = ndonnx.load_recipe(recipe, **options.given(context))
     if data is None and not settings.data_free and settings.inputs != "noise":
         raise UsageError(f"--data is missing: give {options.SOURCES}; --data-free works without data")
     student_path = Path(output) if output is not None else Path(f"{Path(model).stem}-student.onnx")
     folder = Path(run_dir) if run_dir is not None else student_path.with_suffix(".run")
 
-    from .progress import telling  # noqa: PLC0415 - rich's bars are not for `--help`
-    from .tables import print_json, print_report  # noqa: PLC0415
+    from .tables import print_json, print_report  # noqa: PLC0415 - rich is not for `--help`
 
-    with interruptible(folder), results_only(), telling(quiet, verbose) as progress:
-        progress.stage("start")  # what is imported now takes seconds
+    with job(quiet, verbose, folder) as progress:
         report = ndonnx.compress(
             model,
             data=data,

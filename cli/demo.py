@@ -10,7 +10,7 @@ import ndonnx
 from ndonnx.demo import data_path, teacher_path
 
 from . import options
-from .outcome import interruptible, results_only, verdict
+from .outcome import job, verdict
 
 _KEEP = 0.5
 _ROUND_TO = 8
@@ -30,13 +30,11 @@ def demo(
     """Compress a small digit classifier that ships with ndonnx, and compare the two: under a minute."""
     settings = ndonnx.load_recipe(keep=_KEEP, round_to=_ROUND_TO, steps=_STEPS, finetune_steps=_STEPS)
 
-    from .progress import telling  # noqa: PLC0415 - rich and pydantic are not for `--help`
-    from .tables import print_demo, print_json  # noqa: PLC0415
+    from .tables import print_demo, print_json  # noqa: PLC0415 - rich is not for `--help`
 
-    with interruptible(), TemporaryDirectory(prefix="ndonnx-demo-") as scratch:
+    with TemporaryDirectory(prefix="ndonnx-demo-") as scratch:
         target = Path(output) if output is not None else Path(scratch) / "student.onnx"
-        with results_only(), telling(quiet, verbose) as progress:
-            progress.stage("start")  # what is imported now takes seconds
+        with job(quiet, verbose) as progress:
             report = ndonnx.compress(
                 teacher_path(),
                 data=str(data_path("train")),

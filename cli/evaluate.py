@@ -6,7 +6,7 @@ import ndonnx
 from ndonnx.errors import UsageError
 
 from . import options
-from .outcome import DONE, interruptible, results_only
+from .outcome import DONE, job
 
 
 def evaluate(
@@ -25,11 +25,9 @@ def evaluate(
             f"--data is missing: give {options.SOURCES}; --data leaves with a --teacher works without data"
         )
 
-    from .progress import telling  # noqa: PLC0415 - rich and pydantic are not for `--help`
-    from .tables import print_evaluation, print_json  # noqa: PLC0415
+    from .tables import print_evaluation, print_json  # noqa: PLC0415 - rich is not for `--help`
 
-    with interruptible(), results_only(), telling(quiet, verbose) as progress:
-        progress.stage("start")  # what is imported now takes seconds
+    with job(quiet, verbose) as progress:
         found = ndonnx.evaluate(model, data, teacher=teacher, recipe=settings, progress=progress)
     if json:
         print_json({"model": model, "teacher": teacher, "data": data, "metrics": found.to_json()})

@@ -5,17 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import typer
+
 import ndonnx
 from ndonnx.errors import UsageError
 
 from . import options
-from .outcome import DONE, interruptible, results_only
+from .outcome import DONE, job
 
 if TYPE_CHECKING:
     from ndonnx import HardenReport
 
 
 def harden(
+    context: typer.Context,
     model: options.Model,
     data: options.Data = None,
     eval_data: options.Eval = None,
@@ -25,14 +28,14 @@ def harden(
     cut: options.Cut = None,
     freeze: options.Freeze = None,
     noise: options.Noise = None,
-    steps: options.HardenSteps = None,
+    harden_steps: options.HardenSteps = None,
     batch_size: options.BatchSize = None,
-    lr: options.HardenLr = None,
+    finetune_lr: options.HardenLr = None,
     warmup: options.Warmup = None,
     temperature: options.Temperature = None,
     label_weight: options.LabelWeight = None,
     holdout: options.Holdout = None,
-    samples: options.HardenSamples = None,
+    finetune_samples: options.HardenSamples = None,
     parity: options.Parity = None,
     seed: options.Seed = None,
     executor: options.Executor = None,
@@ -44,39 +47,19 @@ def harden(
     verbose: options.Verbose = False,
 ) -> int:
     """Train MODEL to answer the same with noise on its inner activations, before it is compressed."""
-    settings = ndonnx.load_recipe(
-        recipe,
-        granularity=granularity,
-        cut=cut or None,
-        freeze=freeze or None,
-        batch_size=batch_size,
-        finetune_lr=lr,
-        warmup=warmup,
-        temperature=temperature,
-        label_weight=label_weight,
-        holdout=holdout,
-        finetune_samples=samples,
-        parity=parity,
-        seed=seed,
-        executor=executor,
-        device=device,
-        precision=precision,
-        cache_budget=cache_budget,
-    )
+    settings = ndonnx.load_recipe(recipe, **options.given(context))
     if data is None:
         raise UsageError(f"--data is missing: give {options.SOURCES}")
     target = Path(output) if output is not None else Path(f"{Path(model).stem}-hardened.onnx")
 
-    from .progress import telling  # noqa: PLC0415 - rich's bars are not for `--help`
-    from .tables import print_json  # noqa: PLC0415
+    from .tables import print_json  # noqa: PLC0415 - rich is not for `--help`
 
-    with interruptible(), results_only(), telling(quiet, verbose) as progress:
-        progress.stage("start")  # what is imported now takes seconds
+    with job(quiet, verbose) as progress:
         given = {} if noise is None else {"noise": noise}
         report = ndonnx.harden(
             model,
             data=data,
-            steps=steps,
+            steps=harden_steps,
             recipe=settings,
             output=target,
             eval_data=eval_data,

@@ -11,7 +11,7 @@ import ndonnx
 from ndonnx.errors import UsageError
 
 from . import options
-from .outcome import DONE, interruptible, results_only
+from .outcome import DONE, job
 
 Check = Annotated[
     bool,
@@ -20,6 +20,7 @@ Check = Annotated[
 
 
 def inspect(
+    context: typer.Context,
     model: options.Model,
     recipe: options.RecipeFile = None,
     granularity: options.Granularity = None,
@@ -33,16 +34,13 @@ def inspect(
     verbose: options.Verbose = False,
 ) -> int:
     """Show the neighbourhoods of MODEL: where it can be cut, and what each piece holds and costs."""
-    settings = ndonnx.load_recipe(recipe, granularity=granularity, cut=cut or None, freeze=freeze or None)
+    settings = ndonnx.load_recipe(recipe, **options.given(context))
     if data is not None and not check:
         raise UsageError("--data is for --check, which runs the model; give both, or leave it out")
 
-    from .progress import telling  # noqa: PLC0415 - rich is not for `--help`
-    from .tables import print_inspection, print_json  # noqa: PLC0415
+    from .tables import print_inspection, print_json  # noqa: PLC0415 - rich is not for `--help`
 
-    with interruptible(), results_only(), telling(quiet or not check, verbose and check) as progress:
-        if check:
-            progress.stage("start")  # what is imported now takes seconds
+    with job(quiet or not check, verbose and check) as progress:
         inspection = ndonnx.inspect(model, settings, check=check, data=data, progress=progress)
         if svg is not None:
             inspection.write_svg(Path(svg))

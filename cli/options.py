@@ -21,6 +21,18 @@ def _flag(name: str, metavar: str, text: str, default: str, panel: str | None = 
     return typer.Option(name, metavar=metavar, help=f"{text} (default: {default})", rich_help_panel=panel)
 
 
+def given(context: typer.Context) -> dict[str, Any]:
+    """The settings that a command's flags give, by their keys in a recipe.
+
+    A command says by the name of a parameter that it is a recipe's key; where a flag of the same name means
+    something else there, its parameter has another name.
+    """
+    from ndonnx.recipe import KEYS  # noqa: PLC0415 - pydantic is not for `--help`
+
+    said = {name: value for name, value in context.params.items() if name in KEYS}
+    return {name: value for name, value in said.items() if value not in (None, [], ()) and value is not False}
+
+
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="The ONNX file; never modified.", show_default=False)]
 
 # What goes in and out

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ndonnx import CompressReport
+    from ndonnx.progress import Progress
 
 DONE = 0
 BUG = 1
@@ -25,7 +26,23 @@ class Interrupted(Exception):
 
 
 @contextmanager
-def interruptible(run_dir: Path | None = None) -> Iterator[None]:
+def job(quiet: bool, verbose: bool, run_dir: Path | None = None) -> Iterator[Progress]:
+    """A command's work: told on stderr as the flags say, with stdout kept for results.
+
+    Args:
+        quiet: tell nothing.
+        verbose: tell more.
+        run_dir: where the work done so far is kept when Ctrl-C ends it.
+    """
+    from .progress import telling  # noqa: PLC0415 - rich's bars are not for `--help`
+
+    with _interruptible(run_dir), results_only(), telling(quiet, verbose) as progress:
+        progress.stage("start")  # what is imported now takes seconds
+        yield progress
+
+
+@contextmanager
+def _interruptible(run_dir: Path | None) -> Iterator[None]:
     """Turn Ctrl-C into `Interrupted`; `run_dir` is where the work done so far is kept."""
     try:
         yield

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import typer
+
 import ndonnx
 from ndonnx.errors import UsageError
 
 from . import options
-from .outcome import DONE, interruptible, reached, results_only
+from .outcome import DONE, job, reached
 
 
 def search(
+    context: typer.Context,
     model: options.Model,
     data: options.Data = None,
     data_free: options.DataFree = False,
@@ -31,7 +34,7 @@ def search(
     freeze: options.Freeze = None,
     init: options.Init = None,
     inputs: options.Inputs = None,
-    steps: options.CandidateSteps = None,
+    candidate_steps: options.CandidateSteps = None,
     batch_size: options.BatchSize = None,
     lr: options.Lr = None,
     finetune_steps: options.SearchFinetuneSteps = None,
@@ -50,47 +53,17 @@ def search(
     verbose: options.Verbose = False,
 ) -> int:
     """Train students of many sizes, and write those of the best trade-offs between cost and quality."""
-    settings = ndonnx.load_recipe(
-        recipe,
-        target=target or None,
-        max_drop=max_drop,
-        round_to=round_to,
-        granularity=granularity,
-        cut=cut or None,
-        freeze=freeze or None,
-        init=init,
-        data_free=data_free or None,
-        inputs=inputs,
-        batch_size=batch_size,
-        lr=lr,
-        finetune_steps=finetune_steps,
-        samples=samples,
-        threshold=threshold,
-        seed=seed,
-        workers=workers,
-        executor=executor,
-        device=device,
-        precision=precision,
-        cache_budget=cache_budget,
-        search={
-            "candidates": candidates or None,
-            "steps": steps,
-            "quality": quality,
-            "solver": solver,
-            "samples": held_out,
-        },
-    )
+    table = {"steps": candidate_steps, "quality": quality, "solver": solver, "samples": held_out}
+    settings = ndonnx.load_recipe(recipe, **options.given(context), search=table | {"candidates": candidates or None})
     if data is None and not settings.data_free:
         raise UsageError(f"--data is missing: give {options.SOURCES}; --data-free works without data")
     folder = Path(output) if output is not None else Path(f"{Path(model).stem}-search")
     kept = Path(run_dir) if run_dir is not None else folder.with_name(f"{folder.name}.run")
 
     from .curve import print_search  # noqa: PLC0415 - rich is not for `--help`
-    from .progress import telling  # noqa: PLC0415
     from .tables import print_json  # noqa: PLC0415
 
-    with interruptible(kept), results_only(), telling(quiet, verbose) as progress:
-        progress.stage("start")  # what is imported now takes seconds
+    with job(quiet, verbose, kept) as progress:
         result = ndonnx.search(
             model,
             data=data,

@@ -5,17 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import typer
+
 import ndonnx
 from ndonnx.errors import UsageError
 
 from . import options
-from .outcome import DONE, interruptible, results_only
+from .outcome import DONE, job
 
 if TYPE_CHECKING:
     from ndonnx import ThresholdReport
 
 
 def threshold(
+    context: typer.Context,
     model: options.Model,
     data: options.Data = None,
     output: options.StudyFolder = None,
@@ -25,10 +28,10 @@ def threshold(
     freeze: options.Freeze = None,
     amplitudes: options.Amplitudes = None,
     repeats: options.Repeats = None,
-    keep: options.Multipliers = None,
+    multipliers: options.Multipliers = None,
     round_to: options.RoundTo = None,
-    max_drop: options.StudyDrop = "1%",
-    samples: options.StudySamples = 2000,
+    tolerated: options.StudyDrop = "1%",
+    judged: options.StudySamples = 2000,
     seed: options.Seed = None,
     cache_budget: options.CacheBudget = None,
     json: options.Json = False,
@@ -36,34 +39,24 @@ def threshold(
     verbose: options.Verbose = False,
 ) -> int:
     """Measure how much error each neighbourhood of MODEL bears, and all together: with noise, and with students."""
-    settings = ndonnx.load_recipe(
-        recipe,
-        granularity=granularity,
-        cut=cut or None,
-        freeze=freeze or None,
-        round_to=round_to,
-        seed=seed,
-        cache_budget=cache_budget,
-    )
+    settings = ndonnx.load_recipe(recipe, **options.given(context))
     if data is None:
         raise UsageError(f"--data is missing: give {options.SOURCES}")
     target = Path(output) if output is not None else Path(f"{Path(model).stem}-threshold")
-    sizes, multipliers = _numbers("--amplitudes", amplitudes), _numbers("--keep", keep)
+    sizes, keeps = _numbers("--amplitudes", amplitudes), _numbers("--keep", multipliers)
 
-    from .progress import telling  # noqa: PLC0415 - rich's bars are not for `--help`
-    from .tables import print_json  # noqa: PLC0415
+    from .tables import print_json  # noqa: PLC0415 - rich is not for `--help`
 
-    with interruptible(), results_only(), telling(quiet, verbose) as progress:
-        progress.stage("start")  # what is imported now takes seconds
+    with job(quiet, verbose) as progress:
         report = ndonnx.threshold(
             model,
             data=data,
             recipe=settings,
-            samples=samples,
+            samples=judged,
             amplitudes=sizes,
             repeats=repeats,
-            keep=multipliers,
-            max_drop=max_drop,
+            keep=keeps,
+            max_drop=tolerated,
             output=target,
             progress=progress,
         )

@@ -243,6 +243,8 @@ class Recipe(_Section):
 
 
 _SECTIONS: dict[str, type[_Section]] = {"data": DataRecipe, "search": SearchRecipe}
+KEYS = frozenset(Recipe.model_fields) - frozenset(_SECTIONS)
+"""Of a recipe, outside its tables."""
 
 
 def load_recipe(path: str | Path | None = None, **overrides: Any) -> Recipe:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 import torch
 from hypothesis import settings
@@ -12,6 +15,8 @@ from hypothesis import settings
 from ndonnx.executor import processes
 from ndonnx.pipeline import distilling, finishing, measuring
 from ndonnx.teacher import sessions
+from tests.models import inputs_of, residual_cnn
+from tests.runs import Bench
 
 # A busy machine must not fail a property: no test has a time limit.
 settings.register_profile("ndonnx", deadline=None)
@@ -30,3 +35,17 @@ def one_core(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    """A small residual network and its data."""
+    return Bench(tmp_path).put(residual_cnn())
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The same with data enough to set some aside: `teacher.onnx` and `data.npz`."""
+    onnx.save(residual_cnn(), tmp_path / "teacher.onnx")
+    np.savez(tmp_path / "data.npz", **inputs_of(residual_cnn(), 160))  # type: ignore[arg-type]
+    return tmp_path

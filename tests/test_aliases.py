@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,9 +17,8 @@ from ndonnx.search import TEACHER, Option, Table
 from ndonnx.students import WHOLE, LowRank, Sparsity, Width
 from ndonnx.students.width import kept_width
 from ndonnx_cli.main import main
-from tests.models import inputs_of, residual_cnn
-from tests.test_pipeline import Recorder
-from tests.test_searching import SETTINGS, UNITS, markers
+from tests.runs import UNITS, Recorder
+from tests.test_searching import SETTINGS, markers
 
 # Of 8 channels with multiples of 4, 0.4 and 0.5 keep four and 0.9 all eight.
 CANDIDATES = ("width 0.4,0.5,0.9",)
@@ -32,13 +30,6 @@ parts = st.floats(0.01, 0.99)
 
 
 pytestmark = pytest.mark.usefixtures("one_core")
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    onnx.save(residual_cnn(), tmp_path / "teacher.onnx")
-    np.savez(tmp_path / "data.npz", **inputs_of(residual_cnn(), 160))  # type: ignore[arg-type]
-    return tmp_path
 
 
 def made(**options: Any) -> Recipe:

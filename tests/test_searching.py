@@ -25,30 +25,13 @@ from ndonnx.recipe import DataRecipe, Recipe, load_recipe
 from ndonnx.teacher import make_session
 from ndonnx_cli.main import main
 from tests.models import inputs_of, residual_cnn, run
-from tests.test_pipeline import Recorder, done_markers
+from tests.runs import ALONE, UNITS, Recorder, done_markers
 
-SETTINGS: dict[str, Any] = {
-    "steps": 4,
-    "batch_size": 16,
-    "samples": 64,
-    "finetune_steps": 0,
-    "executor": "serial",
-    "workers": 1,
-    "device": "cpu",
-    "precision": "fp32",
-}
+SETTINGS = ALONE | {"steps": 4, "samples": 64}
 SEARCH: dict[str, Any] = {"candidates": ("width 0.25,0.5,0.75",), "steps": 4, "samples": 64}
-UNITS = {"n02", "n03", "n04"}
 
 
 pytestmark = pytest.mark.usefixtures("one_core")
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    onnx.save(residual_cnn(), tmp_path / "teacher.onnx")
-    np.savez(tmp_path / "data.npz", **inputs_of(residual_cnn(), 160))  # type: ignore[arg-type]
-    return tmp_path
 
 
 def made(options: dict[str, Any]) -> Recipe:

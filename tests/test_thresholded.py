@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,24 +26,12 @@ from ndonnx.rundir import fingerprint
 from ndonnx.students import Constraint
 from ndonnx.threshold import Bearable, read_study, study
 from ndonnx_cli.main import main
-from tests.models import Net, inputs_of, parted, residual_cnn
+from tests.models import Net, parted, residual_cnn
+from tests.runs import LEARNING, Recorder
 from tests.test_distil import PLAN, linear, regression
-from tests.test_pipeline import Recorder
 from tests.test_threshold import opened
 
-SETTINGS: dict[str, Any] = {
-    "steps": 40,
-    "lr": 0.02,
-    "batch_size": 16,
-    "samples": 96,
-    "holdout": 0.2,
-    "inputs": "teacher",
-    "finetune_steps": 0,
-    "executor": "serial",
-    "workers": 1,
-    "device": "cpu",
-    "precision": "fp32",
-}
+SETTINGS = LEARNING | {"samples": 96}
 KEY = "6865c4964632b2bb99145f706504ba51"
 """Of the plan below, by the version before."""
 UNITS = ("n02", "n03", "n04")
@@ -52,13 +39,6 @@ UNITS = ("n02", "n03", "n04")
 
 
 pytestmark = pytest.mark.usefixtures("one_core")
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    onnx.save(residual_cnn(), tmp_path / "teacher.onnx")
-    np.savez(tmp_path / "data.npz", **inputs_of(residual_cnn(), 160))  # type: ignore[arg-type]
-    return tmp_path
 
 
 def document(bears: dict[str, float | None], **more: Any) -> dict[str, Any]:

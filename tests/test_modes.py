@@ -2,45 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-import torch
 
 from ndonnx.errors import RecipeError
-from ndonnx.executor import processes
-from ndonnx.pipeline import CompressResult, compress, distilling, finishing
+from ndonnx.pipeline import CompressResult, compress
 from ndonnx.recipe import Recipe
-from ndonnx.teacher import sessions
 from tests.models import Array, Net, inputs_of, mlp, residual_cnn, run
-from tests.test_pipeline import Recorder
+from tests.runs import LEARNING, Recorder
 
-SETTINGS: dict[str, Any] = {
-    "steps": 20,
-    "lr": 0.02,
-    "batch_size": 16,
-    "holdout": 0.2,
-    "inputs": "teacher",
-    "finetune_steps": 0,
-    "executor": "serial",
-    "workers": 1,
-    "device": "cpu",
-    "precision": "fp32",
-}
+SETTINGS = LEARNING | {"steps": 20}
 
-
-@pytest.fixture(autouse=True)
-def one_core(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for module in (distilling, finishing, sessions, processes):
-        monkeypatch.setattr(module, "usable_cores", lambda: 1)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_core")
 
 
 def go(
@@ -123,11 +100,37 @@ def test_looking_ahead_is_another_student_and_says_so(tmp_path: Path) -> None:
     candidates = {n.name: n.candidate for n in result.report.neighbourhoods if n.candidate}
     assert candidates == {
         "n02": "width k=0.5, look-ahead 2",
-        "n03": "width k=0.5, look-ahead 1",
-        "n04": "width k=0.5",
+        "n03": "width k=0.5, look-ahead 2",
+        "n04": "width k=0.5, look-ahead 1",  # the last slice leads to the teacher's output
     }
     assert (tmp_path / "plain.onnx").read_bytes() != (tmp_path / "ahead.onnx").read_bytes()
     assert error(tmp_path, "ahead") < 1.2 * error(tmp_path, "plain")
+
+
+def unknown_tail() -> onnx.ModelProto:
+    """A residual network whose classifier has an operator that does not convert."""
+    net = Net()
+    x = net.relu(net.conv(net.input("x", "N", 3, 8, 8), 3, 8, out="stem"))
+    for unit in ("unit1", "unit2"):
+        y = net.conv(net.relu(net.conv(x, 8, 8)), 8, 8)
+        x = net.relu(net.op("Add", y, x), out=unit)
+    columns = net.op("Reshape", x, net.ints(-1, 8, 64))
+    image = net.op("Col2Im", columns, net.ints(8, 8), net.ints(1, 1))
+    return net.proto(net.pooled_classifier(image, 8))
+
+
+def test_looking_ahead_ends_before_what_does_not_convert(tmp_path: Path) -> None:
+    result = go(tmp_path, unknown_tail(), look_ahead=2, steps=2)
+    candidates = {n.name: n.candidate for n in result.report.neighbourhoods if n.candidate}
+    assert list(candidates.values()) == ["width k=0.5, look-ahead 1", "width k=0.5"]
+
+
+def test_looking_ahead_ends_before_several_outputs(tmp_path: Path) -> None:
+    model = residual_cnn()
+    model.graph.output.append(onnx.helper.make_tensor_value_info("unit3", onnx.TensorProto.FLOAT, ["N", 8, 8, 8]))
+    result = go(tmp_path, model, look_ahead=2, steps=2)
+    candidates = [n.candidate for n in result.report.neighbourhoods if n.candidate]
+    assert candidates[-1] == "width k=0.5" and candidates[0].endswith("look-ahead 2")
 
 
 def test_noise_at_each_neighbourhood_does_not_look_ahead(tmp_path: Path) -> None:

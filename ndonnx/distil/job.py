@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from ndonnx.distil.gate import check_answer, free_batch, pass_gate
 from ndonnx.distil.losses import Head, LookAheadLoss, NeighbourhoodLoss, Objective, target_variance
 from ndonnx.distil.samples import SliceSamples, Source
 from ndonnx.distil.trainer import OnStep, Plan, train
+from ndonnx.errors import ConversionError
 from ndonnx.graph import load, save, slice_cost
 from ndonnx.partition import ChannelGroups
 from ndonnx.rundir import Entry
@@ -96,7 +97,8 @@ class DistilJob:
         seed = zlib.crc32(self._slice_name.encode(), self.plan.seed)
         candidate = self.method.build(self._teacher(model, samples), np.random.default_rng(seed))
         module, _ = pass_gate(candidate.model, probe, self.parity, self.threads)
-        objective = self._objective(samples)
+        heads = self._heads()
+        objective = self._objective(samples, heads)
         cost = slice_cost(candidate.model)
         training = train(
             module, samples, objective, self.plan, on_step, candidate.constraint, threads=self.threads, macs=cost.macs
@@ -105,7 +107,7 @@ class DistilJob:
         check_answer(module, student, probe, self.parity, self.threads)
         save(student, folder / STUDENT_FILE)
         result = DistilResult(
-            candidate.spec + (f", look-ahead {len(self.heads)}" if self.heads else ""),
+            candidate.spec + (f", look-ahead {len(heads)}" if heads else ""),
             training.nmse_start,
             training.nmse,
             training.steps,
@@ -126,11 +128,21 @@ class DistilJob:
         sources = {name: Source(stores[path], name) for name, path in self.stores.items()}
         return SliceSamples(sources, self.inputs, self.holdout)
 
-    def _objective(self, samples: SliceSamples) -> Objective:
-        if not self.heads:
+    def _heads(self) -> list[Head]:
+        """What it looks through: the slices up to the first that does not convert."""
+        found: list[Head] = []
+        for head in self.heads:
+            try:
+                module = to_torch(load(head.path))
+            except ConversionError:
+                break  # the spec of the student tells how far it looked
+            found.append(Head(module, head.context, head.output))
+        return found
+
+    def _objective(self, samples: SliceSamples, heads: Sequence[Head]) -> Objective:
+        if not heads:
             return NeighbourhoodLoss(self.target)
-        heads = [Head(to_torch(load(head.path)), head.context, head.output) for head in self.heads]
-        loss = LookAheadLoss(self.target, heads, self.head_weights)
+        loss = LookAheadLoss(self.target, heads, self.head_weights[: len(heads)])
         rows = samples.training_rows(_PROBE)
         loss.scales = {name: target_variance(torch.from_numpy(rows[name])) for name in loss.values}
         return loss

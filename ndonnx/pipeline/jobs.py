@@ -153,17 +153,26 @@ def _heads(parts: Partition, neighbourhood: Neighbourhood, count: int) -> list[_
     """Up to `count` teacher slices behind a neighbourhood, each from where the one before ends."""
     heads: list[_Head] = []
     order = parts.distillable
+    ends = [following.exit for following in order[order.index(neighbourhood) + 1 :]]
     start = neighbourhood.exit
-    for following in order[order.index(neighbourhood) + 1 :]:
-        if len(heads) == count or start is None or following.exit is None:
+    for end in [*ends, *_answer(parts)]:
+        if len(heads) == count or start is None or end is None or start is end:
             break
-        nodes, context = region_nodes(parts.flow, start, following.exit)
+        nodes, context = region_nodes(parts.flow, start, end)
         if any(map(is_opaque, nodes)) or not any(start in node.inputs for node in nodes):
             break
-        model = extract(parts.model, nodes, [start, *context], [following.exit])
-        heads.append(_Head(model, tuple(value.name or "" for value in context), following.exit.name or ""))
-        start = following.exit
+        model = extract(parts.model, nodes, [start, *context], [end])
+        heads.append(_Head(model, tuple(value.name or "" for value in context), end.name or ""))
+        start = end
     return heads
+
+
+def _answer(parts: Partition) -> list[ir.Value]:
+    """The teacher's output, to which the slice behind the last neighbourhood leads; none where it has several."""
+    outputs = parts.model.graph.outputs
+    if len(outputs) != 1 or outputs[0].dtype is None or not outputs[0].dtype.is_floating_point():
+        return []
+    return list(outputs)
 
 
 def boundary(neighbourhoods: Iterable[Neighbourhood]) -> list[str]:

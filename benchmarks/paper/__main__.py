@@ -5,8 +5,9 @@
 
 TABLE is
   1  width: k, with cross-entropy (CE) and KD of the same student from scratch, KD from the pruned teacher's weights,
-     ND on the teacher's activations, with fine-tuning, and with a refit walk between them (the default of `compress`)
-  3  sparsity, layer by layer, from the teacher's weights as in the paper, and from refitted ones
+     ND on the teacher's activations, in order on those of the students before, and the first with fine-tuning (the
+     default of `compress`)
+  3  sparsity, layer by layer, from the teacher's weights as in the paper, and from refitted ones, apart and in order
   4  without data: Gaussian noise at every neighbourhood as in the paper, and made-up inputs with the refit walk
   5  hardening of the teacher, and ND of it
   6  look-ahead, for as many steps and for as much time
@@ -123,7 +124,7 @@ def _scale(options: argparse.Namespace) -> Scale:
     if "steps" in given:
         given |= dict.fromkeys(("layer_steps", "look_ahead_steps", "harden_steps"), given["steps"])
     if "keeps" in given:
-        given |= {"free_keeps": given["keeps"], "middle": given["keeps"][-1]}
+        given |= dict.fromkeys(("free_keeps", "hardened_keeps"), given["keeps"]) | {"middle": given["keeps"][-1]}
     return replace(SCALES[options.scale], **given)
 
 

@@ -13,7 +13,7 @@ from benchmarks.time_to_quality import Reach, speed_up, time_to
 Row = dict[str, Any]
 
 CE_SCRATCH, KD_SCRATCH, KD_PRUNED = "CE from scratch", "KD from scratch", "KD from the pruned teacher"
-ND, ND_TUNED, ND_REFITTED = "ND", "ND + fine-tune", "ND + refit + fine-tune"
+ND, ND_ORDERED, ND_TUNED = "ND", "ND in order", "ND + fine-tune"
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ def table1(lab: Lab) -> Table:
                 KD_SCRATCH: lab.baseline(KD_SCRATCH, "kd", "random", keep, seconds, judged=True),
                 KD_PRUNED: lab.baseline(KD_PRUNED, "kd", "teacher", keep, seconds),
             }
-        refitted = lab.nd(keep=keep, inputs="refit", finetune_steps=lab.scale.finetune_steps)
-        known = {ND: published.ND.get(keep), ND_TUNED: published.ND_TUNED.get(keep), ND_REFITTED: None}
-        for method, cell in (cells | {ND: nd, ND_TUNED: tuned, ND_REFITTED: refitted}).items():
+        ordered = lab.nd(keep=keep, inputs="student")
+        known = {ND: published.ND.get(keep), ND_ORDERED: None, ND_TUNED: published.ND_TUNED.get(keep)}
+        for method, cell in (cells | {ND: nd, ND_ORDERED: ordered, ND_TUNED: tuned}).items():
             faster = _over_kd(cell, cells[KD_SCRATCH]) if method in known else None
             rows.append({"k": keep, "method": method} | _measured(lab, cell, known.get(method)) | {"speed-up": faster})
     return Table(
@@ -62,18 +62,19 @@ def table3(lab: Lab) -> Table:
     """Sparsity, layer by layer."""
     rows = []
     for sparsity in lab.scale.sparsities:
-        for init in ("teacher", "least-squares"):
+        for init, inputs in (("teacher", "teacher"), ("least-squares", "teacher"), ("least-squares", "student")):
             cell = lab.nd(
                 method="sparsity",
                 sparsity=f"{sparsity:g}",
                 granularity="layer",
                 init=init,
-                inputs="teacher",
+                inputs=inputs,
                 steps=lab.scale.layer_steps,
             )
             known = published.SPARSE.get(sparsity) if init == "teacher" else None
-            rows.append({"sparsity": sparsity, "start": init} | _measured(lab, cell, known))
-    columns = ("sparsity", "start", lab_quality(lab), "difference", "paper", "seconds")
+            order = "apart" if inputs == "teacher" else "in order"
+            rows.append({"sparsity": sparsity, "start": init, "layers": order} | _measured(lab, cell, known))
+    columns = ("sparsity", "start", "layers", lab_quality(lab), "difference", "paper", "seconds")
     return Table(3, "Sparsity, layer by layer, without fine-tuning", columns, rows)
 
 
@@ -97,7 +98,7 @@ def table5(lab: Lab) -> Table:
         {"teacher": "hardened", "k": None} | _measured(lab, hardened),
     ]
     failed = Cell(note=f"there is no hardened teacher: {hardened.note}")
-    for keep in lab.scale.keeps:
+    for keep in lab.scale.hardened_keeps:
         rows.append({"teacher": "as it is", "k": keep} | _measured(lab, lab.nd(keep=keep, inputs="teacher")))
         cell = failed if hardened.path is None else lab.nd(hardened.path, keep=keep, inputs="teacher")
         rows.append({"teacher": "hardened", "k": keep} | _measured(lab, cell))

@@ -195,22 +195,11 @@ def test_every_known_number_of_the_paper_is_measured_at_full_scale() -> None:
 
 @pytest.mark.slow
 def test_look_ahead_on_the_demo(tmp_path: Path) -> None:
-    table = table6(lab_of(tmp_path, look_aheads=(0, 1), equal_times=(1,), look_ahead_steps=2))
-    assert [(row["look-ahead"], row["fine-tune"]) for row in table.rows] == [
-        (name, tuned) for name in ("0", "1", "0, as long as 1") for tuned in ("no", "yes")
-    ]
-    assert [row["gain"] for row in table.rows[:2]] == [0, 0]
+    settings = {"look_aheads": (0, 1), "equal_times": (1,), "ordered_look_aheads": (0, 9)}
+    table = table6(lab_of(tmp_path, **settings, look_ahead_steps=2))
+    apart = [(name, tuned) for name in ("0", "1", "0, as long as 1") for tuned in ("no", "yes")]
+    ordered = [(name, "no") for name in ("0", "9", "0, as long as 9")]
+    assert [(row["look-ahead"], row["fine-tune"]) for row in table.rows] == apart + ordered
+    assert [row["neighbourhoods"] for row in table.rows] == ["apart"] * 6 + ["in order"] * 3
+    assert table.rows[0]["gain"] == table.rows[1]["gain"] == table.rows[6]["gain"] == 0
     assert all(row["accuracy"] is not None for row in table.rows)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", ["3", "4", "5"])
-def test_the_other_tables_on_the_demo(tmp_path: Path, number: str) -> None:
-    settings = {"free_keeps": (0.5,), "hardened_keeps": (0.5,), "sparsities": (0.5,), "layer_steps": 2}
-    lab = lab_of(tmp_path, **settings, harden_steps=2)
-    table = TABLES[number](lab)
-    assert all(row["accuracy"] is not None for row in table.rows)
-    columns = set(table.columns)
-    assert all(columns <= set(row) for row in table.rows)
-    known = {"3": [-0.9], "4": [-38.0], "5": []}[number]
-    assert [row["paper"] for row in table.rows if row["paper"] is not None] == known

@@ -10,7 +10,7 @@ TABLE is
   3  sparsity, layer by layer, from the teacher's weights as in the paper, and from refitted ones, apart and in order
   4  without data: Gaussian noise at every neighbourhood as in the paper, and made-up inputs with the refit walk
   5  hardening of the teacher, and ND of it
-  6  look-ahead, for as many steps and for as much time
+  6  look-ahead, for as many steps and for as much time, of neighbourhoods apart and in order
   7  ND's time by stage
 
 Every ND cell is one call of `ndonnx.compress`; its seconds are the whole of it less the judging, and students that an

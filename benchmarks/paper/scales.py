@@ -17,7 +17,9 @@ class Scale:
     """Multipliers of table 4."""
     sparsities: tuple[float, ...]
     look_aheads: tuple[int, ...]
-    """The first one is 0."""
+    """Of table 6; the first one is 0."""
+    ordered_look_aheads: tuple[int, ...]
+    """The same of neighbourhoods in order; a number beyond the chain looks as far as the output."""
     equal_times: tuple[int, ...]
     """Look-aheads whose time is also given to none."""
     middle: float
@@ -52,7 +54,8 @@ SMALL = Scale(
     hardened_keeps=(0.75, 0.5),
     free_keeps=(0.9, 0.75, 0.5),
     sparsities=(0.5, 0.7, 0.8),
-    look_aheads=(0, 1, 2, 4),
+    look_aheads=(0, 2, 4),
+    ordered_look_aheads=(0, 10),
     equal_times=(2,),
     middle=0.5,
     samples=8000,
@@ -75,6 +78,7 @@ FULL = Scale(
     free_keeps=(0.9, 0.75, 0.5),
     sparsities=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
     look_aheads=(0, 1, 2, 4),
+    ordered_look_aheads=(0, 2, 4, 10),
     equal_times=(1, 2, 4),
     middle=0.5,
     samples=None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,31 +112,24 @@ def table5(lab: Lab) -> Table:
 
 
 def table6(lab: Lab) -> Table:
-    """Look-ahead, for as many steps and for as much time."""
-    steps, tuning = lab.scale.look_ahead_steps, lab.scale.finetune_steps
-
-    def cells(look_ahead: int, steps: int) -> tuple[Cell, Cell]:
-        settings: dict[str, Any] = {
-            "keep": lab.scale.middle,
-            "inputs": "teacher",
-            "look_ahead": look_ahead,
-            "steps": steps,
-        }
-        return lab.nd(**settings), lab.nd(**settings, finetune_steps=tuning)
-
-    none = cells(0, steps)
-    rows = []
-    for look_ahead in lab.scale.look_aheads:
-        found = none if look_ahead == 0 else cells(look_ahead, steps)
-        rows += _look_ahead_rows(lab, str(look_ahead), steps, found, none, published.LOOK_AHEAD_GAIN.get(look_ahead))
-        if look_ahead in lab.scale.equal_times:
-            longer = _as_long(found[0], none[0], steps)
-            same = cells(0, longer) if longer else (Cell(note=f"look-ahead {look_ahead} failed"),) * 2
-            rows += _look_ahead_rows(lab, f"0, as long as {look_ahead}", longer, same, none, None)
+    """Look-ahead, for as many steps and for as much time, of neighbourhoods apart and in order."""
+    scale = lab.scale
+    rows = _looking(lab, "teacher", scale.look_aheads, scale.equal_times, (False, True))
+    rows += _looking(lab, "student", scale.ordered_look_aheads, scale.ordered_look_aheads[1:], (False,))
     return Table(
         6,
-        f"Look-ahead at k={lab.scale.middle:g}",
-        ("look-ahead", "steps", "fine-tune", lab_quality(lab), "difference", "gain", "paper", "seconds"),
+        f"Look-ahead at k={scale.middle:g}",
+        (
+            "neighbourhoods",
+            "look-ahead",
+            "steps",
+            "fine-tune",
+            lab_quality(lab),
+            "difference",
+            "gain",
+            "paper",
+            "seconds",
+        ),
         rows,
         "gain: over no look-ahead for as many steps, in points, which is what the paper's number is too.",
     )
@@ -190,19 +183,46 @@ def _over_kd(nd: Cell, kd: Cell) -> str | None:
     return speed_up(Reach(nd.seconds, True), time_to(nd.quality, kd.curve, KD_SCRATCH))
 
 
-def _look_ahead_rows(
-    lab: Lab, name: str, steps: int | None, found: tuple[Cell, ...], none: tuple[Cell, ...], known: float | None
+def _looking(
+    lab: Lab, inputs: str, look_aheads: Sequence[int], equal_times: Sequence[int], tuned: Sequence[bool]
 ) -> list[Row]:
-    rows = []
-    for cell, base, tuned in zip(found, none, (False, True), strict=True):
-        gain = None
-        if cell.quality is not None and base.quality is not None:
-            gain = 100 * (cell.quality - base.quality)
-        measured = _measured(lab, cell, None if tuned else known)
-        rows.append(
-            {"look-ahead": name, "steps": steps, "fine-tune": "yes" if tuned else "no", "gain": gain} | measured
-        )
+    """Rows of every look-ahead, the first of them none; behind some, none for as long."""
+    steps = lab.scale.look_ahead_steps
+
+    def cells(look_ahead: int, steps: int) -> list[Cell]:
+        settings: dict[str, Any] = {"keep": lab.scale.middle, "inputs": inputs, "look_ahead": look_ahead}
+        tunings = [{"finetune_steps": lab.scale.finetune_steps} if each else {} for each in tuned]
+        return [lab.nd(**settings, steps=steps, **tuning) for tuning in tunings]
+
+    def told(name: str, steps: int | None, found: Sequence[Cell], known: float | None = None) -> list[Row]:
+        return [
+            {
+                "neighbourhoods": "in order" if inputs == "student" else "apart",
+                "look-ahead": name,
+                "steps": steps,
+                "fine-tune": "yes" if each else "no",
+                "gain": _gain(cell, base),
+            }
+            | _measured(lab, cell, None if each or inputs == "student" else known)
+            for cell, base, each in zip(found, none, tuned, strict=True)
+        ]
+
+    none = cells(0, steps)
+    rows = told("0", steps, none)
+    for look_ahead in look_aheads[1:]:
+        found = cells(look_ahead, steps)
+        rows += told(str(look_ahead), steps, found, published.LOOK_AHEAD_GAIN.get(look_ahead))
+        if look_ahead in equal_times:
+            longer = _as_long(found[0], none[0], steps)
+            same = cells(0, longer) if longer else [Cell(note=f"look-ahead {look_ahead} failed")] * len(tuned)
+            rows += told(f"0, as long as {look_ahead}", longer, same)
     return rows
+
+
+def _gain(cell: Cell, base: Cell) -> float | None:
+    if cell.quality is None or base.quality is None:
+        return None
+    return 100 * (cell.quality - base.quality)
 
 
 def _as_long(found: Cell, none: Cell, steps: int) -> int | None:

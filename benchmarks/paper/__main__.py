@@ -15,9 +15,9 @@ TABLE is
 
 Every ND cell is one call of `ndonnx.compress`; its seconds are the whole of it less the judging, and students that an
 earlier cell has trained are paid for in every cell that uses them. Baselines train the whole student in torch, set-up
-and the teacher's answers included in their time, for twice what ND and its fine-tuning took (the last of the scale's
-factors); their learning rate is chosen by short trainings judged on held-out training images, which is not charged.
-"From scratch" means random weights in the student slices: what the partition keeps (a stem, a head) stays the
+and the teacher's answers included in their time, for longer than ND and its fine-tuning took (by the last of the
+scale's factors); their learning rate is chosen by short trainings judged on held-out training images, which is not
+charged. "From scratch" means random weights in the student slices: what the partition keeps (a stem, a head) stays the
 teacher's. KD from scratch is judged on its way, in runs of several lengths; a checkpoint before the end of a run has
 not annealed its learning rate, so `benchmarks.time_to_quality`, with more budgets, is the better judge of speed.
 

@@ -240,7 +240,7 @@ def output(default: str) -> Any:
 # Of `ndonnx harden`
 Noise = Annotated[
     float | None,
-    _flag("--noise", "PART", "Deviation of the noise, as a part of each activation's own.", "0.1", _TRAIN),
+    _flag("--noise", "PART", "Deviation of the noise, as a part of each activation's own.", "0.3", _TRAIN),
 ]
 HardenSteps = Annotated[int | None, _flag("--steps", "N", "Optimiser steps of the whole model.", "2000", _TRAIN)]
 HardenLr = Annotated[

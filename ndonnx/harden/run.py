@@ -33,7 +33,7 @@ from ndonnx.teacher import capture_bytes
 from ndonnx.teacher.noise_inputs import Noise
 from ndonnx.verify import verify
 
-NOISE = 0.1
+NOISE = 0.3
 """Deviation of the noise, as a part of the activation's own."""
 STEPS = 2000
 

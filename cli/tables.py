@@ -107,9 +107,10 @@ def print_report(report: ndonnx.CompressReport) -> None:
         )
     if (found := report.target) is not None:
         parts = ", ".join(f"{cost} {part_text(part)}" for cost, part in found.reached.items())
+        drop, bound = ("an unknown part" if lost is None else f"{lost:.2%}" for lost in (found.drop, found.bound))
         print_text(
             f"of the teacher's: {parts}; on {found.samples} samples that no training saw, {found.quality} lost "
-            f"{found.drop:.2%}, with 95% confidence at most {found.bound:.2%}"
+            f"{drop}, with 95% confidence at most {bound}"
         )
     spent = f"{seconds_text(report.seconds.total)}, peak memory {bytes_text(report.peak_rss_bytes)}"
     print_text(f"student written to {report.student.path}\nrun directory {report.run_dir}\ntook {spent}")

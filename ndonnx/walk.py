@@ -170,6 +170,18 @@ def _inputs(neighbourhood: Neighbourhood) -> list[str]:
     return [value.name or "" for value in (neighbourhood.entry, *neighbourhood.context)]
 
 
+def held_values(parts: Partition, order: Sequence[Neighbourhood]) -> list[set[str]]:
+    """Names of the values that a `Prefix` holds while it goes past each neighbourhood."""
+    last = _last_readers(parts, order)
+    held = {value.name or "" for value in real_inputs(parts.model.graph)}
+    found = []
+    for position, neighbourhood in enumerate(order):
+        assert neighbourhood.exit is not None
+        found.append(held | {*_inputs(neighbourhood), neighbourhood.exit.name or ""})
+        held = {name for name in found[-1] if last.get(name, -1) > position}
+    return found
+
+
 def _last_readers(parts: Partition, order: Sequence[Neighbourhood]) -> dict[str, int]:
     """For every value that is held on the way, the position of the last neighbourhood that needs it."""
     values = ir.convenience.create_value_mapping(parts.model.graph, include_subgraphs=False)

@@ -106,8 +106,9 @@ def done_markers(run_dir: Path) -> dict[str, Path]:
 
 
 def activations(run_dir: Path) -> int:
+    """Bytes of the values that lie in a run directory."""
     total = 0
-    for path in run_dir.glob("activations/**/*"):
+    for path in (*run_dir.glob("activations/**/*"), *run_dir.glob("prefix/**/*")):
         with contextlib.suppress(FileNotFoundError):
             total += path.stat().st_size if path.is_file() else 0
     return total

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import pytest
 from onnx import numpy_helper
 
 from ndonnx.distil import DistilJob
-from ndonnx.errors import RunDirError
+from ndonnx.errors import RunDirError, TrainingError
 from ndonnx.executor import Executor, SerialExecutor
 from ndonnx.pipeline import compress, distilling
 from ndonnx.recipe import Recipe
@@ -142,6 +143,55 @@ def test_a_budget_below_one_neighbourhood_takes_fewer_samples_and_says_so(bench:
     (note,) = (note for note in recorder.notes if "--cache-budget" in note)
     assert "holds 20 of 48 samples" in note
     assert {n for n, status in statuses(result).items() if status == "distilled"} == UNITS
+
+
+def test_a_chain_of_students_keeps_the_cache_budget(bench: Bench) -> None:
+    """In order, what the students before give lies on the disk beside the teacher's exits."""
+    reference = bench.bytes("reference", inputs="student")
+    image, held = 4 * 3 * 8 * 8, []
+    for values, waves in ((1, 3), (2, 2), (3, 1)):
+        budget = 48 * (image + 2 * SAMPLE + values * SAMPLE)
+        recorder = Recorder(lambda kind: held.append(activations(bench.folder / "run")))
+        result = bench.compress(progress=recorder, inputs="student", cache_budget=budget)
+        assert recorder.stages.count("capture") == waves
+        assert max(held) <= budget + 4 * MANIFESTS
+        assert bench.student.read_bytes() == reference
+        assert all(status != "reused" for status in statuses(result).values())
+        shutil.rmtree(bench.folder / "run")
+        held.clear()
+
+
+def test_who_stood_behind_one_that_failed_is_trained_again_when_it_does_not(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = bench.bytes("reference", inputs="student")
+    work = DistilJob.__call__
+
+    def failing(job: DistilJob, on_step: Any) -> Any:
+        if job.name == "n03":
+            raise TrainingError("out of memory")
+        return work(job, on_step)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(DistilJob, "__call__", failing)
+        first = bench.compress(inputs="student")
+        again = bench.compress(inputs="student")
+    assert {statuses(first)[name] for name in ("n02", "n04")} == {"distilled"} and statuses(first)["n03"] == "kept"
+    assert statuses(again)["n04"] == "reused"  # it stands behind the same as before
+    last = bench.compress(inputs="student")
+    assert {name: statuses(last)[name] for name in sorted(UNITS)} == {
+        "n02": "reused",
+        "n03": "distilled",
+        "n04": "distilled",
+    }
+    assert bench.student.read_bytes() == reference
+
+
+def test_what_is_looked_through_decides_whether_a_student_is_used_again(bench: Bench) -> None:
+    bench.compress(look_ahead=1)
+    assert {statuses(bench.compress(look_ahead=1))[name] for name in UNITS} == {"reused"}
+    found = statuses(bench.compress(look_ahead=1, freeze=("unit3",)))
+    assert (found["n02"], found["n03"]) == ("reused", "distilled")  # n03 looks as far as the output now
 
 
 def test_the_activations_are_gone_afterwards_and_nothing_else_is_left(bench: Bench) -> None:

@@ -133,6 +133,15 @@ def test_looking_ahead_ends_before_several_outputs(tmp_path: Path) -> None:
     assert candidates[-1] == "width k=0.5" and candidates[0].endswith("look-ahead 2")
 
 
+def test_where_nothing_can_be_fine_tuned_students_are_trained_in_order(tmp_path: Path) -> None:
+    model = residual_cnn()
+    model.graph.output.append(onnx.helper.make_tensor_value_info("unit1", onnx.TensorProto.FLOAT, ["N", 8, 8, 8]))
+    result = go(tmp_path, model, inputs=None, finetune_steps=5)
+    assert result.report.finetune is not None and "2 outputs" in (result.report.finetune.reason or "")
+    go(tmp_path, model, "ordered", inputs="student")
+    assert (tmp_path / "student.onnx").read_bytes() == (tmp_path / "ordered.onnx").read_bytes()
+
+
 def test_noise_at_each_neighbourhood_does_not_look_ahead(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="look_ahead: noise"):
         go(tmp_path, residual_cnn(), inputs="noise", look_ahead=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from ndonnx.data.source import RowSource, row_order
 from ndonnx.errors import DataError, RecipeError
 from ndonnx.pipeline import CompressResult, SearchResult, compress, search
 from ndonnx.pipeline.heldout import split
+from ndonnx.pipeline.measuring import WholeLoss
 from ndonnx.recipe import DataRecipe, Recipe, load_recipe
 from ndonnx.teacher import make_session
 from ndonnx_cli.main import main
@@ -369,3 +371,10 @@ def test_searching_the_demo_keeps_its_promise(tmp_path: Path) -> None:
     target = result.report.target
     assert target is not None and target.missed is None and target.quality == "accuracy"
     assert target.reached["params"] < 0.9 and target.bound <= 0.05
+
+
+def test_a_loss_that_is_not_finite_is_kept_as_null() -> None:
+    loss = WholeLoss(0.25, math.inf, math.inf, math.nan)
+    written = json.loads(json.dumps(loss.to_json(), allow_nan=False))
+    assert written == {"drop": 0.25, "divergence": None, "bound": None, "metric": None}
+    assert WholeLoss.of_json(written) == WholeLoss(0.25, math.inf, math.inf, math.inf)

@@ -135,6 +135,17 @@ def test_a_time_budget_draws_as_many_samples_as_are_answered_in_a_tenth_of_it() 
     assert free.finetune_samples() == 50_000 and free.distil_samples(70_000) == 70_000
 
 
+@pytest.mark.parametrize(
+    ("finetune_steps", "finetunable", "seconds"), [(None, True, 60.0), (0, True, 450.0), (None, False, 450.0)]
+)
+def test_neighbourhoods_get_the_time_that_nothing_else_needs(
+    finetune_steps: int | None, finetunable: bool, seconds: float
+) -> None:
+    schedule = Schedule(Recipe(time_budget=600.0, finetune_steps=finetune_steps), finetunable, rate=1000)
+    assert schedule.distil(jobs=9, workers=1).seconds == pytest.approx(seconds / 9)
+    assert schedule.distil(jobs=9, workers=2).seconds == pytest.approx(2 * seconds / 9)
+
+
 @pytest.mark.parametrize(("given", "read"), [("none", ()), ("flip", ("flip",)), ("flip, mixup", ("flip", "mixup"))])
 def test_kinds_are_read_from_text(given: str, read: tuple[str, ...]) -> None:
     assert make_recipe({"augment": given}).augment == read

@@ -15,7 +15,7 @@ from ndonnx.partition import Partition
 from ndonnx.splice import splice
 from ndonnx.students import TeacherSlice, Width
 from ndonnx.students.exit import find_exit, refit_exit
-from ndonnx.walk import Prefix, refit_walk
+from ndonnx.walk import Prefix, held_values, refit_walk
 from tests.models import Array, Net, inputs_of, parted, residual_cnn, run, stack, transformer
 
 SAMPLES = 40
@@ -59,11 +59,14 @@ def test_the_prefix_gives_what_the_whole_student_has_there(tmp_path: Path, model
     whole = splice(parts.model, students)
     order = [n for n in parts.neighbourhoods if n.name in students]
     prefix = Prefix(parts, order, batches_of(data), tmp_path, SAMPLES)
-    for n in order:
+    foretold = held_values(parts, order)
+    for n, held in zip(order, foretold, strict=True):
         for name, store in prefix.inputs_of(n).items():
             expected = values(whole, data, [name])[name]
             found = np.asarray(store.array(name), dtype=np.float32)
             assert np.abs(found - expected).max() <= 3e-3 * np.abs(expected).max()  # kept in half precision
+        on_disk = list(tmp_path.rglob("*.npy"))
+        assert len(on_disk) == len(held) - 1  # the exit is still to come
         prefix.put(n, students[n.name])
     prefix.close()
     assert not list(tmp_path.rglob("*.npy"))

@@ -65,7 +65,7 @@ def compress(
         given = open_all(Path(model), output, data, eval_data, recipe)
         teacher, source = given.teacher, given.source
         schedule = Schedule(recipe, finetunable=len(teacher.graph.outputs) == 1)
-        if recipe.inputs is None and not schedule.finetunes:
+        if recipe.inputs is None and schedule.alone:
             recipe = recipe.model_copy(update={"inputs": "student"})
         study = study_of(recipe)
     folder = Path(run_dir) if run_dir is not None else Path(output or model).with_suffix(".run")

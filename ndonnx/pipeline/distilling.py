@@ -15,7 +15,7 @@ from ndonnx.errors import RecipeError, RunDirError, SliceError
 from ndonnx.executor import make_executor
 from ndonnx.machine import pick_device, usable_cores
 from ndonnx.partition import Neighbourhood, Partition
-from ndonnx.pipeline.batches import CAPTURE_BATCH, whole_batches
+from ndonnx.pipeline.batches import CAPTURE_BATCH, sample_bytes, whole_batches
 from ndonnx.pipeline.clock import Clock
 from ndonnx.pipeline.jobs import Jobs, Task
 from ndonnx.pipeline.schedule import Schedule
@@ -29,7 +29,7 @@ from ndonnx.students import StudentMethod, method_of
 from ndonnx.teacher import ActivationStore, capture
 from ndonnx.teacher.moments import entry_noise
 from ndonnx.teacher.noise import EntryNoise, noise_store
-from ndonnx.walk import Prefix
+from ndonnx.walk import Prefix, held_values
 
 Rounds = Callable[[Sequence[Task]], Iterator[Sequence[Task]]]
 """Tasks of one wave in the order of their training: each round is over before the next one is asked for."""
@@ -91,7 +91,16 @@ class Distillation:
 
     def __post_init__(self) -> None:
         self.jobs = Jobs(self.run, self.model_path, self.parts, self.recipe)
-        self._waves = Waves(self.parts, self.source, self.recipe.cache_budget, self.jobs.wanted, self.progress)
+        in_order = self.recipe.inputs == "student"
+        wanted = self.jobs.exits if in_order else self.jobs.wanted
+        beside = self._beside() if in_order else 0
+        self._waves = Waves(self.parts, self.source, self.recipe.cache_budget, wanted, self.progress, beside)
+
+    def _beside(self) -> int:
+        """Bytes of one sample that a walk down the chain holds at most."""
+        held = held_values(self.parts, self.parts.distillable)
+        sizes = {name: sample_bytes(self.parts.model, [name], self.source) for name in set().union(*held)}
+        return max((sum(sizes[name] for name in names) for names in held), default=0)
 
     @property
     def data(self) -> tuple[str, ...]:
@@ -217,6 +226,8 @@ class Distillation:
         if all(self.jobs.entry(task).done for task in self._chained(open_)):
             waves = []
         folder = self.run.path / "prefix"
+        if waves:
+            self._waves.estimate(waves, samples)
         prefix = Prefix(self.parts, open_, self._batches(samples), folder, samples) if waves else None
         self.jobs.chain.clear()
         for task in self._chained([] if waves else open_):
@@ -300,7 +311,7 @@ class Distillation:
         in_order = list(jobs.values())
         if not ordered:
             # Those with most of a time budget first, so that no worker is left with one alone in the end.
-            in_order.sort(key=lambda job: (-(job.plan.seconds or 0.0), -sum(sizes[name] for name in job.stores)))
+            in_order.sort(key=lambda job: (-(job.plan.seconds or 0.0), -sum(sizes.get(name, 0) for name in job.stores)))
         for outcome in executor.run(in_order, self.progress.step):
             result = outcome.result
             self.outcomes[outcome.name] = (

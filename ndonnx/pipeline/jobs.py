@@ -14,7 +14,7 @@ from ndonnx.graph import save
 from ndonnx.graph.load import external_tensors
 from ndonnx.partition import Neighbourhood, Partition, extract, is_opaque, region_nodes
 from ndonnx.recipe import Recipe
-from ndonnx.rundir import Entry, RunDir, fingerprint, fingerprint_file
+from ndonnx.rundir import Entry, Fingerprintable, RunDir, fingerprint, fingerprint_file
 from ndonnx.students import StudentMethod
 
 
@@ -64,7 +64,9 @@ class Jobs:
     def key(self, task: Task) -> str:
         """The name of the student's folder. A search and a plain run that want the same student agree on it."""
         recipe = self.recipe
-        ahead = [recipe.look_ahead, *self._weights()] if recipe.look_ahead else []
+        heads = self._heads(task.neighbourhood)
+        seen: list[Fingerprintable] = [[*head.context, head.output] for head in heads]
+        ahead: list[Fingerprintable] = [list(self._weights()), seen] if heads else []
         key = fingerprint(
             *self.data,
             boundary([task.neighbourhood]),
@@ -80,10 +82,10 @@ class Jobs:
         return f"{task.neighbourhood.name}-{key}"
 
     def chained(self, tasks: Iterable[Task]) -> Iterator[Task]:
-        """In order, the key of each going into those of all after it."""
+        """In order, what became of each going into the keys of all after it: they are trained behind it."""
         for task in tasks:
             yield task
-            self.chain.append(self.key(task))
+            self.chain.append(self.key(task) if self.entry(task).done else f"{task.neighbourhood.name} kept")
 
     def job(self, task: Task, stores: Mapping[str, Path], threads: int) -> DistilJob:
         """The work of a task on captured values, the store of each by its name."""

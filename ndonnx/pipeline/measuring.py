@@ -6,9 +6,10 @@ import math
 import platform
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import onnx_ir as ir
@@ -43,6 +44,16 @@ class Loss:
     drop: float
     """Of the metric, see `ndonnx.partial.Quality`."""
     divergence: float
+
+    def to_json(self) -> dict[str, float | None]:
+        """For a document, which has no Inf: null stands for it."""
+        return {name: finite(value) for name, value in asdict(self).items()}
+
+    @classmethod
+    def of_json(cls, found: Mapping[str, float | None]) -> Self:
+        """What `to_json` has written."""
+        values = (found[each.name] for each in fields(cls))
+        return cls(*(math.inf if value is None else float(value) for value in values))
 
 
 @dataclass(frozen=True)
@@ -100,9 +111,8 @@ class Measures:
                 self.progress.note(str(error))
                 drop = divergence = math.inf
             entry.begin()
-            entry.commit({"drop": _finite(drop), "divergence": _finite(divergence)})
-        meta = entry.meta()
-        return Loss(*(math.inf if meta[key] is None else meta[key] for key in ("drop", "divergence")))
+            entry.commit(Loss(drop, divergence).to_json())
+        return Loss.of_json(entry.meta())
 
     def sensitivity(self, neighbourhood: Neighbourhood, student: Entry) -> float:
         """The divergence that a student's error at a neighbourhood's exit causes, per NMSE.
@@ -117,7 +127,7 @@ class Measures:
                 self.partials, self.partials.quality, math.inf, names=[name], amplitudes=[_AMPLITUDE], students=students
             )[name].sensitivity
             entry.begin()
-            entry.commit({"sensitivity": _finite(found or 0.0)})
+            entry.commit({"sensitivity": finite(found or 0.0)})
         found = entry.meta()["sensitivity"]
         return math.inf if found is None else float(found)
 
@@ -217,7 +227,8 @@ class Measures:
         return self.split.key()
 
 
-def _finite(value: float) -> float | None:
+def finite(value: float) -> float | None:
+    """The value, or None where it is Inf or NaN."""
     return value if math.isfinite(value) else None
 
 

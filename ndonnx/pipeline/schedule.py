@@ -12,7 +12,7 @@ from ndonnx.recipe import FINETUNE_FACTOR, Recipe
 _DISTIL_PART = 0.1
 """Part of a time budget for the neighbourhoods, where the whole student is fine-tuned after them."""
 _ALONE_PART = 0.75
-"""The same where it cannot be."""
+"""The same where it is not."""
 _RESERVE = 0.05
 """Part of a time budget left for the last checks."""
 _ANSWERS_PART = 0.1
@@ -44,6 +44,11 @@ class Schedule:
         return self.recipe.finetune_steps != 0 and (self.recipe.time_budget is not None or self.finetune_steps > 0)
 
     @property
+    def alone(self) -> bool:
+        """Whether the neighbourhoods are all that is trained, as far as is known beforehand."""
+        return not (self.finetunable and self.finetunes)
+
+    @property
     def finetune_steps(self) -> int:
         """Of the whole student, without a time budget."""
         recipe = self.recipe
@@ -53,7 +58,7 @@ class Schedule:
         """Of one neighbourhood, when `jobs` of them are trained by so many workers at a time."""
         recipe, seconds = self.recipe, None
         if recipe.time_budget is not None:
-            part = _DISTIL_PART if self.finetunable else _ALONE_PART
+            part = _ALONE_PART if self.alone else _DISTIL_PART
             seconds = part * recipe.time_budget * min(workers, jobs) / max(1, jobs)
         steps = recipe.steps if seconds is None else min(_ENDLESS, max(recipe.steps, 1) * 1000)
         return self.plan(steps, recipe.lr, seconds)

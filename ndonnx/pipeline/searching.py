@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,6 +11,7 @@ from pathlib import Path
 from ndonnx.evaluate import Evaluation, evaluate
 from ndonnx.graph import save
 from ndonnx.pipeline.clock import Clock
+from ndonnx.pipeline.measuring import finite
 from ndonnx.pipeline.opening import open_all
 from ndonnx.pipeline.reaching import Reaching
 from ndonnx.pipeline.results import drop_of
@@ -185,9 +187,10 @@ class _Run:
         if not entry.done:
             found = evaluate(whole.path, judge, teacher=bench.given.path, progress=bench.progress)
             entry.begin()
-            entry.commit(dict(zip(("drop", "metric"), drop_of(found, self._teacher), strict=True)))
-        meta = entry.meta()
-        return float(meta["drop"]), float(meta["metric"])
+            judged = map(finite, drop_of(found, self._teacher))
+            entry.commit(dict(zip(("drop", "metric"), judged, strict=True)))
+        drop, metric = (entry.meta()[name] for name in ("drop", "metric"))
+        return math.inf if drop is None else float(drop), math.inf if metric is None else float(metric)
 
     @cached_property
     def _teacher(self) -> Evaluation:

@@ -9,6 +9,7 @@ from ndonnx.graph import save
 from ndonnx.machine import peak_rss_bytes
 from ndonnx.pipeline.clock import Clock
 from ndonnx.pipeline.distilling import Outcome
+from ndonnx.pipeline.measuring import finite
 from ndonnx.pipeline.opening import open_all
 from ndonnx.pipeline.reaching import Reaching
 from ndonnx.pipeline.results import CHECK_SAMPLES, CompressResult, Student, compare, drop_of, summaries
@@ -71,8 +72,8 @@ def compress_to_target(
                 reached=best.shares,
                 quality=bench.measures.quality.kind,
                 samples=bench.split.count,
-                drop=best.loss.drop,
-                bound=best.loss.bound,
+                drop=finite(best.loss.drop),
+                bound=finite(best.loss.bound),
                 missed=missed,
             ),
         )

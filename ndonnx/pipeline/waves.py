@@ -25,13 +25,15 @@ class Waves:
     wanted: Callable[[Iterable[Neighbourhood]], list[str]]
     """Names of the values to capture for neighbourhoods."""
     progress: Progress
+    beside: int = 0
+    """Bytes of one sample that lie on the disk in any wave."""
     sizes: dict[str, int] = field(default_factory=dict)
     """Bytes of one sample of a value in the store, as far as it was asked for."""
 
     def plan(self, samples: int) -> tuple[int, list[list[Neighbourhood]]]:
         """As many of the samples as the budget holds, and the waves."""
         open_ = self.parts.distillable
-        one = [self._bytes([n]) for n in open_]
+        one = [self._bytes([n]) + self.beside for n in open_]
         if open_ and max(one) * samples > self.budget:
             held = max(2, self.budget // max(one))
             self.progress.note(
@@ -51,7 +53,7 @@ class Waves:
 
     def estimate(self, waves: Sequence[Sequence[Neighbourhood]], samples: int) -> None:
         """Tell what the sweeps that are left take on the disk."""
-        sizes = [self._bytes(wave) * samples for wave in waves]
+        sizes = [(self._bytes(wave) + self.beside) * samples for wave in waves]
         if sizes:
             sweeps = f"in {len(sizes)} sweeps of at most " if len(sizes) > 1 else ""
             self.progress.note(
@@ -65,7 +67,7 @@ class Waves:
         held: set[str] = set()
         for neighbourhood in neighbourhoods:
             wanted = held | set(self.wanted([neighbourhood]))
-            if waves and sum(self.sizes[name] for name in wanted) <= limit:
+            if waves and sum(self.sizes[name] for name in wanted) + self.beside <= limit:
                 waves[-1].append(neighbourhood)
                 held = wanted
             else:

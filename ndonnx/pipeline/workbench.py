@@ -204,7 +204,7 @@ class Workbench:
             folder = entry.begin()
             save(student, folder / STUDENT_FILE)
             costs = _costs(student, folder / STUDENT_FILE)
-            made = {"loss": asdict(loss), "tuned": None if tuned is None else asdict(tuned), "costs": costs}
+            made = {"loss": loss.to_json(), "tuned": None if tuned is None else asdict(tuned), "costs": costs}
             entry.commit(made | {"refused": composed.refused})
         meta = entry.meta()
         costs = {str(name): float(cost) for name, cost in meta["costs"].items()}
@@ -213,7 +213,7 @@ class Workbench:
         return Whole(
             candidates=dict(choice),
             entry=entry,
-            loss=WholeLoss(**meta["loss"]),
+            loss=WholeLoss.of_json(meta["loss"]),
             costs=costs,
             shares=shares if latency is None else shares | {"latency": latency},
             tuned=None if meta["tuned"] is None else FinetuneReport(**meta["tuned"]),

@@ -89,9 +89,9 @@ class TargetReport:
     """What the drop is of: accuracy, agreement or nmse."""
     samples: int
     """Held-out samples, which no training saw."""
-    drop: float
-    """Measured on them."""
-    bound: float
+    drop: float | None
+    """Measured on them; None where the student's answers are not finite."""
+    bound: float | None
     """One-sided 95% upper confidence bound of it, which `max_drop` is compared with."""
     missed: str | None
     """Why this is not what was asked for; None where it is."""

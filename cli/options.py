@@ -242,7 +242,10 @@ Noise = Annotated[
     float | None,
     _flag("--noise", "PART", "Deviation of the noise, as a part of each activation's own.", "0.3", _TRAIN),
 ]
-HardenSteps = Annotated[int | None, _flag("--steps", "N", "Optimiser steps of the whole model.", "2000", _TRAIN)]
+HardenSteps = Annotated[
+    int | None,
+    _flag("--steps", "N", "Optimiser steps of the whole model.", "the recipe's finetune_steps, else 2000", _TRAIN),
+]
 HardenLr = Annotated[
     float | None, _flag("--lr", "RATE", "Peak step, relative to the size of each weight.", "0.01", _TRAIN)
 ]

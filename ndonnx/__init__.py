@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ndonnx.api import benchmark, evaluate, inspect, partition, threshold
-    from ndonnx.benchmark import Latency, ProviderSpeed, Ratio
+    from ndonnx.benchmark import Latency, ProviderSpeed, Ratio, Timing
     from ndonnx.evaluate import Evaluation
     from ndonnx.graph.load import load
     from ndonnx.harden import HardenReport, HardenResult, harden
+    from ndonnx.partition import Partition
     from ndonnx.pipeline import CompressResult, SearchResult, compress, search
     from ndonnx.recipe import DataRecipe, Recipe, SearchRecipe, load_recipe
     from ndonnx.report import CompressReport
@@ -39,6 +40,7 @@ __all__ = [
     "HardenResult",
     "Inspection",
     "Latency",
+    "Partition",
     "ProviderSpeed",
     "Ratio",
     "Recipe",
@@ -47,6 +49,7 @@ __all__ = [
     "SearchResult",
     "Speed",
     "ThresholdReport",
+    "Timing",
     "benchmark",
     "compress",
     "evaluate",
@@ -68,6 +71,7 @@ _HOMES = {
     "HardenResult": "ndonnx.harden",
     "Inspection": "ndonnx.report.inspection",
     "Latency": "ndonnx.benchmark",
+    "Partition": "ndonnx.partition",
     "ProviderSpeed": "ndonnx.benchmark",
     "Ratio": "ndonnx.benchmark",
     "Recipe": "ndonnx.recipe",
@@ -76,6 +80,7 @@ _HOMES = {
     "SearchResult": "ndonnx.pipeline",
     "Speed": "ndonnx.report.speed",
     "ThresholdReport": "ndonnx.threshold",
+    "Timing": "ndonnx.benchmark",
     "benchmark": "ndonnx.api",
     "compress": "ndonnx.pipeline",
     "evaluate": "ndonnx.api",

@@ -81,3 +81,13 @@ def test_cheap_matrices_come_first_and_weights_without_gradient_stay() -> None:
     torch.testing.assert_close(large.detach() - before[1], by_adam, rtol=1e-3, atol=1e-6)
     assert not torch.allclose((small.detach() - before[0]).abs(), (small.detach() - before[0]).abs().mean())
     assert torch.equal(unused.detach(), before[2])
+
+
+def test_a_matrix_that_holds_zeros_moves_by_adam() -> None:
+    weight = nn.Parameter(torch.randn(6, 6))
+    before = weight.detach().clone()
+    optimiser = Optimiser([weight], 1e12, masked=[weight])
+    weight.grad = torch.randn(6, 6)
+    optimiser.step(0.01)
+    by_adam = -0.01 * scale_of(before) * weight.grad.sign()
+    torch.testing.assert_close(weight.detach() - before, by_adam, rtol=1e-3, atol=1e-6)

@@ -501,3 +501,10 @@ def test_the_compressed_size_counts_the_weights_beside_the_file(tmp_path: Path) 
     assert sizes["sparse"] < 0.6 * sizes["dense"]
     (tmp_path / "dense.onnx.data").write_bytes(np.random.default_rng(0).bytes(5000))
     assert compressed_bytes(tmp_path / "dense.onnx") > sizes["dense"] + 4900
+
+
+def test_a_zero_by_chance_does_not_make_a_weight_sparse() -> None:
+    mask = np.ones((10, 10), dtype=bool)
+    mask[0, 0] = False
+    half = np.arange(100).reshape(10, 10) % 2 == 0
+    assert list(FixedZeros({"chance": mask, "sparse": half}).held()) == ["sparse"]

@@ -76,6 +76,9 @@ class FirstIsOut(Constraint):
 
     settled = 0.5
 
+    def held(self) -> tuple[str, ...]:
+        return ("w",)
+
     def impose(self, weights: Mapping[str, Tensor], done: float) -> None:
         if done >= self.settled:
             weights["w"][0] = 0

@@ -59,7 +59,8 @@ class LookAheadLoss(Objective):
     The student's answer y goes through the frozen teacher slices T1, T2, ... one after the other
     (equation 4); after each, the squared error against the teacher's activation there counts with
     its weight (equation 5): |y - t|^2 + w1 |T1(y) - t1|^2 + w2 |T2(T1(y)) - t2|^2 + ...
-    Every term is the mean over samples and elements, divided by `scales`: a value's variance.
+    Every term is the mean over samples and elements; those of the slices are brought to the size of the first by the
+    ratio of `scales`, the variances of the values.
     """
 
     def __init__(self, target: str, heads: Sequence[Head], weights: Sequence[float]) -> None:

@@ -38,15 +38,21 @@ class Optimiser:
     is flat are not forgotten for the few steep ones. That costs some products of the matrix with itself.
     """
 
-    def __init__(self, weights: Sequence[nn.Parameter], work: float, *, muon: bool = True) -> None:
+    def __init__(
+        self, weights: Sequence[nn.Parameter], work: float, *, muon: bool = True, masked: Iterable[nn.Parameter] = ()
+    ) -> None:
         """Choose how each weight moves.
 
         Args:
             weights: what is trained.
             work: multiplications and additions of the gradient of one batch, by which what is cheap is judged.
             muon: False moves all weights by Adam.
+            masked: matrices that hold zeros, which move by Adam: what is orthogonal before the zeros are put back is
+                not any more afterwards.
         """
-        matrices = _affordable(weights, _SHARE * work) if muon else []
+        bound = {id(weight) for weight in masked}
+        free = [weight for weight in weights if id(weight) not in bound]
+        matrices = _affordable(free, _SHARE * work) if muon else []
         chosen = {id(weight) for weight in matrices}
         others = [weight for weight in weights if id(weight) not in chosen]
         self._matrices = [(weight, scale_of(weight), torch.zeros_like(weight)) for weight in matrices]

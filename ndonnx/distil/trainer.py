@@ -183,7 +183,10 @@ def _descend(
 ) -> Iterator[tuple[int, float]]:
     """Run the steps; yield the step and the part that is over whenever the held-out error is to be measured."""
     weights = [weight for weight in module.parameters() if weight.requires_grad]
-    optimiser = Optimiser(weights, _GRADIENT * macs * plan.batch_size, muon=plan.optimiser == "muon")
+    held = set() if constraint is None else set(constraint.held())
+    masked = [weight for name, weight in zip(module.weight_names, module.weights, strict=True) if name in held]
+    work = _GRADIENT * macs * plan.batch_size
+    optimiser = Optimiser(weights, work, muon=plan.optimiser == "muon", masked=masked)
     slope = _Slope(module, samples, objective, plan, weights)
     clock = _Clock(plan)
     measured = 0.0

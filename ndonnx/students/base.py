@@ -7,7 +7,7 @@ that changes the slice's boundary fails here, by name.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -77,6 +77,10 @@ class Constraint(ABC):
 
     settled: float
     """Part of the training, 0 to 1, after which it is in force as a whole; only then is a state good to keep."""
+
+    @abstractmethod
+    def held(self) -> Collection[str]:
+        """Names of the weights of which it holds a good part, so that they do not move freely."""
 
     @abstractmethod
     def impose(self, weights: Mapping[str, Tensor], done: float) -> None:

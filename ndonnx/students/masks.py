@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,6 +19,8 @@ from ndonnx.students.base import Constraint
 Mask = npt.NDArray[np.bool_]
 """In the shape of a weight: True where it may differ from zero."""
 
+_MANY = 0.1
+"""Part of a weight's elements that are zero in a sparse one: a few may be so by chance."""
 _GROUPED = re.compile(r"(\d+):(\d+)")
 
 
@@ -156,6 +158,9 @@ class GrowingZeros(Constraint):
     _held: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     _done: float = field(default=0.0, init=False, repr=False)
 
+    def held(self) -> Collection[str]:
+        return [weight.name for weight in self.weights]
+
     def impose(self, weights: Mapping[str, Tensor], done: float) -> None:
         if done < self._done:
             self._held.clear()
@@ -183,6 +188,9 @@ class FixedZeros(Constraint):
     masks: Mapping[str, Mask]
     settled: float = 0.0
     _moved: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+
+    def held(self) -> Collection[str]:
+        return [name for name, mask in self.masks.items() if mask.mean() <= 1 - _MANY]
 
     def impose(self, weights: Mapping[str, Tensor], done: float) -> None:
         del done

@@ -63,12 +63,12 @@ SMALL = Scale(
     layer_steps=200,
     look_ahead_steps=300,
     finetune_steps=500,
-    harden_steps=500,
+    harden_steps=400,
     noise=0.3,
-    sweep_seconds=12.0,
+    sweep_seconds=8.0,
     sweep_once=True,
     learning_rates=(1e-3, 3e-3, 1e-2),
-    baseline_factors=(1.5,),
+    baseline_factors=(1.25,),
 )
 """All tables in under an hour on two cores, for a ResNet-20 on 32x32 images."""
 

@@ -251,7 +251,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "noise of 0.5" in printed and "3 steps" in printed and "accuracy" in printed
     assert main(["harden", *common, "--steps", "0", "-o", "o.onnx", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
-    assert document["noise"] == ndonnx.harden.__kwdefaults__["noise"] == 0.1
+    assert document["noise"] == ndonnx.harden.__kwdefaults__["noise"] == 0.3
     assert document["steps"] == 0 and document["output"] == "o.onnx"
     assert set(document["metrics"]) == {"teacher", "hardened"}
 

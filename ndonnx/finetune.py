@@ -132,12 +132,17 @@ def finetune(
     module, _ = pass_gate(whole, probe, parity)
     train_only(module, student, kept)
     objective = objective_of(output, temperature, label_weight if labels is not None else 0.0)
-    macs = slice_cost(fold_constants(infer_shapes(student.clone()))).macs
-    training = train(module, samples, objective, plan, on_step, zeros_of(whole), threads=threads, macs=macs)
+    constraint = zeros_of(whole)
+    training = train(module, samples, objective, plan, on_step, constraint, threads=threads, macs=macs_of(student))
     trained = {name: array for name, array in module.trained_weights().items() if holds(student, name, array)}
     tuned = write_back(student, trained)
     check_answer(module, free_batch(fold_constants(tuned.clone()), inputs), probe, parity)
     return tuned, training
+
+
+def macs_of(model: ir.Model) -> int:
+    """Multiplications of a whole model for one sample, by which the optimiser judges what is cheap."""
+    return slice_cost(fold_constants(infer_shapes(model.clone()))).macs
 
 
 def is_class_scores(output: ir.Value) -> bool:

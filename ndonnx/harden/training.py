@@ -17,10 +17,9 @@ from ndonnx.distil.gate import answer, free_batch, pass_gate
 from ndonnx.distil.losses import LABEL
 from ndonnx.distil.samples import SliceSamples, Source
 from ndonnx.distil.trainer import OnStep
-from ndonnx.finetune import holds, objective_of, train_only
-from ndonnx.graph import fold_constants, load, save, slice_cost
+from ndonnx.finetune import holds, macs_of, objective_of, train_only
+from ndonnx.graph import fold_constants, load, save
 from ndonnx.graph.dataflow import real_inputs
-from ndonnx.graph.load import infer_shapes
 from ndonnx.harden.noise import NoisyBody
 from ndonnx.rundir import Entry
 from ndonnx.students.masks import zeros_of
@@ -73,8 +72,7 @@ def harden_whole(
     module.body = body = NoisyBody(module.body, len(inputs), noises, plan.seed)
     train_only(module, teacher)
     objective = objective_of(output, temperature, label_weight if labels is not None else 0.0)
-    macs = slice_cost(fold_constants(infer_shapes(teacher.clone()))).macs
-    training = train(module, samples, objective, plan, on_step, zeros_of(whole), macs=macs)
+    training = train(module, samples, objective, plan, on_step, zeros_of(whole), macs=macs_of(teacher))
     hardened = write_back(teacher, _trained(module, teacher))
     body.quiet = True
     clean = answer(free_batch(hardened.clone(), inputs), rows)

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test test-all lint format bench clean distclean
+.PHONY: help install demo test test-all lint format bench check-install check-installs clean distclean
 
 help:
 	@echo "make demo       compress the small model that ships inside the package"
@@ -13,6 +13,8 @@ help:
 	@echo "make lint       ruff, mypy and the import rules"
 	@echo "make format     let ruff rewrite what it can"
 	@echo "make bench      measure the SDK's own overhead on the demo model"
+	@echo "make check-install   install the wheel in an empty home and try it there (5.7 GB on Linux, deleted afterwards)"
+	@echo "make check-installs  the same with the newest and the lowest versions, and with each torchvision"
 	@echo "make clean      remove caches and build outputs (distclean: the virtual environment too)"
 
 install: $(STAMP)
@@ -52,9 +54,16 @@ format: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.overhead --demo
 
+# Neither needs .venv: each environment is new, and goes when it was tried.
+check-install:
+	$(PYTHON) scripts/check_install.py
+
+check-installs:
+	$(PYTHON) scripts/check_install.py pinned broken absent newest lowest
+
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
-	find ndonnx cli tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	find ndonnx cli tests benchmarks scripts -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean
 	rm -rf $(VENV)

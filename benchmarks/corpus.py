@@ -25,8 +25,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-# Declares the operators without which torchvision does not load beside a CPU-only torch.
-import ndonnx.convert.registry  # noqa: F401
+
+def _make_torchvision_load() -> None:
+    """Declare the operators without which a torchvision for CUDA fails beside a CPU-only torch, once it has failed.
+
+    Its models, which are all that is wanted here, need none of them. Where it loads by itself nothing is declared.
+    """
+    try:
+        import torchvision  # noqa: F401, PLC0415
+    except ImportError:
+        return  # models that need it say so
+    except RuntimeError:
+        for name in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+_make_torchvision_load()
 
 Exporter = Literal["script", "export"]
 EXPORTERS: tuple[Exporter, ...] = ("script", "export")

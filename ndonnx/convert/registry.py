@@ -10,25 +10,17 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 
-import torch
 from onnx import defs
 from torch import nn
 
-# onnx2torch imports torchvision, whose builds for CUDA do not load beside a CPU-only torch
-# unless these two operators are at least declared. Nothing of torchvision is used.
-_TORCHVISION = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
-for _schema in ("nms", "qnms"):
-    try:
-        _TORCHVISION.define(f"{_schema}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")  # type: ignore[no-untyped-call]
-    except RuntimeError as _error:
-        if "multiple times" not in str(_error) and "already" not in str(_error):
-            raise
+from ndonnx.convert.lazy_torchvision import torchvision_on_demand
 
-from onnx2torch import convert  # noqa: E402
-from onnx2torch.node_converters.registry import _CONVERTER_REGISTRY, add_converter  # noqa: E402
-from onnx2torch.onnx_graph import OnnxGraph  # noqa: E402
-from onnx2torch.onnx_node import OnnxNode  # noqa: E402
-from onnx2torch.utils.common import OperationConverterResult, onnx_mapping_from_node  # noqa: E402
+with torchvision_on_demand():
+    from onnx2torch import convert
+    from onnx2torch.node_converters.registry import _CONVERTER_REGISTRY, add_converter
+    from onnx2torch.onnx_graph import OnnxGraph
+    from onnx2torch.onnx_node import OnnxNode
+    from onnx2torch.utils.common import OperationConverterResult, onnx_mapping_from_node
 
 __all__ = ["DOMAIN", "OPSET_ATTRIBUTE", "OnnxNode", "convert", "converts", "has_converter", "opset_of"]
 

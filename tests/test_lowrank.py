@@ -18,7 +18,9 @@ from ndonnx.graph import slice_cost
 from ndonnx.graph.load import serialise
 from ndonnx.splice import splice
 from ndonnx.students import LowRank, TeacherSlice, lowrank
-from ndonnx.students.factors import Cut, Form, fit_of, forms_of
+from ndonnx.students.factors import Cut, Fit, Form, fit_of, forms_of
+from ndonnx.students.features import LinearReader
+from ndonnx.students.least_squares import Regression
 from ndonnx.students.linear import every_reader
 from ndonnx.students.lowrank import Option, choose
 from tests.models import Net, inputs_of, parted, residual_cnn, run
@@ -40,6 +42,13 @@ def convolution(**attributes: Any) -> TeacherSlice:
     net.weight("w", 10, 6, 3, 3)
     net.weight("v", 10)
     return teacher_of(net, net.op("Conv", net.input("x", "N", 6, 9, 8), "w", "v", out="y", **attributes))
+
+
+def fit(teacher: TeacherSlice, reader: LinearReader) -> Fit:
+    """The problem of a slice that is one operator."""
+    problem = Regression(reader.node, teacher.count)
+    problem.add(range(teacher.count), teacher.samples["x"], answer(teacher, teacher.model))
+    return fit_of(reader, problem)
 
 
 def mlp(seed: int = 0) -> TeacherSlice:
@@ -116,7 +125,7 @@ def test_every_form_of_a_window_is_one_convolution_in_two(form: Form, attributes
     merged = write_back(teacher.model, {"w": whole, "v": found["v"]})
     np.testing.assert_allclose(answer(teacher, student), answer(teacher, merged), atol=1e-4)
     (reader,) = every_reader(teacher.model)
-    promised = Cut(fit_of(reader, teacher.samples["x"], answer(teacher, teacher.model)).problem, form).errors()
+    promised = Cut(fit(teacher, reader).problem, form).errors()
     rank = len(found["w/a"])
     measured = np.square(answer(teacher, student) - answer(teacher, teacher.model)).mean() * 10
     assert measured == pytest.approx(promised[rank - 1], rel=1e-3)
@@ -127,7 +136,7 @@ def test_a_convolution_with_its_window_in_one_factor_has_the_best_factors() -> N
     teacher = convolution(pads=[1] * 4)
     (reader,) = every_reader(teacher.model)
     expected = answer(teacher, teacher.model).transpose(0, 2, 3, 1).reshape(-1, 10).astype(np.float64)
-    problem = fit_of(reader, teacher.samples["x"], answer(teacher, teacher.model)).problem
+    problem = fit(teacher, reader).problem
     values = np.linalg.svd(expected - expected.mean(axis=0), compute_uv=False) ** 2 / len(expected)
     promised = Cut(problem, Form((3, 3), (1, 1))).errors()
     np.testing.assert_allclose(promised, [values[rank:].sum() for rank in range(1, len(promised) + 1)], rtol=1e-3)
@@ -140,7 +149,7 @@ def test_data_that_do_not_fill_a_rank_leave_factors_that_can_learn() -> None:
     directions = net.rng.standard_normal((2, 12)).astype(np.float32)
     teacher.samples["x"][:] = teacher.samples["x"][:, :2] @ directions
     (reader,) = every_reader(teacher.model)
-    cut = Cut(fit_of(reader, teacher.samples["x"], answer(teacher, teacher.model)).problem, forms_of((1, 1))[0])
+    cut = Cut(fit(teacher, reader).problem, forms_of((1, 1))[0])
     a, b = cut.factors(4)
     assert a.shape == (4, 12, 1, 1)
     assert np.linalg.matrix_rank(a[:, :, 0, 0]) == 4

@@ -1,4 +1,4 @@
-"""Ranking of units: the order is that of the definition, and the moments that it rests on are those of the features."""
+"""Ranking of units: the order is that of the definition."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ndonnx.graph.load import infer_shapes
 from ndonnx.partition import ChannelGroup, ChannelGroups, WeightAxis, find_groups
 from ndonnx.students import TeacherSlice
-from ndonnx.students import features as features_module
-from ndonnx.students.features import LinearReader, energies, features, linear_readers, moments, targets
+from ndonnx.students.features import LinearReader, linear_readers
 from ndonnx.students.importance import rank_units
 from tests.models import Array, Net, inputs_of, run
 
@@ -87,11 +85,6 @@ def seen_features(teacher: TeacherSlice) -> Array:
     return (np.moveaxis(found, 1, -1) if node.op_type == "Conv" else found).reshape(-1, reader.features).astype(float)
 
 
-def captured(teacher: TeacherSlice) -> Array:
-    name = reader_of(teacher).data
-    return run(teacher.model, teacher.samples, [name])[name]
-
-
 def check_by_definition(teacher: TeacherSlice, group: ChannelGroup, order: list[int], keep: int) -> None:
     """Each unit that went was the one whose loss costs least, with every problem solved anew."""
     reader, x = reader_of(teacher), seen_features(teacher)
@@ -139,32 +132,3 @@ def test_a_unit_that_brings_more_channels_than_others_counts_with_all_of_them() 
     teacher = replace(teacher, groups=ChannelGroups(teacher.groups.groups, axes, ()))
     for each, order in rank_units(teacher, lambda group: 1).items():
         check_by_definition(teacher, each, order.tolist(), 1)
-
-
-# Features
-
-
-@pytest.mark.parametrize("chunk", [1, 500, 2**24])
-@pytest.mark.parametrize("name", NETS)
-def test_moments_are_those_of_the_features(name: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(features_module, "_CHUNK", chunk)
-    monkeypatch.setattr(features_module, "_STRIP", 4)
-    teacher = teacher_of(NETS[name])
-    expected, found = seen_features(teacher), moments(reader_of(teacher), captured(teacher))
-    np.testing.assert_allclose(found.mean, expected.mean(axis=0), atol=1e-6)
-    np.testing.assert_allclose(found.covariance, np.cov(expected.T, bias=True), atol=1e-5)
-    np.testing.assert_allclose(found.second(), expected.T @ expected / len(expected), atol=1e-5)
-    np.testing.assert_allclose(found.covariance, found.covariance.T, atol=1e-6)
-    np.testing.assert_allclose(energies(reader_of(teacher), captured(teacher)), np.diag(found.second()), atol=1e-5)
-
-
-@pytest.mark.parametrize("name", NETS)
-def test_the_weights_turn_features_into_targets(name: str) -> None:
-    teacher = teacher_of(NETS[name])
-    reader = reader_of(teacher)
-    rows = features(reader.node, captured(teacher), reader.kernel)
-    bias = teacher.model.graph.initializers[reader.bias].const_value.numpy() if reader.bias else 0  # type: ignore[union-attr]
-    output = run(teacher.model, teacher.samples, ["b"])["b"]
-    expected = targets(reader.node, output).numpy()
-    np.testing.assert_allclose(rows.numpy() @ reader.weight_matrix() + bias, expected, atol=1e-5)
-    assert sorted(expected.ravel()) == sorted(output.ravel())

@@ -7,7 +7,7 @@ that changes the slice's boundary fails here, by name.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ndonnx.errors import ShrinkError
 from ndonnx.partition import ChannelGroups
-from ndonnx.teacher.sessions import REFUSALS, first_line, make_session
+from ndonnx.teacher.probe import Arrays, Probe, run_batches, sample_count
+from ndonnx.teacher.sessions import REFUSALS, first_line
 
 WHOLE = "whole"
 """The `shape_key` of a student that is as large as its slice: the teacher's own is never worse."""
@@ -42,22 +43,51 @@ class TeacherSlice:
         return replace(self, samples=few)
 
     def run(self, model: ir.Model, values: Sequence[str]) -> dict[str, np.ndarray]:
-        """Values inside `model` (the slice or a candidate of it) on the samples, by onnxruntime.
+        """Values inside `model` (the slice or a candidate of it) on all samples at once, by onnxruntime.
+
+        For few samples, or values as small as the slice's own ends: everything is in memory together.
 
         Raises:
             ShrinkError: onnxruntime does not run it.
         """
-        if not values:
-            return {}
-        probe = model.clone()
-        inner = ir.convenience.create_value_mapping(probe.graph)
-        present = {value.name for value in probe.graph.outputs}
-        probe.graph.outputs.extend(inner[name] for name in dict.fromkeys(values) if name not in present)
+        return self._probe(model, values)(self.samples) if values else {}
+
+    def batches(self, *wanted: tuple[ir.Model, Sequence[str]]) -> Iterator[tuple[range, list[dict[str, np.ndarray]]]]:
+        """The same values batch after batch, of as many samples as a bounded number of bytes holds.
+
+        Args:
+            wanted: models (the slice or candidates of it), and values of each.
+
+        Yields:
+            The samples of the batch, and the values of each model by name.
+
+        Raises:
+            ShrinkError: onnxruntime does not run a model.
+        """
+        probes = [self._probe(model, values) for model, values in wanted]
+        yield from run_batches([(probe, self.samples) for probe in probes], self.constants)
+
+    @property
+    def count(self) -> int:
+        """How many samples there are."""
+        return sample_count(self.samples, self.constants)
+
+    def _probe(self, model: ir.Model, values: Sequence[str]) -> Callable[[Arrays], dict[str, np.ndarray]]:
         try:
-            session = make_session(probe, threads=self.threads)
-            return dict(zip(values, session.run(list(values), dict(self.samples)), strict=True))
+            probe = Probe(model, values, threads=self.threads)
         except REFUSALS as error:
-            raise ShrinkError(f"{self.name}: onnxruntime does not run the slice: {first_line(error)}") from error
+            raise self._refused(error) from error
+
+        def run(feeds: Arrays) -> dict[str, np.ndarray]:
+            try:
+                return probe.run(feeds)
+            except REFUSALS as error:
+                raise self._refused(error) from error
+
+        return run
+
+    def _refused(self, error: Exception) -> ShrinkError:
+        return ShrinkError(f"{self.name}: onnxruntime does not run the slice: {first_line(error)}")
 
 
 @dataclass(frozen=True)

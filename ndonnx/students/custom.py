@@ -34,6 +34,7 @@ from ndonnx.students.base import Candidate, StudentMethod, TeacherSlice
 from ndonnx.students.exit import find_exit
 from ndonnx.students.factors import fit_of
 from ndonnx.students.features import from_matrix
+from ndonnx.students.least_squares import Regression
 from ndonnx.students.linear import every_reader, set_weight
 from ndonnx.students.width import Init
 
@@ -238,12 +239,14 @@ def _fit_end(teacher: TeacherSlice, student: ir.Model) -> ir.Model:
     reader = next((r for r in every_reader(student) if end is not None and r.node is end.node), None)
     if end is None or target is None or reader is None:
         return student
-    wanted = teacher.run(teacher.model, [target])[target]
-    names = list(dict.fromkeys((end.data, reader.output, end.total)))
-    ours = teacher.run(student, names)
-    if ours[end.total].shape != wanted.shape or ours[reader.output].shape != wanted.shape:
-        return student
-    fit = fit_of(reader, ours[end.data], ours[reader.output] + (wanted - ours[end.total]))
+    problem = Regression(reader.node, teacher.count)
+    names = (end.data, reader.output, end.total)
+    for samples, (theirs, ours) in teacher.batches((teacher.model, [target]), (student, names)):
+        wanted = theirs[target]
+        if ours[end.total].shape != wanted.shape or ours[reader.output].shape != wanted.shape:
+            return student
+        problem.add(samples, ours[end.data], ours[reader.output] + (wanted - ours[end.total]))
+    fit = fit_of(reader, problem)
     weights = fit.problem.weights
     copy = student.clone()
     old = copy.graph.initializers[reader.weight].shape

@@ -7,7 +7,7 @@ inputs that it really gets, is a least-squares problem with one solution.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +17,10 @@ import torch
 
 from ndonnx.errors import ShrinkError
 from ndonnx.graph.costs import constant_of
-from ndonnx.students.features import features, from_matrix, gram, is_plain, kernel_of, targets
-from ndonnx.teacher.sessions import REFUSALS, first_line, make_session
+from ndonnx.students.features import from_matrix, is_plain
+from ndonnx.students.least_squares import Regression, ridge_of, solve, solve_masked
+from ndonnx.teacher.probe import Probe, run_batches, sample_count
+from ndonnx.teacher.sessions import REFUSALS, first_line
 
 Rows = Mapping[str, npt.NDArray[np.generic]]
 """Inputs of a slice by name; the first axis is the sample, except for constants."""
@@ -46,9 +48,6 @@ _PASSED = {
 """Operators between the last sum and the exit through which a smaller error before is a smaller error behind."""
 _MANY_ZEROS = 0.01
 """Part of zeros in a weight from which they are taken for a pattern."""
-_BATCH = 64
-_FEATURE_BYTES = 64 * 2**20
-"""Most bytes of features that are in memory at a time."""
 
 
 @dataclass(frozen=True)
@@ -141,12 +140,12 @@ def refit_exit(
     if end is None or end.total not in names:
         return None
     exit_ = teacher.graph.outputs[0].name or ""
-    feeds = _Pairs(teacher, student, teacher_rows, student_rows, constants, threads)
-    fitted, judged = feeds.split(holdout)
+    pairs = _Pairs(teacher, student, teacher_rows, student_rows, constants, threads)
+    fitted, judged = pairs.split(holdout)
     copy = student.clone()
-    _apply(copy, end, _normal_equations(feeds, fitted, end))
-    before = feeds.error(student, judged, exit_)
-    after = feeds.error(copy, judged, exit_)
+    _apply(copy, end, pairs.missing(end, fitted))
+    before = pairs.error(student, judged, exit_)
+    after = pairs.error(copy, judged, exit_)
     return copy if after < before else None
 
 
@@ -163,133 +162,70 @@ class _Pairs:
 
     def split(self, holdout: float) -> tuple[range, range]:
         """Samples to fit on, and those to judge by."""
-        count = min(len(rows) for name, rows in self.student_rows.items() if name not in self.constants)
+        count = sample_count(self.student_rows, self.constants)
         fitted = max(1, count - max(1, round(holdout * count)))
         return range(fitted), range(min(fitted, count - 1), count)
 
-    def differences(self, end: Exit, samples: range) -> Iterator[tuple[npt.NDArray[np.float32], ...]]:
-        """What the student's operator reads, and what its sum lacks of the teacher's, batch after batch."""
-        theirs = _session(self.teacher, [end.total], self.threads)
-        ours = _session(self.student, [end.data, end.total], self.threads)
-        for start in range(samples.start, samples.stop, _BATCH):
-            rows = slice(start, min(start + _BATCH, samples.stop))
-            (expected,) = theirs(self._feed(self.teacher_rows, rows))
-            data, total = ours(self._feed(self.student_rows, rows))
-            yield data, expected - total
+    def missing(self, end: Exit, samples: range) -> Regression:
+        """What the student's sum lacks of the teacher's, on what its operator reads."""
+        problem = Regression(end.node, len(samples))
+        for batch, (theirs, ours) in self._batches(self.student, [end.total], [end.data, end.total], samples):
+            problem.add(batch, ours[end.data], theirs[end.total] - ours[end.total])
+        return problem
 
     def error(self, student: ir.Model, samples: range, exit_: str) -> float:
         """Mean squared error of the exit."""
-        theirs = _session(self.teacher, [exit_], self.threads)
-        ours = _session(student, [exit_], self.threads)
         squared, count = 0.0, 0
-        for start in range(samples.start, samples.stop, _BATCH):
-            rows = slice(start, min(start + _BATCH, samples.stop))
-            (expected,) = theirs(self._feed(self.teacher_rows, rows))
-            (found,) = ours(self._feed(self.student_rows, rows))
-            squared += float(np.square(found - expected, dtype=np.float64).sum())
-            count += expected.size
+        for _, (theirs, ours) in self._batches(student, [exit_], [exit_], samples):
+            squared += float(np.square(ours[exit_] - theirs[exit_], dtype=np.float64).sum())
+            count += theirs[exit_].size
         return squared / count
 
-    def _feed(self, values: Rows, rows: slice) -> dict[str, npt.NDArray[np.generic]]:
-        return {name: _plain(array if name in self.constants else array[rows]) for name, array in values.items()}
+    def _batches(
+        self, student: ir.Model, theirs: Sequence[str], ours: Sequence[str], samples: range
+    ) -> Iterator[tuple[range, list[dict[str, npt.NDArray[np.float32]]]]]:
+        try:
+            probes = [
+                Probe(model, values, threads=self.threads)
+                for model, values in ((self.teacher, theirs), (student, ours))
+            ]
+            feeds = (self.teacher_rows, self.student_rows)
+            runs = [(probe.run, rows) for probe, rows in zip(probes, feeds, strict=True)]
+            yield from run_batches(runs, self.constants, samples)
+        except REFUSALS as error:
+            raise ShrinkError(f"onnxruntime does not run a slice: {first_line(error)}") from error
 
 
-@dataclass(frozen=True)
-class _Normal:
-    """Normal equations of a least-squares problem, the last feature a constant one where there is a bias."""
-
-    square: torch.Tensor
-    cross: torch.Tensor
-
-
-def _normal_equations(pairs: _Pairs, samples: range, end: Exit) -> _Normal:
-    tensor = constant_of(end.node.inputs[1])
-    assert tensor is not None
-    kernel = kernel_of(tuple(int(d) for d in tensor.shape.numpy()))
-    square = cross = None
-    for data, missing in pairs.differences(end, samples):
-        step = _samples_at_once(data, kernel)
-        for start in range(0, len(data), step):
-            x = features(end.node, data[start : start + step], kernel)
-            y = targets(end.node, missing[start : start + step])
-            if end.bias is not None:
-                x = torch.cat([x, torch.ones(len(x), 1)], dim=1)
-            part, mixed = gram(x), (x.T @ y).double()
-            square = part if square is None else square + part
-            cross = mixed if cross is None else cross + mixed
-    assert square is not None and cross is not None
-    return _Normal(square, cross)
-
-
-def _samples_at_once(data: npt.NDArray[np.float32], kernel: tuple[int, ...]) -> int:
-    each = int(np.prod(data.shape[1:])) * 4 * max(1, int(np.prod(kernel)))
-    return max(1, _FEATURE_BYTES // max(1, each))
-
-
-def _apply(model: ir.Model, end: Exit, normal: _Normal) -> None:
+def _apply(model: ir.Model, end: Exit, problem: Regression) -> None:
     """Add the solution to the operator's weight and bias."""
     weight = model.graph.initializers[end.weight]
     assert weight.const_value is not None
     old = weight.const_value.numpy()
-    square = normal.square.clone()
-    square.diagonal().add_(_RIDGE * square.diagonal().mean() + torch.finfo(torch.float64).tiny)
-    kept = _support(end.node, old, has_bias=end.bias is not None)
-    solution = _solve(square, normal.cross, kept)
+    moments = problem.moments() if end.bias is not None else problem.moments().about_zero()
+    kept = _support(end.node, old)
+    if kept is None:
+        solution = solve(moments.square, moments.cross, _RIDGE)
+    else:
+        damped = moments.square.clone()
+        damped.diagonal(dim1=1, dim2=2).add_(ridge_of(damped, _RIDGE)[:, None])
+        solution = solve_masked(damped, moments.cross, torch.from_numpy(kept)[None])
     if end.bias is not None:
         bias = model.graph.initializers[end.bias]
         assert bias.const_value is not None
-        _set(bias, bias.const_value.numpy() + solution[-1])
-        solution = solution[:-1]
-    _set(weight, old + from_matrix(end.node, solution, old.shape))
+        _set(bias, bias.const_value.numpy() + moments.offset(solution)[0].numpy())
+    _set(weight, old + from_matrix(end.node, solution[0].numpy(), old.shape))
 
 
-def _support(node: ir.Node, weight: npt.NDArray[np.float32], *, has_bias: bool) -> npt.NDArray[np.bool_] | None:
+def _support(node: ir.Node, weight: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_] | None:
     """Which weights may change, (features, outputs), where a pattern of zeros has to be kept; None: all."""
     from_output = node.op_type == "Conv" or (node.op_type == "Gemm" and _transposed(node))
     matrix = weight.reshape(len(weight), -1).T if from_output else weight
     kept: npt.NDArray[np.bool_] = matrix != 0
-    if kept.mean() > 1 - _MANY_ZEROS:
-        return None
-    return np.concatenate([kept, np.ones((1, kept.shape[1]), bool)]) if has_bias else kept
+    return None if kept.mean() > 1 - _MANY_ZEROS else kept
 
 
 def _transposed(node: ir.Node) -> bool:
     return "transB" in node.attributes and node.attributes["transB"].as_int() == 1
-
-
-def _solve(square: torch.Tensor, cross: torch.Tensor, kept: npt.NDArray[np.bool_] | None) -> npt.NDArray[np.float64]:
-    if kept is None:
-        return np.asarray(torch.linalg.solve(square, cross).numpy())
-    solution = np.zeros(tuple(cross.shape))
-    for output in range(cross.shape[1]):
-        rows = torch.from_numpy(np.flatnonzero(kept[:, output]))
-        if len(rows):
-            part = torch.linalg.solve(square[rows][:, rows], cross[rows, output])
-            solution[rows.numpy(), output] = part.numpy()
-    return solution
-
-
-def _session(model: ir.Model, values: list[str], threads: int):  # type: ignore[no-untyped-def]
-    probe = model.clone()
-    inner = ir.convenience.create_value_mapping(probe.graph)
-    probe.graph.outputs.clear()
-    probe.graph.outputs.extend(inner[name] for name in dict.fromkeys(values))
-    wanted = {value.name for value in probe.graph.inputs}
-    session = make_session(probe, threads=threads)
-
-    def run(feeds: dict[str, npt.NDArray[np.generic]]) -> list[npt.NDArray[np.float32]]:
-        try:
-            found = session.run(list(dict.fromkeys(values)), {k: v for k, v in feeds.items() if k in wanted})
-        except REFUSALS as error:
-            raise ShrinkError(f"onnxruntime does not run a slice: {first_line(error)}") from error
-        by_name = dict(zip(dict.fromkeys(values), found, strict=True))
-        return [by_name[name] for name in values]
-
-    return run
-
-
-def _plain(array: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
-    return np.array(array, dtype=np.float32) if array.dtype.kind == "f" else np.array(array)
 
 
 def _set(value: ir.Value, array: npt.NDArray[np.floating]) -> None:

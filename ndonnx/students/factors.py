@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from ndonnx.errors import ShrinkError
-from ndonnx.students.features import LinearReader, Matrix, features, gram, targets, thin
+from ndonnx.students.features import LinearReader, Matrix
+from ndonnx.students.least_squares import Regression, cholesky, solve
 
 Kernel = tuple[int, int]
 
@@ -82,7 +81,8 @@ class Problem:
     def weights(self) -> Matrix:
         """Least squares without any limit of rank (features, outputs)."""
         square = torch.from_numpy(self.square)
-        return _solve(_factor(square), torch.from_numpy(self.cross)).numpy()
+        found: Matrix = solve(square, torch.from_numpy(self.cross), _RIDGE).numpy()
+        return found
 
     @cached_property
     def unexplained(self) -> float:
@@ -103,42 +103,21 @@ class Fit:
         return self.mean_y - self.mean_x @ weights
 
 
-_NUMBERS = 2**24
-"""Numbers of features, about, that are in memory at a time."""
+def fit_of(reader: LinearReader, problem: Regression) -> Fit:
+    """An operator's problem, about the means if it has an offset.
 
-
-def fit_of(reader: LinearReader, given: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> Fit:
-    """Moments of what an operator reads and of what it should answer with, about their means if it has an offset.
+    Args:
+        reader: the operator.
+        problem: fed with what it reads and with what it should answer.
 
     Raises:
         ShrinkError: the values are so large that their squares overflow.
     """
-    given, expected = thin(given, expected)
+    moments = problem.moments() if reader.has_bias else problem.moments().about_zero()
     kernel = reader.kernel
-    shifts: list[torch.Tensor] = []
-    square = cross = energy = sum_x = sum_y = torch.zeros((), dtype=torch.float64)
-    count = 0
-    per_sample = int(np.prod(given.shape[1:])) * int(np.prod(kernel, dtype=np.int64))
-    step = max(1, _NUMBERS // max(1, per_sample))
-    for start in range(0, len(given), step):
-        x = features(reader.node, given[start : start + step], kernel)
-        y = targets(reader.node, expected[start : start + step])
-        if reader.has_bias:
-            # In float32 a large mean would drown what varies about it, so most of it goes before squaring.
-            shifts = shifts or [x.mean(dim=0), y.mean(dim=0)]
-            x, y = x - shifts[0], y - shifts[1]
-        count += len(x)
-        square, cross = square + gram(x), cross + (x.T @ y).double()
-        energy, sum_x, sum_y = energy + y.double().square().sum(), sum_x + x.sum(0).double(), sum_y + y.sum(0).double()
-    means = [torch.zeros_like(sum_x), torch.zeros_like(sum_y)]
-    if reader.has_bias:
-        square = square - torch.outer(sum_x, sum_x) / count
-        cross = cross - torch.outer(sum_x, sum_y) / count
-        energy = energy - sum_y.square().sum() / count
-        means = [shifts[0].double() + sum_x / count, shifts[1].double() + sum_y / count]
     window = (kernel[0], kernel[1]) if kernel else (1, 1)
-    problem = Problem((square / count).numpy(), (cross / count).numpy(), float(energy) / count, window)
-    return Fit(problem, means[0].numpy(), means[1].numpy())
+    found = Problem(moments.square[0].numpy(), moments.cross[0].numpy(), moments.energy, window)
+    return Fit(found, moments.mean_x[0].numpy(), moments.mean_y[0].numpy())
 
 
 class Cut:
@@ -176,7 +155,7 @@ class Cut:
         square = np.tensordot(half, self._first, (2, 0)).transpose(0, 1, 3, 2)
         size = square.shape[0] * square.shape[1]
         cross = np.tensordot(self._first.T, self._cross, (1, 0)).reshape(size, -1)
-        factor = _factor(torch.from_numpy(np.ascontiguousarray(square.reshape(size, size))))
+        factor = cholesky(torch.from_numpy(np.ascontiguousarray(square.reshape(size, size))), _RIDGE)
         return factor, torch.from_numpy(np.ascontiguousarray(cross))
 
     def errors(self) -> Matrix:
@@ -202,7 +181,7 @@ class Cut:
         if filled:
             factor, cross = self._normal
             size = filled * int(np.prod(self.form.second))
-            second = _solve(factor[:size, :size], cross[:size]).numpy()
+            second = torch.cholesky_solve(cross[:size], factor[:size, :size]).numpy()
             b[:, :filled] = second.reshape(filled, *self.form.second, -1).transpose(3, 0, 1, 2)
         further = np.random.default_rng(0).standard_normal((rank - filled, *window))
         further *= np.sqrt(np.square(a).mean()) if filled else 1 / np.sqrt(np.prod(window))
@@ -221,29 +200,8 @@ def _leading(matrix: Matrix, square: Matrix) -> tuple[Matrix, Matrix]:
         energy, vectors = np.linalg.eigh(matrix.T @ square @ matrix)
         return energy[::-1], matrix @ vectors[:, ::-1]
     # The same from the smaller side, with X^T X = L L^T.
-    root = _factor(torch.from_numpy(square)).numpy()
+    root = cholesky(torch.from_numpy(square), _RIDGE).numpy()
     outer = matrix @ matrix.T @ root
     energy, vectors = np.linalg.eigh(root.T @ outer)
     energy, vectors = energy[::-1], vectors[:, ::-1]
     return energy, outer @ vectors / np.sqrt(np.maximum(energy, np.finfo(np.float64).tiny))
-
-
-def _factor(square: torch.Tensor) -> torch.Tensor:
-    """Lower Cholesky factor with a slight ridge, raised until rounding does no harm.
-
-    Raises:
-        ShrinkError: the moments are no numbers.
-    """
-    energy = float(square.diagonal().mean()) or 1.0
-    factor: torch.Tensor
-    for ridge in (_RIDGE, 1e-4, 1e-2, 1.0):
-        damped = square.clone()
-        damped.diagonal().add_(ridge * energy)
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            return factor
-    raise ShrinkError("the activations' second moments hold NaN")
-
-
-def _solve(factor: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
-    return torch.cholesky_solve(cross, factor)

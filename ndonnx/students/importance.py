@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +11,8 @@ import torch
 
 from ndonnx.partition import ChannelGroup
 from ndonnx.students.base import TeacherSlice
-from ndonnx.students.features import LinearReader, Moments, energies, linear_readers, moments
+from ndonnx.students.features import LinearReader, linear_readers
+from ndonnx.students.least_squares import FeatureEnergies, Moments, Regression, cholesky, one_thread
 
 Order = npt.NDArray[np.int64]
 """Units of a group, counted from its start, the most important first."""
@@ -30,16 +31,41 @@ def rank_units(teacher: TeacherSlice, keep: Callable[[ChannelGroup], int]) -> di
     Stork 1993). Otherwise a unit counts by the energy that it brings to its readers.
     """
     readers = linear_readers(teacher.model, teacher.groups)
-    needed = list(dict.fromkeys(reader.data for reader in readers))
-    values = teacher.run(teacher.model, needed) if needed else {}
+    measured = _measure(teacher, readers)
     orders: dict[ChannelGroup, Order] = {}
     for group in teacher.groups.groups:
         own = [reader for reader in readers if _reads(reader, group)]
-        if len(own) == 1 and own[0].features <= _SURGERY_LIMIT and (own[0].units >= 0).all():
-            orders[group] = _by_surgery(own[0], moments(own[0], values[own[0].data]), group, keep(group))
+        if len(own) == 1 and own[0] in measured.moments and (own[0].units >= 0).all():
+            orders[group] = _by_surgery(own[0], measured.moments[own[0]], group, keep(group))
         else:
-            orders[group] = _by_energy(teacher, own, values, group)
+            orders[group] = _by_energy(teacher, {reader: measured.energies[reader] for reader in own}, group)
     return orders
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What is known of each reader's features: the mean square of each, and all moments where they are not too many."""
+
+    energies: dict[LinearReader, npt.NDArray[np.float64]]
+    moments: dict[LinearReader, Moments]
+
+
+def _measure(teacher: TeacherSlice, readers: Sequence[LinearReader]) -> _Measured:
+    narrow = {r: Regression(r.node, teacher.count) for r in readers if r.features <= _SURGERY_LIMIT}
+    wide = {r: FeatureEnergies(r.node, teacher.count) for r in readers if r.features > _SURGERY_LIMIT}
+    wanted = list(dict.fromkeys(reader.data for reader in readers))
+    if wanted:
+        for samples, (values,) in teacher.batches((teacher.model, wanted)):
+            for reader in readers:
+                (narrow.get(reader) or wide[reader]).add(samples, values[reader.data])
+    moments = {reader: problem.moments() for reader, problem in narrow.items()}
+    energies = {reader: problem.energies() for reader, problem in wide.items()}
+    energies |= {reader: _second(found).diagonal().numpy() for reader, found in moments.items()}
+    return _Measured(energies, moments)
+
+
+def _second(moments: Moments) -> torch.Tensor:
+    return moments.about_zero().square[0]
 
 
 def _reads(reader: LinearReader, group: ChannelGroup) -> bool:
@@ -47,16 +73,15 @@ def _reads(reader: LinearReader, group: ChannelGroup) -> bool:
 
 
 def _by_energy(
-    teacher: TeacherSlice, readers: list[LinearReader], values: Mapping[str, npt.NDArray[Any]], group: ChannelGroup
+    teacher: TeacherSlice, energies: Mapping[LinearReader, npt.NDArray[np.float64]], group: ChannelGroup
 ) -> Order:
     score = np.zeros(group.width)
-    for reader in readers:
-        energy = energies(reader, values[reader.data])
-        energy *= (reader.weight_matrix().astype(np.float64) ** 2).sum(axis=1)
+    for reader, seen in energies.items():
+        energy = seen * (reader.weight_matrix().astype(np.float64) ** 2).sum(axis=1)
         by_channel = energy.reshape(len(reader.units), -1).sum(axis=1)
         inside = (reader.units >= group.start) & (reader.units < group.stop)
         np.add.at(score, reader.units[inside] - group.start, by_channel[inside])
-    if not readers:
+    if not energies:
         score = _weight_norms(teacher, group)
     return np.argsort(-score, kind="stable").astype(np.int64)
 
@@ -73,27 +98,18 @@ def _weight_norms(teacher: TeacherSlice, group: ChannelGroup) -> npt.NDArray[np.
     return score
 
 
-def _by_surgery(reader: LinearReader, stat: Moments, group: ChannelGroup, keep: int) -> Order:
+def _by_surgery(reader: LinearReader, moments: Moments, group: ChannelGroup, keep: int) -> Order:
     """Remove, one after another, the unit whose loss costs least after the others are refitted."""
-    gram = torch.from_numpy(stat.covariance if reader.has_bias else stat.second())
+    square = moments.square[0] if reader.has_bias else _second(moments)
     weight = torch.from_numpy(reader.weight_matrix().astype(np.float64))
-    surgery = _Surgery(_ridged_inverse(gram), weight, _blocks(reader, group))
-    for _ in range(group.width - keep):
-        surgery.remove(int(surgery.losses().argmin()))
+    # Scaled to a mean energy of 1; features that are all dead have none, and any order will do.
+    square = square / (float(square.trace()) / len(square) or 1.0)
+    surgery = _Surgery(torch.cholesky_inverse(cholesky(square, _RIDGE)), weight, _blocks(reader, group))
+    with one_thread():
+        for _ in range(group.width - keep):
+            surgery.remove(int(surgery.losses().argmin()))
     alive = np.setdiff1d(np.arange(group.width), surgery.removed)
     return np.concatenate([alive, surgery.removed[::-1]]).astype(np.int64)
-
-
-def _ridged_inverse(gram: torch.Tensor) -> torch.Tensor:
-    # Scaled to a mean energy of 1; features that are all dead have none, and any order will do.
-    gram = gram / (float(gram.trace()) / len(gram) or 1.0)
-    ridge = _RIDGE
-    gram.diagonal().add_(ridge)
-    while (found := torch.linalg.cholesky_ex(gram)).info:
-        # Its float32 products were rounded by more than the ridge.
-        gram.diagonal().add_(9 * ridge)
-        ridge *= 10
-    return torch.cholesky_inverse(found.L)
 
 
 def _blocks(reader: LinearReader, group: ChannelGroup) -> npt.NDArray[np.int64]:
@@ -139,7 +155,8 @@ class _Surgery:
     def losses(self) -> npt.NDArray[np.float64]:
         """What the loss of each block costs; infinite where it is lost already."""
         # A division where blocks have one feature; LAPACK would be called for each.
-        solved = self._energy / self._pivots if self._size == 1 else torch.linalg.solve(self._pivots, self._energy)
+        one = self._size == 1
+        solved = self._energy / self._pivots if one else torch.cholesky_solve(self._energy, cholesky(self._pivots))
         losses: npt.NDArray[np.float64] = solved.diagonal(dim1=1, dim2=2).sum(dim=1).numpy()
         losses[self.removed] = np.inf
         return losses
@@ -148,7 +165,7 @@ class _Surgery:
         """Take a block out and refit the others."""
         size, done = self._size, len(self.removed) * self._size
         own, v, z = slice(block * size, (block + 1) * size), self._v[:done], self._z[:done]
-        factor = torch.linalg.cholesky(self._pivots[block])
+        factor = cholesky(self._pivots[block])
         current = self._weight[own] - v[:, own].T @ z
         scaled = torch.linalg.solve_triangular(factor, current, upper=False)
         # The row of A, and z times the transpose of W, both brought up to date by one pass over all v.

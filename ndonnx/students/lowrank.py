@@ -14,6 +14,7 @@ from ndonnx.graph.load import infer_shapes
 from ndonnx.students.base import Candidate, StudentMethod, TeacherSlice
 from ndonnx.students.factors import Cut, Fit, Form, Problem, fit_of, forms_of
 from ndonnx.students.features import LinearReader, from_matrix
+from ndonnx.students.least_squares import Regression
 from ndonnx.students.linear import add_weight, every_reader, set_weight, unique_name
 from ndonnx.students.width import Init, randomise
 
@@ -30,8 +31,6 @@ _PROBE = 128
 """Samples on which an operator's error is followed to the exit."""
 _NOTHING = 1e-9
 """Error of an operator, relative to its output's energy, that is too small to be followed."""
-
-Values = Mapping[str, npt.NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -62,13 +61,8 @@ class LowRank(StudentMethod):
     def _build(self, teacher: TeacherSlice, rng: np.random.Generator) -> Candidate:
         spec = f"lowrank k={self.keep:g}"
         readers = every_reader(teacher.model)
-        wanted = dict.fromkeys(name for reader in readers for name in (reader.data, reader.output))
-        values = teacher.run(teacher.model, list(wanted)) if wanted else {}
-        plans = [
-            plan
-            for reader in readers
-            if len((plan := _plan(reader, values[reader.data], values[reader.output], self.round_to)).menu) > 1
-        ]
+        fits = self._fits(teacher, teacher.model, readers)
+        plans = [plan for reader in readers if len((plan := _plan(reader, fits[reader], self.round_to)).menu) > 1]
         if not plans:
             raise ShrinkError(f"{teacher.name}: no linear operator gets smaller as two factors")
         if self.keep == 1:
@@ -78,23 +72,35 @@ class LowRank(StudentMethod):
         budget = round(self.keep * sum(plan.whole for plan in plans))
         found = choose([plan.menu for plan in plans], budget)
         chosen = {plan.reader.weight: option for plan, option in zip(plans, found, strict=True) if option.form}
-        student = self._factorise(teacher, readers, values, chosen)
+        student = self._factorise(teacher, fits, chosen)
         return Candidate(spec, randomise(student, rng) if self.init == "random" else student)
 
+    def _fits(self, teacher: TeacherSlice, model: ir.Model, readers: Sequence[LinearReader]) -> dict[LinearReader, Fit]:
+        """The problem of each operator: its output in the teacher's slice, on what it reads in `model`."""
+        problems = {reader: Regression(reader.node, teacher.count) for reader in readers}
+        outputs, inputs = (
+            [name for name in dict.fromkeys(names)]
+            for names in ((reader.output for reader in readers), (reader.data for reader in readers))
+        )
+        if readers:
+            for samples, (theirs, ours) in teacher.batches((teacher.model, outputs), (model, inputs)):
+                for reader, problem in problems.items():
+                    problem.add(samples, ours[reader.data], theirs[reader.output])
+        return {reader: fit_of(reader, problem) for reader, problem in problems.items()}
+
     def _factorise(
-        self, teacher: TeacherSlice, readers: Sequence[LinearReader], values: Values, chosen: Mapping[str, Option]
+        self, teacher: TeacherSlice, fits: Mapping[LinearReader, Fit], chosen: Mapping[str, Option]
     ) -> ir.Model:
         """A copy of the slice with the chosen operators cut, each fitted to what the earlier ones now give it."""
         copy = teacher.model.clone()
         nodes = {node.outputs[0].name: node for node in copy.graph}
         changed = False
-        for reader in readers:
+        for reader, as_teacher in fits.items():
             option = chosen.get(reader.weight)
             again = changed and self.init == "least-squares"
             if option is None and not again:
                 continue
-            given = teacher.run(copy, [reader.data])[reader.data] if again else values[reader.data]
-            fit = fit_of(reader, given, values[reader.output])
+            fit = self._fits(teacher, copy, [reader])[reader] if again else as_teacher
             if option is not None and option.form is not None:
                 cut = Cut(fit.problem, option.form)
                 _set_bias(copy, reader, fit, _as_features(cut.product(option.rank)))
@@ -122,10 +128,8 @@ class Plan:
         return self.menu[0].parameters
 
 
-def _plan(
-    reader: LinearReader, given: npt.NDArray[np.float32], output: npt.NDArray[np.float32], round_to: int | None
-) -> Plan:
-    problem = fit_of(reader, given, output).problem
+def _plan(reader: LinearReader, fit: Fit, round_to: int | None) -> Plan:
+    problem = fit.problem
     narrow = min(problem.channels, problem.outputs)
     step = round_to if round_to is not None else (_ROUND_TO if narrow >= _ROUNDED_FROM else 1)
     menu = [Option(problem.size, 0.0)]

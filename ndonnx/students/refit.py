@@ -10,41 +10,41 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-import torch
 
 from ndonnx.students.base import TeacherSlice
-from ndonnx.students.features import (
-    LinearReader,
-    features,
-    from_matrix,
-    gram,
-    kernel_of,
-    linear_readers,
-    targets,
-    thin,
-)
-
-_RIDGES = (1e-6, 1e-4, 1e-2, 1e-1)
-"""Ridges, relative to the mean energy of a feature; the first where rows are ample."""
-_AMPLE = 5
-"""Rows per feature from which the slightest ridge is safe."""
+from ndonnx.students.features import LinearReader, from_matrix, linear_readers
+from ndonnx.students.least_squares import Regression
 
 
 def refit_consumers(teacher: TeacherSlice, student: ir.Model, kept: npt.NDArray[np.bool_]) -> ir.Model:
     """A copy of the shrunk slice whose readers of shrunk groups are refitted on the samples."""
     copy = student.clone()
-    # A weight that several operators share cannot suit one of them alone.
-    readers = [reader for reader in linear_readers(teacher.model, teacher.groups) if _is_own(copy, reader)]
-    expected = teacher.run(teacher.model, [reader.output for reader in readers])
-    for reader in readers:
-        given = teacher.run(copy, [reader.data])[reader.data]
-        _refit(copy, reader, given, _kept_outputs(teacher, reader, expected[reader.output], kept))
+    for reader in linear_readers(teacher.model, teacher.groups):
+        # A weight that several operators share cannot suit one of them alone.
+        if _is_own(copy, reader):
+            _refit(teacher, copy, reader, kept)
     return copy
 
 
 def _is_own(student: ir.Model, reader: LinearReader) -> bool:
     weights = (student.graph.initializers[name] for name in (reader.weight, reader.bias) if name is not None)
     return all(len(value.uses()) == 1 for value in weights)
+
+
+def _refit(teacher: TeacherSlice, student: ir.Model, reader: LinearReader, kept: npt.NDArray[np.bool_]) -> None:
+    weight = student.graph.initializers[reader.weight]
+    shape = _shape(weight)
+    problem = Regression(reader.node, teacher.count, shape)
+    for samples, (theirs, ours) in teacher.batches((teacher.model, [reader.output]), (student, [reader.data])):
+        expected = _kept_outputs(teacher, reader, theirs[reader.output], kept)
+        problem.add(samples, ours[reader.data], expected)
+    if problem.rows < problem.features:
+        return  # more unknowns than rows: any solution fits them, with weights as large as it likes
+    weights, offset = problem.solve(offset=reader.has_bias)
+    _set(weight, from_matrix(reader.node, weights[0].numpy(), shape))
+    if reader.bias is not None:
+        bias = student.graph.initializers[reader.bias]
+        _set(bias, offset[0].numpy().reshape(_shape(bias)))
 
 
 def _kept_outputs(
@@ -57,59 +57,6 @@ def _kept_outputs(
             stays = (axis.units < 0) | np.append(kept, True)[axis.units]
             return np.compress(stays, output, axis=channel_axis)
     return output
-
-
-def _refit(student: ir.Model, reader: LinearReader, given: np.ndarray, expected: np.ndarray) -> None:
-    weight = student.graph.initializers[reader.weight]
-    assert weight.const_value is not None
-    shape = _shape(weight)
-    given, expected = thin(given, expected)
-    x = features(reader.node, given, kernel_of(shape))
-    y = targets(reader.node, expected)
-    if len(x) < x.shape[1]:
-        return  # more unknowns than rows: any solution fits them, with weights as large as it likes
-    mean_x, mean_y = x.mean(dim=0), y.mean(dim=0)
-    if reader.has_bias:
-        x, y = x - mean_x, y - mean_y
-    solution = solve(x, y, len(given) if reader.node.op_type == "Conv" else None)
-    _set(weight, from_matrix(reader.node, solution, shape))
-    if reader.bias is not None:
-        bias = student.graph.initializers[reader.bias]
-        _set(bias, (mean_y.double().numpy() - mean_x.double().numpy() @ solution).reshape(_shape(bias)))
-
-
-def solve(x: torch.Tensor, y: torch.Tensor, innermost: int | None = None) -> npt.NDArray[np.float64]:
-    """Weights (features, outputs) of least squares with a ridge, solved in float64.
-
-    Where rows are scarce, the ridge is the one that does best on a quarter of the samples after
-    a fit to the others.
-    """
-    if len(x) >= _AMPLE * x.shape[1]:
-        return _ridged(gram(x), (x.T @ y).double(), _RIDGES[0])
-    judged = _last_quarter(len(x), innermost)
-    square, cross = gram(x[~judged]), (x[~judged].T @ y[~judged]).double()
-    further, mixed = gram(x[judged]), (x[judged].T @ y[judged]).double()
-
-    def error(ridge: float) -> float:
-        weights = torch.from_numpy(_ridged(square, cross, ridge))
-        return float((weights * (further @ weights - 2 * mixed)).sum())
-
-    return _ridged(square + further, cross + mixed, min(_RIDGES, key=error))
-
-
-def _last_quarter(rows: int, innermost: int | None) -> torch.Tensor:
-    samples = innermost or rows
-    start = samples - max(1, samples // 4)
-    return (torch.arange(rows) % samples) >= start
-
-
-def _ridged(square: torch.Tensor, cross: torch.Tensor, relative: float) -> npt.NDArray[np.float64]:
-    square = square.clone()
-    square.diagonal().add_(relative * square.trace() / len(square) + torch.finfo(torch.float64).tiny)
-    factor, failed = torch.linalg.cholesky_ex(square)
-    if failed:
-        return np.asarray(torch.linalg.lstsq(square, cross, driver="gelsd").solution.numpy())
-    return np.asarray(torch.cholesky_solve(cross, factor).numpy())
 
 
 def _set(value: ir.Value, array: np.ndarray) -> None:

@@ -11,8 +11,9 @@ import torch
 from ndonnx.errors import ShrinkError
 from ndonnx.graph.costs import constant_of
 from ndonnx.students.base import Candidate, StudentMethod, TeacherSlice
+from ndonnx.students.least_squares import Regression
 from ndonnx.students.masks import GrowingZeros, LinearWeight, Pattern, linear_weights
-from ndonnx.students.sparse_fit import can_fit, fit, from_groups, measure, to_groups
+from ndonnx.students.sparse_fit import can_fit, fit, from_groups, to_groups
 from ndonnx.students.width import Init, randomise
 
 _SETTLED = 0.6
@@ -59,11 +60,9 @@ def fit_zeros(teacher: TeacherSlice, pattern: Pattern, weights: tuple[LinearWeig
     layouts = {weight.name: weight for weight in weights}
     fitted = {node.inputs[1].name: node for node in copy.graph if _is_own(node)}  # type: ignore[union-attr]
     fitted = {name: node for name, node in fitted.items() if name in layouts}
-    expected = teacher.run(teacher.model, [node.outputs[0].name or "" for node in fitted.values()]) if fitted else {}
     for name, layout in layouts.items():
         if name in fitted:
-            node = fitted[name]
-            _fit(teacher, copy, node, pattern, layout, expected.pop(node.outputs[0].name or ""))
+            _fit(teacher, copy, fitted[name], pattern, layout)
         else:
             value = copy.graph.initializers[name]
             array = _array(value)
@@ -76,18 +75,14 @@ def _is_own(node: ir.Node) -> bool:
     return can_fit(node) and node.inputs[1] is not None and len(node.inputs[1].uses()) == 1
 
 
-def _fit(
-    teacher: TeacherSlice,
-    student: ir.Model,
-    node: ir.Node,
-    pattern: Pattern,
-    layout: LinearWeight,
-    expected: np.ndarray,
-) -> None:
+def _fit(teacher: TeacherSlice, student: ir.Model, node: ir.Node, pattern: Pattern, layout: LinearWeight) -> None:
     value, data, bias = node.inputs[1], node.inputs[0], _own_bias(node, layout)
-    assert value is not None and data is not None and data.name
-    given = teacher.run(student, [data.name])[data.name]
-    moments = measure(node, given, expected, centred=bias is not None)
+    output = node.outputs[0].name
+    assert value is not None and data is not None and data.name and output
+    problem = Regression(node, teacher.count)
+    for samples, (theirs, ours) in teacher.batches((teacher.model, [output]), (student, [data.name])):
+        problem.add(samples, ours[data.name], theirs[output])
+    moments = problem.moments() if bias is not None else problem.moments().about_zero()
 
     def choose(counts: torch.Tensor, part: float) -> torch.Tensor:
         whole = from_groups(node, counts, layout.shape)
@@ -97,8 +92,7 @@ def _fit(
     solution, _ = fit(moments, before, choose)
     _set(value, from_groups(node, solution, layout.shape).numpy())
     if bias is not None:
-        offset = moments.mean_y - moments.mean_x @ solution
-        _set(bias, offset.reshape(_array(bias).shape).numpy())
+        _set(bias, moments.offset(solution).reshape(_array(bias).shape).numpy())
 
 
 def _own_bias(node: ir.Node, layout: LinearWeight) -> ir.Value | None:

@@ -1,0 +1,123 @@
+"""The least-squares problem of one linear operator: what it should give, on what it reads, batch after batch."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from ndonnx.students.least_squares.moments import Accumulator, Moments
+from ndonnx.students.least_squares.rows import Array, RowSampler
+from ndonnx.students.least_squares.solver import RIDGES, solve
+
+_AMPLE = 5
+"""Rows per feature from which the slightest ridge is safe."""
+_JUDGED = 0.25
+"""Part of the samples, the last ones, that choose the ridge where rows are scarce."""
+
+
+class Regression:
+    """Moments of an operator's features and of the outputs that it should give, from a bounded number of rows.
+
+    All samples have to be fed, in order.
+    """
+
+    def __init__(self, node: ir.Node, samples: int, weight_shape: tuple[int, ...] | None = None) -> None:
+        """Begin with nothing.
+
+        Args:
+            node: `Conv`, `Gemm` or `MatMul` with a constant weight.
+            samples: that will be fed in all.
+            weight_shape: of the operator's weight; None where the node's own has it.
+        """
+        self._rows = RowSampler(node, samples, weight_shape)
+        self.features = self._rows.features
+        """Features of one group."""
+        self._samples = samples
+        self._first, self._last = Accumulator(self._rows.groups), Accumulator(self._rows.groups)
+        self._scarce = False
+
+    @property
+    def rows(self) -> int:
+        """Rows taken in so far."""
+        return self._first.rows + self._last.rows
+
+    def add(self, samples: range, data: Array, output: Array | None = None) -> None:
+        """Take in rows of one batch.
+
+        Args:
+            samples: which it has.
+            data: what the operator reads, float32.
+            output: what it should give; None where only the features' own moments are wanted.
+        """
+        index = self._rows.index(len(samples), data)
+        if not self.rows:
+            self._scarce = len(index) * self._samples < _AMPLE * self.features * len(samples)
+        before = round(len(index) * self._part_before(samples)) if self._scarce else len(index)
+        for accumulator, part in ((self._first, index[:before]), (self._last, index[before:])):
+            for x, y in self._rows.chunks(part, data, output):
+                accumulator.add(x, y)
+
+    def _part_before(self, samples: range) -> float:
+        """The part of a batch that lies before the samples that judge; a lone sample is split by its positions."""
+        judged = max(1, int(_JUDGED * self._samples)) if self._samples > 1 else _JUDGED
+        return min(1.0, max(0.0, (self._samples - judged - samples.start) / len(samples)))
+
+    def moments(self) -> Moments:
+        """Of all rows, about their means.
+
+        Raises:
+            ShrinkError: the rows are so large that their squares overflow.
+        """
+        if not self._last.rows or not self._first.rows:
+            return (self._first if self._first.rows else self._last).moments()
+        return self._first.moments().merged(self._last.moments())
+
+    def solve(self, *, offset: bool) -> tuple[Tensor, Tensor]:
+        """Weights (groups, features, outputs) and offset (groups, outputs), float64.
+
+        Where rows are scarce, the ridge is the one that does best on a quarter of the samples after a fit to the
+        others.
+
+        Args:
+            offset: whether the operator has one; if not, it is zero.
+
+        Raises:
+            ShrinkError: the rows are so large that their squares overflow.
+        """
+        moments = self.moments() if offset else self.moments().about_zero()
+        weights = solve(moments.square, moments.cross, self._ridge(offset=offset))
+        return weights, moments.offset(weights)
+
+    def _ridge(self, *, offset: bool) -> float:
+        if not self._first.rows or not self._last.rows:
+            return RIDGES[0]
+        first, last = (part.moments() if offset else part.moments().about_zero() for part in (self._first, self._last))
+
+        def error(ridge: float) -> float:
+            weights = solve(first.square, first.cross, ridge)
+            return last.error(weights, first.offset(weights))
+
+        return min(RIDGES, key=error)
+
+
+class FeatureEnergies:
+    """The mean square of each of an operator's features: all that is asked of one with too many for their products."""
+
+    def __init__(self, node: ir.Node, samples: int) -> None:
+        self._rows = RowSampler(node, samples)
+        self._squares = torch.zeros(self._rows.features * self._rows.groups, dtype=torch.float64)
+        self._count = 0
+
+    def add(self, samples: range, data: Array) -> None:
+        """Take in rows of one batch; see `Regression.add`."""
+        for x, _ in self._rows.chunks(self._rows.index(len(samples), data), data):
+            self._squares += x.double().square_().sum(dim=0)
+            self._count += len(x)
+
+    def energies(self) -> npt.NDArray[np.float64]:
+        """Of the features, group after group."""
+        found: npt.NDArray[np.float64] = (self._squares / max(1, self._count)).numpy()
+        return found

@@ -1,0 +1,109 @@
+"""Run a model for values inside it, on as many samples at a time as a bounded number of bytes holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from ndonnx.teacher.sessions import make_session
+
+Arrays = Mapping[str, npt.NDArray[Any]]
+"""Values by name; the first axis is the sample, except for constants."""
+
+BATCH_BYTES = 32 * 2**20
+"""Bytes, about, of the values that one batch gives."""
+_FIRST_BATCH = 8
+"""Samples of the first batch, whose size tells how many the others may have."""
+
+
+class Probe:
+    """A model cut down to some of its values."""
+
+    def __init__(self, model: ir.Model, values: Sequence[str], *, threads: int) -> None:
+        """Open it in onnxruntime.
+
+        Args:
+            model: not changed.
+            values: names of inputs, inner values or outputs.
+            threads: for onnxruntime.
+
+        Raises:
+            ModelError: onnxruntime refuses the model.
+        """
+        self._names = tuple(dict.fromkeys(values))
+        inputs = {value.name for value in model.graph.inputs}
+        self._computed = [name for name in self._names if name not in inputs]
+        self._session = None
+        if self._computed:
+            cut = _cut(model, self._computed)
+            self._inputs = [value.name or "" for value in cut.graph.inputs]
+            self._session = make_session(cut, threads=threads)
+
+    def run(self, feeds: Arrays) -> dict[str, npt.NDArray[Any]]:
+        """The values by name.
+
+        Raises:
+            OrtError: onnxruntime fails.
+        """
+        found: dict[str, npt.NDArray[Any]] = {}
+        if self._session is not None:
+            given = {name: feeds[name] for name in self._inputs if name in feeds}
+            found = dict(zip(self._computed, self._session.run(self._computed, given), strict=True))
+        return {name: found[name] if name in found else feeds[name] for name in self._names}
+
+
+def run_batches(
+    runs: Sequence[tuple[Callable[[Arrays], dict[str, npt.NDArray[Any]]], Arrays]],
+    constants: Collection[str] = (),
+    samples: range | None = None,
+) -> Iterator[tuple[range, list[dict[str, npt.NDArray[Any]]]]]:
+    """Run several probes side by side over their samples; floats are fed as float32.
+
+    Args:
+        runs: what takes feeds and gives values, and what it is fed with.
+        constants: names of feeds that all samples share.
+        samples: which samples; all by default.
+
+    Yields:
+        The samples of each batch, and the values that each probe gives.
+    """
+    if samples is None:
+        samples = range(min(sample_count(feeds, constants) for _, feeds in runs))
+    start, size = samples.start, _FIRST_BATCH
+    while start < samples.stop:
+        stop = min(start + size, samples.stop)
+        found = [run(_part(feeds, constants, slice(start, stop))) for run, feeds in runs]
+        yield range(start, stop), found
+        bytes_ = sum(array.nbytes for values in found for array in values.values())
+        if start == samples.start:
+            size = max(1, BATCH_BYTES * (stop - start) // max(1, bytes_))
+        del found
+        start = stop
+
+
+def sample_count(feeds: Arrays, constants: Collection[str] = ()) -> int:
+    """Samples that all feeds have."""
+    return min(len(array) for name, array in feeds.items() if name not in constants)
+
+
+def _part(feeds: Arrays, constants: Collection[str], rows: slice) -> dict[str, npt.NDArray[Any]]:
+    return {name: _plain(array if name in constants else array[rows]) for name, array in feeds.items()}
+
+
+def _plain(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    return np.array(array, dtype=np.float32) if array.dtype.kind == "f" else np.array(array)
+
+
+def _cut(model: ir.Model, names: Sequence[str]) -> ir.Model:
+    """A copy of the model whose outputs are exactly the named values."""
+    copy = model.clone()
+    values = ir.convenience.create_value_mapping(copy.graph)
+    copy.graph.outputs.clear()
+    copy.graph.outputs.extend(values[name] for name in names)
+    RemoveUnusedNodesPass()(copy)
+    return copy

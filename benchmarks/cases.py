@@ -120,8 +120,12 @@ def _distances(teacher: Built, student: Built, feeds: Arrays) -> str | None:
     (itself,), (there,), (back,) = (student.answers({"a": x, "b": y}) for x, y in ((a, a), (a, b), (b, a)))
     if np.any(itself):
         return f"d(a, a) is {float(np.abs(itself).max()):.3g}"
-    worst = float(np.abs(there - back).max())
-    return f"d(a, b) and d(b, a) differ by {worst:.3g}" if worst > 1e-5 * float(np.abs(there).max()) else None
+    worst = float(np.abs(there.astype(float) - back.astype(float)).max())
+    return (
+        f"d(a, b) and d(b, a) differ by {worst:.3g}"
+        if worst > 1e-5 * float(np.abs(there.astype(float)).max())
+        else None
+    )
 
 
 def _ties(teacher: Built, student: Built, feeds: Arrays) -> str | None:

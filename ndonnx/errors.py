@@ -64,3 +64,8 @@ class VerificationError(NdonnxError):
 
 class SearchError(NdonnxError):
     """No choice of candidates meets the targets: exit code 3, after the best that there is has been saved."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message, or its type where it has none, without onnxruntime's prefix."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].removeprefix("[ONNXRuntimeError] : ")

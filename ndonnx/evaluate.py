@@ -15,9 +15,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ndonnx.data import Batch, DataSource, input_specs
-from ndonnx.errors import DataError, ModelError
+from ndonnx.errors import DataError, ModelError, first_line
 from ndonnx.progress import Progress, Silent
-from ndonnx.teacher.sessions import OrtError, first_line, make_session
+from ndonnx.teacher.sessions import OrtError, make_session
 
 Model = str | Path | ir.Model
 Array = NDArray[np.generic]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +11,12 @@ import onnx
 import onnx_ir as ir
 
 from ndonnx.convert import check_parity, to_torch
-from ndonnx.errors import ParityError, VerificationError
+from ndonnx.errors import ParityError, VerificationError, first_line
 from ndonnx.graph import save
-from ndonnx.graph.dataflow import real_inputs
+from ndonnx.graph.dataflow import real_inputs, sub_graphs
 from ndonnx.partition import Partition
 from ndonnx.teacher import make_session
-from ndonnx.teacher.sessions import REFUSALS, first_line
+from ndonnx.teacher.sessions import REFUSALS
 
 
 def verify(
@@ -29,14 +29,14 @@ def verify(
 ) -> None:
     """Check a spliced student.
 
-    Inputs, outputs and opset are the teacher's; `onnx.checker` accepts it; onnxruntime runs it
-    on the probe; and inside it every neighbourhood answers as its torch student does.
+    Inputs, outputs and opset are the teacher's; `onnx.checker` accepts it, or refuses in it only what it refuses in the
+    teacher; onnxruntime runs it on the probe; and inside it every neighbourhood answers as its torch student does.
 
     Raises:
         VerificationError: with the first check that failed.
     """
     _check_interface(teacher, student)
-    _check_file(student)
+    _check_file(teacher, student)
     by_name = {n.name: n for n in parts.distillable}
     watched = [by_name[name] for name in students]
     names = list(dict.fromkeys(v.name or "" for n in watched for v in (n.entry, *n.context, n.exit) if v is not None))
@@ -68,15 +68,42 @@ def _interface(model: ir.Model, side: str) -> list[tuple[str | None, str, str]]:
     return [(value.name, str(value.dtype), str(value.shape)) for value in values]
 
 
-def _check_file(student: ir.Model) -> None:
+def _check_file(teacher: ir.Model, student: ir.Model) -> None:
+    """Refuse what `onnx.checker` refuses, unless it says so of the teacher, too."""
+    found = _verdict(student)
+    if found is None:
+        return
+    excused = {_verdict(teacher), *_verdicts_on_nodes(teacher)}
+    for verdict in (found, *_verdicts_on_nodes(student)):
+        if verdict not in excused:
+            raise VerificationError(f"onnx.checker refuses the student: {verdict}")
+
+
+def _verdict(model: ir.Model) -> str | None:
+    """The first complaint of `onnx.checker` about a whole model; None where it has none."""
     with tempfile.TemporaryDirectory(prefix="ndonnx-") as folder:
-        path = Path(folder) / "student.onnx"
-        save(student, path)
+        path = Path(folder) / "model.onnx"
+        save(model, path)
         try:
             onnx.checker.check_model(str(path))
         except onnx.checker.ValidationError as error:
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise VerificationError(f"onnx.checker refuses the student: {first}") from error
+            return first_line(error)
+    return None
+
+
+def _verdicts_on_nodes(model: ir.Model) -> Iterator[str]:
+    """The complaints of `onnx.checker` about single nodes: of a whole model it tells the first one only."""
+    context = onnx.checker.C.CheckerContext()
+    context.ir_version = model.ir_version
+    context.opset_imports = dict(model.opset_imports)
+    for graph in model.graphs():
+        for node in graph:
+            if any(True for _ in sub_graphs(node)):
+                continue  # its branches read values that lie outside the node; their own nodes are looked at alone
+            try:
+                onnx.checker.check_node(ir.to_proto(node), context)
+            except onnx.checker.ValidationError as error:
+                yield first_line(error)
 
 
 def _run(student: ir.Model, names: list[str], probe: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -119,9 +119,8 @@ def test_damaged_file_never_raises_anything_else(whole: bytes, flips: list[tuple
 def test_values_that_nothing_makes_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     relu, neg = helper.make_node("Relu", ["b"], ["y"], name="reader"), helper.make_node("Neg", ["x"], ["b"])
-    for nodes in ([relu], [relu, neg]):
-        with pytest.raises(ModelError, match="'reader' reads 'b' before anything makes it"):
-            load(written(path, nodes))
+    with pytest.raises(ModelError, match="'reader' reads 'b' before anything makes it"):
+        load(written(path, [relu]))
     with pytest.raises(ModelError, match="the output 'y' is made by no node"):
         load(written(path, [neg]))
     with pytest.raises(ModelError, match="'a'"):

@@ -17,7 +17,7 @@ from ndonnx.partition import Partition, partition
 from ndonnx.splice import splice
 from ndonnx.students import TeacherSlice, Width
 from ndonnx.verify import verify
-from tests.models import BUILDERS, CUSTOM, Array, inputs_of, residual_cnn, run
+from tests.models import BUILDERS, CUSTOM, Array, Net, inputs_of, loaded, residual_cnn, run
 
 
 @pytest.fixture(autouse=True)
@@ -154,6 +154,35 @@ def test_a_file_that_the_checker_refuses_does_not_pass() -> None:
     (node,) = (n for n in case.student.graph if n.outputs[0].name == "unit1")
     node.op_type = "Reluu"
     with pytest.raises(VerificationError, match=r"onnx\.checker refuses the student"):
+        case.check()
+
+
+def _older_norms() -> Case:
+    """A teacher with an operator that its opset does not have, as onnxruntime writes them, and its student."""
+    net = Net(2)
+    x = net.gemm(net.input("x", "N", 8), 8, 12)
+    scale, shift = (net.constant(name, np.ones(12, np.float32)) for name in ("scale", "shift"))
+    x = net.op("LayerNormalization", x, scale, shift, out="normed")
+    x = net.op("Add", net.gemm(net.relu(net.gemm(x, 12, 20)), 20, 12, out="inner"), x, out="unit")
+    proto = net.proto(net.gemm(x, 12, 3, out="y"), opset=17)
+    proto.opset_import[0].version = 14
+    teacher = loaded(proto)
+    parts = partition(fold_constants(teacher.clone()))
+    return Case(teacher, parts, {}, splice(teacher, {}), inputs_of(proto, 4))
+
+
+def test_what_the_checker_refuses_in_the_teacher_may_be_in_the_student() -> None:
+    case = _older_norms()
+    case.check()
+
+
+@pytest.mark.parametrize("broken", ["Reluu", "RMSNormalization"])
+def test_what_the_checker_refuses_in_the_student_alone_does_not_pass(broken: str) -> None:
+    """Also where it refuses something else in both, and would stop there."""
+    case = _older_norms()
+    (node,) = (n for n in case.student.graph if n.outputs[0].name == "unit")
+    node.op_type = broken
+    with pytest.raises(VerificationError, match=rf"onnx\.checker refuses the student: No Op registered for {broken}"):
         case.check()
 
 

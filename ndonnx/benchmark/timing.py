@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from ndonnx.benchmark.feeds import Feeds, feeds_for, made_up_feeds
 from ndonnx.benchmark.statistics import Latency, latency
 from ndonnx.data import input_specs
-from ndonnx.errors import ModelError
-from ndonnx.teacher.sessions import OrtError, first_line, make_session
+from ndonnx.errors import ModelError, first_line
+from ndonnx.teacher.sessions import OrtError, make_session
 
 Model = str | Path | ir.Model
 Run = Callable[[], object]

@@ -9,10 +9,10 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from ndonnx.convert import TorchSlice, check_parity, to_torch
-from ndonnx.errors import ParityError
+from ndonnx.errors import ParityError, first_line
 from ndonnx.graph.load import infer_shapes
 from ndonnx.teacher import make_session
-from ndonnx.teacher.sessions import REFUSALS, first_line
+from ndonnx.teacher.sessions import REFUSALS
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 """Inputs of a slice by name, float32 where floating; the first axis is the sample."""

@@ -76,7 +76,7 @@ def take_inferred(model: ir.Model, proto: onnx.ModelProto | None = None) -> None
         inferred = onnx.shape_inference.infer_shapes(message, check_type=False, strict_mode=False, data_prop=True)
     except Exception:  # its errors share no base class, and shapes are a help, not a condition
         return
-    types: dict[bytes, tuple[ir.Shape | None, ir.DataType | None]] = {}
+    types: dict[bytes, tuple[ir.Shape | None, ir.TypeProtocol | None]] = {}
     for graph, found in _graphs(model.graph, inferred.graph):
         by_name = {value.name: value.type for value in (*found.value_info, *found.output, *found.input)}
         for value in _values(graph):
@@ -87,16 +87,15 @@ def take_inferred(model: ir.Model, proto: onnx.ModelProto | None = None) -> None
                 _believe(value, *types[key])
 
 
-def _believe(value: ir.Value, shape: ir.Shape | None, dtype: ir.DataType | None) -> None:
+def _believe(value: ir.Value, shape: ir.Shape | None, type_: ir.TypeProtocol | None) -> None:
     if shape is not None and value.shape != shape:
         value.shape = shape
-    if dtype is not None and value.dtype != dtype:
-        value.dtype = dtype
+    if type_ is not None and value.type != type_:
+        value.type = type_
 
 
-def _read(type_: onnx.TypeProto) -> tuple[ir.Shape | None, ir.DataType | None]:
-    read = ir.serde.deserialize_type_proto_for_type(type_)
-    return ir.serde.deserialize_type_proto_for_shape(type_), None if read is None else read.dtype
+def _read(type_: onnx.TypeProto) -> tuple[ir.Shape | None, ir.TypeProtocol | None]:
+    return ir.serde.deserialize_type_proto_for_shape(type_), ir.serde.deserialize_type_proto_for_type(type_)
 
 
 def _graphs(graph: ir.Graph, proto: onnx.GraphProto) -> Iterator[tuple[ir.Graph, onnx.GraphProto]]:

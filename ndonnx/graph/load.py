@@ -13,10 +13,13 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError
 from onnx_ir.passes.common import InlinePass
 
-from ndonnx.errors import ModelError, RunDirError
+from ndonnx.errors import ModelError, RunDirError, first_line
 from ndonnx.graph.collector import collector_paused
-from ndonnx.graph.dataflow import sub_graphs
+from ndonnx.graph.dataflow import reads, sub_graphs
+from ndonnx.graph.external import external_tensors, resolve_external_data
 from ndonnx.graph.inference import take_inferred, weightless
+from ndonnx.graph.opsets import ONNX, let_functions_follow, remember_opsets, settle_opsets, write_opsets
+from ndonnx.graph.sparse import remember, unfold, write_sparse
 
 _DECLARED = "ndonnx.declared"
 
@@ -44,22 +47,58 @@ def load(path: str | Path) -> ir.Model:
         raise ModelError(f"{path}: not an ONNX file, or a truncated one: export or copy it again") from error
     if not proto.graph.output:
         raise ModelError(f"{path}: not an ONNX model: it has no graph with an output")
-    if not any(entry.domain in ("", "ai.onnx") for entry in proto.opset_import):
+    opsets = settle_opsets(proto)
+    if not any(entry.domain == ONNX for entry in proto.opset_import):
         raise ModelError(f"{path}: the model states no opset for the ONNX operators; export it again")
     try:
-        model = ir.from_proto(proto)
-        slim = weightless(proto) if not model.functions else None
-        if model.functions:
-            model = InlinePass()(model).model
+        model = _read(proto)
+        in_order = _sort(model.graph)
     except Exception as error:  # whatever a hostile graph provokes in the deserialiser is the file's fault
-        raise ModelError(f"{path}: the graph is malformed: {_first_line(_root(error))}") from error
-    if _resolve_external_data(model, path):
-        slim = None  # it lacks what has been read in
+        raise ModelError(f"{path}: the graph is malformed: {first_line(_root(error))}") from error
+    remember_opsets(model, opsets)
+    brought_in = resolve_external_data(model, path)
     _check_names(model.graph, set(), path)
+    is_same = in_order and not brought_in and not proto.functions
+    slim = weightless(proto) if is_same else None
     declared = frozenset(value.name for value in _inner_values(model) if value.type is not None)
     infer_shapes(model, slim)
     model.meta[_DECLARED] = declared
     return model
+
+
+def _read(proto: onnx.ModelProto) -> ir.Model:
+    """A message as a model without functions: of initializers of one name the first counts, sparse ones are dense."""
+    sparse = unfold(proto)
+    _drop_doubles(proto.graph)
+    model = ir.from_proto(proto)
+    remember(model, sparse)
+    if model.functions:
+        let_functions_follow(model)
+        model = InlinePass()(model).model
+    return model
+
+
+def _drop_doubles(graph: onnx.GraphProto) -> None:
+    first = {tensor.name: position for position, tensor in reversed(list(enumerate(graph.initializer)))}
+    double = [position for position, tensor in enumerate(graph.initializer) if first[tensor.name] != position]
+    for position in reversed(double):
+        del graph.initializer[position]
+
+
+def _sort(graph: ir.Graph) -> bool:
+    """Put the nodes into an order in which each reads what was made before; whether they stood in one already.
+
+    Raises:
+        ValueError: there is none.
+    """
+    seen: set[ir.Node] = set()
+    for node in graph:
+        makers = (value.producer() for value in reads(node))
+        if any(maker is not None and maker.graph is graph and maker not in seen for maker in makers):
+            graph.sort()
+            return False
+        seen.add(node)
+    return True
 
 
 def declared_values(model: ir.Model) -> frozenset[str | None]:
@@ -107,8 +146,10 @@ def serialise(model: ir.Model) -> bytes:
     """The model as the bytes of one `.onnx` file, with the tensors that were kept beside it inside."""
     if external_tensors(model):
         model = ir.external_data.load_to_model(model.clone())
-    data: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
-    return data
+    proto = ir.to_proto(model)
+    write_opsets(model, proto)
+    write_sparse(model, proto)
+    return proto.SerializeToString(deterministic=True)
 
 
 def save(model: ir.Model, path: str | Path) -> None:
@@ -160,58 +201,6 @@ def tensor_bytes(model: ir.Model) -> int:
     return sum(tensor.nbytes for tensor in tensors if tensor.dtype is not ir.DataType.STRING)
 
 
-def _resolve_external_data(model: ir.Model, path: Path) -> bool:
-    """Tie each external tensor to a real file inside the model's own folder; whether attributes were read in."""
-    folder = path.parent.resolve()
-    for tensor in external_tensors(model):
-        location = Path(tensor.location)
-        try:
-            target = (folder / location).resolve()
-            size = target.stat().st_size if target.is_file() else None
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{path}: tensor '{tensor.name}' names no usable file: {_first_line(error)}") from error
-        if location.is_absolute() or not target.is_relative_to(folder):
-            raise ModelError(
-                f"{path}: tensor '{tensor.name}' keeps its data in '{tensor.location}', outside the model's folder"
-            )
-        if size is None:
-            raise ModelError(
-                f"{path}: tensor '{tensor.name}' needs the missing file '{tensor.location}' beside the model"
-            )
-        end = (tensor.offset or 0) + tensor.nbytes
-        if size < end:
-            raise ModelError(
-                f"{path}: tensor '{tensor.name}' needs {end} bytes of '{tensor.location}', which has {size}"
-            )
-        tensor.base_dir = str(folder)
-    return _bring_attributes_in(model)
-
-
-def _bring_attributes_in(model: ir.Model) -> bool:
-    """Read external data of `Constant` nodes: `onnx_ir` and onnxruntime know them of initializers only."""
-    any_was_outside = False
-    for graph in model.graphs():
-        for node in graph:
-            for name, attribute in node.attributes.items():
-                if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
-                    (tensor,) = ir.external_data.convert_tensors_from_external([attribute.value])
-                    node.attributes[name] = ir.AttrTensor(name, tensor)
-                    any_was_outside = True
-    return any_was_outside
-
-
-def external_tensors(model: ir.Model) -> list[ir.ExternalTensor]:
-    """The tensors that are kept in files beside the model, those of sub-graphs among them."""
-    found: list[ir.ExternalTensor] = []
-    for graph in model.graphs():
-        found += [v.const_value for v in graph.initializers.values() if isinstance(v.const_value, ir.ExternalTensor)]
-        for node in graph:
-            for attribute in node.attributes.values():
-                if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
-                    found.append(attribute.value)
-    return found
-
-
 def _check_names(graph: ir.Graph, outer: set[str | None], path: Path) -> None:
     """Refuse a graph that reads a value which nothing produces, or reads it before it is there."""
     known = outer | {value.name for value in graph.inputs} | set(graph.initializers)
@@ -234,7 +223,3 @@ def _root(error: BaseException) -> BaseException:
     while (before := error.__cause__ or error.__context__) is not None:
         error = before
     return error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from ndonnx.errors import ModelError
+from ndonnx.errors import ModelError, first_line
 from ndonnx.graph.collector import collector_paused
 from ndonnx.graph.costs import dims
 from ndonnx.graph.dataflow import Kind, kinds_of
@@ -35,6 +35,7 @@ def fold_constants(model: ir.Model) -> ir.Model:
         ModelError: a constant cannot be computed, or is far larger than the model.
     """
     _take_initializers_off_inputs(model.graph)
+    _open_unknown_sizes(model)
     while take_apart(model):
         infer_shapes(model)
     _fold(model)
@@ -74,6 +75,28 @@ def _take_initializers_off_inputs(graph: ir.Graph) -> None:
         graph.inputs.remove(value)
 
 
+def _open_unknown_sizes(model: ir.Model) -> None:
+    """Let sizes of inputs that are not above 0 be open: exporters write such numbers for what they do not know."""
+    inputs = [value for value in model.graph.inputs if any(_is_unknown(size) for size in value.shape or ())]
+    if not inputs:
+        return
+    firsts = [value.shape[0] for value in model.graph.inputs if value.shape]
+    samples = next((size for size in firsts if isinstance(size, ir.SymbolicDim)), ir.SymbolicDim("samples"))
+    for value in inputs:
+        value.shape = ir.Shape(
+            (samples if axis == 0 else ir.SymbolicDim(f"{value.name}/{axis}")) if _is_unknown(size) else size
+            for axis, size in enumerate(value.shape or ())
+        )
+    for node in model.graph:
+        for value in node.outputs:
+            value.shape = None  # it was inferred from sizes that there are not
+    infer_shapes(model)
+
+
+def _is_unknown(size: int | ir.SymbolicDim) -> bool:
+    return isinstance(size, int) and size <= 0
+
+
 def _evaluate(model: ir.Model, wanted: list[ir.Value]) -> list[np.ndarray]:
     """Values of constants, small ones read off, the rest computed by onnxruntime without inputs."""
     ready = {
@@ -90,9 +113,8 @@ def _evaluate(model: ir.Model, wanted: list[ir.Value]) -> list[np.ndarray]:
             session = ort.InferenceSession(serialise(part), options, providers=["CPUExecutionProvider"])
             ready |= dict(zip(rest, session.run([value.name for value in rest], {}), strict=True))
         except Exception as error:  # onnxruntime's errors share no base class; all mean that the graph is at fault
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ModelError(
-                f"the model's constant part, up to '{rest[0].name}', cannot be computed: {reason}"
+                f"the model's constant part, up to '{rest[0].name}', cannot be computed: {first_line(error)}"
             ) from error
     return [ready[value] for value in wanted]
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from ndonnx.data import DataSource
-from ndonnx.errors import ConversionError, ModelError, SliceError
+from ndonnx.errors import ConversionError, ModelError, SliceError, first_line
 from ndonnx.partition import Partition
 from ndonnx.pipeline.batches import whole_batches
 from ndonnx.teacher import make_session
 from ndonnx.teacher.noise_inputs import Noise
-from ndonnx.teacher.sessions import REFUSALS, first_line
+from ndonnx.teacher.sessions import REFUSALS
 
 _SPREAD_SAMPLES, _SPREAD_BATCH = 128, 8
 """Samples by which activations are measured, and how many are held at a time."""

@@ -22,13 +22,13 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from ndonnx.distil.losses import nmse
-from ndonnx.errors import ModelError, ParityError, TrainingError
+from ndonnx.errors import ModelError, ParityError, TrainingError, first_line
 from ndonnx.graph.dataflow import real_inputs
 from ndonnx.partial.cuts import Cuts, inputs_of
 from ndonnx.partial.quality import Array, Quality, check_labels
 from ndonnx.partition import Neighbourhood, Partition, extract, nodes_between
 from ndonnx.teacher import capture, capture_bytes, make_session
-from ndonnx.teacher.sessions import OrtError, first_line
+from ndonnx.teacher.sessions import OrtError
 
 Batches = Callable[[], Iterator[Mapping[str, Array]]]
 Change = Callable[[Array, int], Array]

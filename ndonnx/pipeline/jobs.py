@@ -11,7 +11,7 @@ import onnx_ir as ir
 from ndonnx.distil import DistilJob, HeadSlice, Plan
 from ndonnx.errors import RecipeError
 from ndonnx.graph import save
-from ndonnx.graph.load import external_tensors
+from ndonnx.graph.external import external_tensors
 from ndonnx.partition import Neighbourhood, Partition, extract, is_opaque, region_nodes
 from ndonnx.recipe import Recipe
 from ndonnx.rundir import Entry, Fingerprintable, RunDir, fingerprint, fingerprint_file

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ndonnx.benchmark import benchmark, ratio
 from ndonnx.distil import load_student
-from ndonnx.errors import ModelError, SliceError
+from ndonnx.errors import ModelError, SliceError, first_line
 from ndonnx.graph.dataflow import real_inputs
 from ndonnx.machine import usable_cores
 from ndonnx.partial import PartialModels, Quality
@@ -29,7 +29,7 @@ from ndonnx.recipe import Recipe
 from ndonnx.rundir import Entry, Fingerprintable, RunDir, fingerprint
 from ndonnx.search import TEACHER
 from ndonnx.teacher import make_session
-from ndonnx.teacher.sessions import OrtError, first_line
+from ndonnx.teacher.sessions import OrtError
 from ndonnx.threshold import tolerances
 
 _AMPLITUDE = 0.1

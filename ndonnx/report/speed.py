@@ -13,7 +13,7 @@ from ndonnx.errors import UsageError
 from ndonnx.evaluate import Evaluation
 from ndonnx.graph import fold_constants
 from ndonnx.graph.costs import compressed_bytes, slice_cost
-from ndonnx.graph.load import external_tensors
+from ndonnx.graph.external import external_tensors
 
 QUANTITIES = ("parameters", "macs", "bytes", "compressed_bytes")
 """What a model has without being run, in the order in which it is told."""

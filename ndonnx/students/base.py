@@ -14,10 +14,10 @@ import numpy as np
 import onnx_ir as ir
 from torch import Tensor
 
-from ndonnx.errors import ShrinkError
+from ndonnx.errors import ShrinkError, first_line
 from ndonnx.partition import ChannelGroups
 from ndonnx.teacher.probe import Arrays, Probe, run_batches, sample_count
-from ndonnx.teacher.sessions import REFUSALS, first_line
+from ndonnx.teacher.sessions import REFUSALS
 
 WHOLE = "whole"
 """The `shape_key` of a student that is as large as its slice: the teacher's own is never worse."""

@@ -15,12 +15,12 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
-from ndonnx.errors import ShrinkError
+from ndonnx.errors import ShrinkError, first_line
 from ndonnx.graph.costs import constant_of
 from ndonnx.students.features import from_matrix, is_plain
 from ndonnx.students.least_squares import Regression, ridge_of, solve, solve_masked
 from ndonnx.teacher.probe import Probe, run_batches, sample_count
-from ndonnx.teacher.sessions import REFUSALS, first_line
+from ndonnx.teacher.sessions import REFUSALS
 
 Rows = Mapping[str, npt.NDArray[np.generic]]
 """Inputs of a slice by name; the first axis is the sample, except for constants."""

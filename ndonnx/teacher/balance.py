@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from ndonnx.data.chosen import ChosenSource
 from ndonnx.data.source import RowSource
-from ndonnx.errors import ModelError
-from ndonnx.teacher.sessions import OrtError, first_line, make_session
+from ndonnx.errors import ModelError, first_line
+from ndonnx.teacher.sessions import OrtError, make_session
 
 POOL = 4
 """Samples that are looked at for each one that is taken."""

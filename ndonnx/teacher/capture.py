@@ -25,10 +25,10 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
-from ndonnx.errors import DataError, ModelError
+from ndonnx.errors import DataError, ModelError, first_line
 from ndonnx.machine import usable_cores
 from ndonnx.teacher.blocks import Array, is_finite
-from ndonnx.teacher.sessions import OrtError, first_line, make_session
+from ndonnx.teacher.sessions import OrtError, make_session
 from ndonnx.teacher.store import STORABLE, ActivationStore, StoreWriter
 
 Batch = Mapping[str, npt.NDArray[Any]]

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from ndonnx.errors import SliceError
+from ndonnx.errors import SliceError, first_line
 from ndonnx.graph.costs import constant_of
 from ndonnx.graph.dataflow import reads
 from ndonnx.partition import Partition, extract
@@ -26,7 +26,7 @@ from ndonnx.teacher.noise import (
     numpy_type,
 )
 from ndonnx.teacher.rectified import rectified_moments
-from ndonnx.teacher.sessions import REFUSALS, first_line, make_session
+from ndonnx.teacher.sessions import REFUSALS, make_session
 
 Array = npt.NDArray[Any]
 

@@ -13,7 +13,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as _ort
 
-from ndonnx.errors import ModelError, UsageError
+from ndonnx.errors import ModelError, UsageError, first_line
 from ndonnx.graph.load import PROTOBUF_LIMIT
 from ndonnx.machine import usable_cores
 
@@ -73,12 +73,6 @@ def make_session(
     if providers[0] not in session.get_providers():
         raise UsageError(f"device '{device}': onnxruntime could not start {providers[0]} on this machine; use cpu")
     return session
-
-
-def first_line(error: Exception) -> str:
-    """The first line of onnxruntime's message, without its own prefix."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].removeprefix("[ONNXRuntimeError] : ")
 
 
 def _providers(device: str) -> list[str]:

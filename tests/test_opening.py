@@ -1,0 +1,303 @@
+"""What onnxruntime opens: odd but valid files are read as it reads them, and come back as they were."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx import helper, numpy_helper
+
+from ndonnx.errors import ModelError
+from ndonnx.graph import fold_constants, load, save
+from ndonnx.graph.sparse import SparseTensor
+from ndonnx.partition import partition
+from ndonnx.pipeline import compress
+from ndonnx.recipe import Recipe
+from tests.models import Array, Net, floats, inputs_of, local_function, residual_cnn, run, with_if
+from tests.runs import SMALL
+
+UNITS = 2
+"""Residual units of the models here, and so neighbourhoods that can be distilled."""
+
+
+def _edited(edit: Callable[[onnx.ModelProto], Any]) -> onnx.ModelProto:
+    model = residual_cnn(UNITS)
+    edit(model)
+    return model
+
+
+def _import(model: onnx.ModelProto, *entries: tuple[str, int]) -> None:
+    del model.opset_import[:]
+    model.opset_import.extend(helper.make_opsetid(*entry) for entry in entries)
+
+
+def _spell_nodes(model: onnx.ModelProto) -> None:
+    for node in model.graph.node:
+        node.domain = "ai.onnx"
+
+
+def _reverse(model: onnx.ModelProto) -> None:
+    nodes = list(model.graph.node)[::-1]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+
+
+def _double(model: onnx.ModelProto) -> None:
+    twin = copy.deepcopy(model.graph.initializer[2])
+    twin.raw_data = bytes(len(twin.raw_data))
+    model.graph.initializer.append(twin)
+
+
+def _without_import() -> onnx.ModelProto:
+    net = Net(3)
+    x = net.relu(net.gemm(net.input("x", "N", 12), 12, 16, out="unit0"))
+    for _ in range(UNITS):
+        x = net.op("Add", x, net.gemm(net.op("Gelu", net.gemm(x, 16, 20), domain="com.microsoft"), 20, 16))
+    model = net.proto(net.gemm(x, 16, 4, out="y"), domains={"com.microsoft": 1}, types={"y": floats("y", "N", 4)})
+    _import(model, ("", 18))
+    return model
+
+
+def _sparse(array: Array, *, coordinates: bool) -> onnx.SparseTensorProto:
+    at = np.argwhere(array) if coordinates else np.flatnonzero(array)
+    values = numpy_helper.from_array(array[array != 0])
+    return helper.make_sparse_tensor(values, numpy_helper.from_array(at.astype(np.int64)), array.shape)
+
+
+def _thin_out(model: onnx.ModelProto, *, coordinates: bool = False, as_constant: bool = False) -> None:
+    """Most of the weights of the stem become zeros, and these are left out."""
+    (dense,) = (tensor for tensor in model.graph.initializer if tensor.name == "stem.weight")
+    array = numpy_helper.to_array(dense).copy()
+    array.flat[np.arange(array.size) % 5 != 0] = 0
+    tensor = _sparse(array, coordinates=coordinates)
+    model.graph.initializer.remove(dense)
+    if as_constant:
+        model.graph.node.insert(0, helper.make_node("Constant", [], ["stem.weight"], sparse_value=tensor))
+    else:
+        tensor.values.name = "stem.weight"
+        model.graph.sparse_initializer.append(tensor)
+
+
+def _older_function() -> onnx.ModelProto:
+    model = local_function()
+    model.functions[0].opset_import[0].version = 14  # where Conv, Relu and Add are what they are at 18
+    return model
+
+
+def _overloads() -> onnx.ModelProto:
+    model = local_function()
+    model.ir_version = 10
+    (first,), calls = model.functions, [node for node in model.graph.node if node.op_type == "Unit"]
+    second = copy.deepcopy(first)
+    second.node[1].op_type = "Sigmoid"
+    first.overload, second.overload = "first", "second"
+    model.functions.append(second)
+    for call, name in zip(calls, ("first", "second"), strict=True):
+        call.overload = name
+    return model
+
+
+def _sequence_between() -> onnx.ModelProto:
+    net = Net(9)
+    x = net.gemm(net.relu(net.gemm(net.input("x", "N", 12), 12, 32)), 32, 16)
+    net.op("SplitToSequence", x, net.constant("size", np.array(8, np.int64)), out="parts", axis=1)
+    parts = [net.op("SequenceAt", "parts", net.constant(f"at{i}", np.array(i, np.int64))) for i in (0, 1)]
+    x = net.relu(net.gemm(net.op("Add", *parts), 8, 20))
+    return net.proto(net.gemm(x, 20, 4, out="y"))
+
+
+def _forget_input_size(model: onnx.ModelProto) -> None:
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = -1
+
+
+def _name_twice(model: onnx.ModelProto) -> None:
+    model.graph.output.append(model.graph.output[0])
+
+
+def _add_outputs(model: onnx.ModelProto) -> None:
+    """Outputs that no node makes: an input, a weight that is read, and one that is not."""
+    model.graph.initializer.append(numpy_helper.from_array(np.zeros((0, 3), np.float32), "empty"))
+    for name, shape in (("x", ("N", 3, 8, 8)), ("stem.weight", (8, 3, 3, 3)), ("empty", (0, 3))):
+        model.graph.output.append(floats(name, *shape))
+
+
+RELATIVES: dict[str, Callable[[], onnx.ModelProto]] = {
+    "import under the long name": lambda: _edited(lambda m: _import(m, ("ai.onnx", 18))),
+    "nodes under the long name": lambda: _edited(_spell_nodes),
+    "both names": lambda: _edited(lambda m: _import(m, ("", 18), ("ai.onnx", 18))),
+    "both names, the last one counts": lambda: _edited(lambda m: _import(m, ("ai.onnx", 11), ("", 18))),
+    "one import twice": lambda: _edited(lambda m: _import(m, ("", 18), ("", 18))),
+    "no import of onnxruntime's domain": _without_import,
+    "function of another opset": _older_function,
+    "overloaded functions": _overloads,
+    "nodes in reverse": lambda: _edited(_reverse),
+    "one initializer twice": lambda: _edited(_double),
+    "sparse by positions": lambda: _edited(_thin_out),
+    "sparse by coordinates": lambda: _edited(lambda m: _thin_out(m, coordinates=True)),
+    "sparse constant": lambda: _edited(lambda m: _thin_out(m, as_constant=True)),
+    "sequence in the middle": _sequence_between,
+    "branches": with_if,
+    "input of size -1": lambda: _edited(_forget_input_size),
+    "no graph name": lambda: _edited(lambda m: m.graph.ClearField("name")),
+    "no shape of an output": lambda: _edited(lambda m: m.graph.output[0].type.tensor_type.ClearField("shape")),
+    "one output twice": lambda: _edited(_name_twice),
+    "outputs that nothing makes": lambda: _edited(_add_outputs),
+    "opset 7": lambda: residual_cnn(UNITS, opset=7, ir_version=3),
+    "opset 23": lambda: residual_cnn(UNITS, opset=23, ir_version=10),
+}
+
+
+@pytest.fixture(params=RELATIVES)
+def relative(request: pytest.FixtureRequest) -> onnx.ModelProto:
+    """A model that onnxruntime opens."""
+    return RELATIVES[request.param]()
+
+
+def test_it_comes_back_as_it_was(relative: onnx.ModelProto, tmp_path: Path) -> None:
+    onnx.save(relative, tmp_path / "model.onnx")
+    save(load(tmp_path / "model.onnx"), tmp_path / "again.onnx")
+    again = onnx.load(tmp_path / "again.onnx")
+    assert again.opset_import == relative.opset_import
+    assert (again.graph.input, again.graph.output) == (relative.graph.input, relative.graph.output)
+    feed = inputs_of(_fed(relative), batch=4)
+    for name, value in run(relative, feed).items():
+        np.testing.assert_array_equal(run(again, feed)[name], value)
+
+
+def test_its_working_copy_answers_alike_and_can_be_cut(relative: onnx.ModelProto, tmp_path: Path) -> None:
+    onnx.save(relative, tmp_path / "model.onnx")
+    parts = partition(fold_constants(load(tmp_path / "model.onnx")))
+    assert len(parts.distillable) == UNITS
+    made = (value for n in parts.distillable for node in n.nodes for value in node.outputs)
+    assert all(value.dtype == ir.DataType.FLOAT and value.shape is not None for value in made)
+    feed = inputs_of(_fed(relative), batch=4)
+    for name, value in run(relative, feed).items():
+        np.testing.assert_allclose(run(parts.model, feed)[name], value, rtol=1e-5, atol=1e-5)
+
+
+def test_all_of_its_width_and_no_steps_is_the_same(relative: onnx.ModelProto, tmp_path: Path) -> None:
+    path, data, student = tmp_path / "model.onnx", tmp_path / "data.npz", tmp_path / "student.onnx"
+    onnx.save(relative, path)
+    np.savez(data, **inputs_of(_fed(relative), batch=8))  # type: ignore[arg-type]
+    compress(path, data=str(data), output=student, recipe=Recipe(**SMALL | {"keep": 1.0, "steps": 0}))
+    feed = inputs_of(_fed(relative), batch=4, seed=1)
+    found = run(onnx.load(student), feed)
+    for name, value in run(relative, feed).items():
+        np.testing.assert_array_equal(found[name], value)
+
+
+def _fed(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same with no size of an input below zero."""
+    opened = copy.deepcopy(model)
+    for value in opened.graph.input:
+        for size in value.type.tensor_type.shape.dim:
+            size.dim_value = max(size.dim_value, 0)
+    return opened
+
+
+# Sparse initializers
+
+
+def test_a_sparse_tensor_stays_sparse_until_it_changes(tmp_path: Path) -> None:
+    onnx.save(_edited(_thin_out), tmp_path / "model.onnx")
+    model = load(tmp_path / "model.onnx")
+    assert isinstance(model.graph.initializers["stem.weight"].const_value, SparseTensor)
+    save(model.clone(), tmp_path / "same.onnx")
+    assert [tensor.values.name for tensor in onnx.load(tmp_path / "same.onnx").graph.sparse_initializer]
+    held = model.graph.initializers["stem.weight"]
+    held.const_value = ir.tensor(held.const_value.numpy() + 1, name=held.name)  # type: ignore[union-attr]
+    save(model, tmp_path / "other.onnx")
+    other = onnx.load(tmp_path / "other.onnx").graph
+    assert not other.sparse_initializer
+    assert "stem.weight" in {tensor.name for tensor in other.initializer}
+
+
+@pytest.mark.parametrize(
+    ("dims", "indices", "words"),
+    [
+        ([4], [4], "names elements that it does not have"),
+        ([4], [-1], "names elements that it does not have"),
+        ([2, 2], [[0, 2]], "names elements that it does not have"),
+        ([4], [0, 1], "names elements that it does not have"),
+        ([2**40], [0], "would take"),
+        ([-4], [0], "would take"),
+    ],
+)
+def test_a_sparse_tensor_that_cannot_be_is_refused(
+    tmp_path: Path, dims: list[int], indices: list[Any], words: str
+) -> None:
+    model = residual_cnn(1)
+    values = numpy_helper.from_array(np.ones(1, np.float32), "broken")
+    at = numpy_helper.from_array(np.array(indices, np.int64))
+    model.graph.sparse_initializer.append(onnx.SparseTensorProto(values=values, indices=at, dims=dims))
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(ModelError, match=f"model.onnx: .*'broken' {words}"):
+        load(tmp_path / "model.onnx")
+
+
+# External data in a model hub's cache
+
+
+def _in_hub(folder: Path, data: str = "model.onnx_data") -> Path:
+    """A model with its data in `blobs`, linked from `snapshots`."""
+    blobs, snapshot = folder / "blobs", folder / "snapshots" / "1a2b"
+    blobs.mkdir()
+    (snapshot / data).parent.mkdir(parents=True)
+    onnx.save(residual_cnn(UNITS), blobs / "m", save_as_external_data=True, location="d", size_threshold=0)
+    model = onnx.load(blobs / "m", load_external_data=False)
+    for tensor in model.graph.initializer:
+        (place,) = (entry for entry in tensor.external_data if entry.key == "location")
+        place.value = data
+    (blobs / "m").write_bytes(model.SerializeToString())
+    for link, target in (("model.onnx", "m"), (data, "d")):
+        (snapshot / link).symlink_to(os.path.relpath(blobs / target, (snapshot / link).parent))
+    return snapshot / "model.onnx"
+
+
+@pytest.mark.parametrize("data", ["model.onnx_data", "data/model.bin"])
+def test_external_data_may_be_linked_as_a_hub_does(tmp_path: Path, data: str) -> None:
+    path = _in_hub(tmp_path, data)
+    feed = inputs_of(residual_cnn(UNITS))
+    for name, value in run(residual_cnn(UNITS), feed).items():
+        save(load(path), tmp_path / "whole.onnx")
+        np.testing.assert_array_equal(run(onnx.load(tmp_path / "whole.onnx"), feed)[name], value)
+
+
+@pytest.mark.parametrize("location", ["../secret", "../../secret", "linked", "folder/secret"])
+def test_external_data_of_a_linked_model_may_not_lie_anywhere_else(tmp_path: Path, location: str) -> None:
+    path = _in_hub(tmp_path)
+    snapshot, blob = path.parent, path.resolve()
+    for secret in (tmp_path / "secret", tmp_path / "snapshots" / "secret"):
+        secret.write_bytes((blob.parent / "d").read_bytes())
+    (snapshot / "linked").symlink_to(tmp_path / "secret")
+    (snapshot / "folder").symlink_to(tmp_path)
+    model = onnx.load(blob, load_external_data=False)
+    (place,) = (entry for entry in model.graph.initializer[0].external_data if entry.key == "location")
+    place.value = location
+    blob.write_bytes(model.SerializeToString())
+    with pytest.raises(ModelError, match="outside the model's folder"):
+        load(path)
+
+
+# Graphs that cannot be
+
+
+def test_nodes_that_read_each_other_in_a_circle_are_refused(tmp_path: Path) -> None:
+    nodes = [helper.make_node("Add", ["x", "b"], ["a"]), helper.make_node("Relu", ["a"], ["b"])]
+    graph = helper.make_graph(nodes, "g", [floats("x", 4)], [floats("b", 4)])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)]), tmp_path / "m.onnx")
+    with pytest.raises(ModelError, match=r"m\.onnx: the graph is malformed"):
+        load(tmp_path / "m.onnx")
+
+
+def test_types_of_sequences_are_no_types_of_tensors(tmp_path: Path) -> None:
+    onnx.save(_sequence_between(), tmp_path / "model.onnx")
+    values = {value.name: value for node in load(tmp_path / "model.onnx").graph for value in node.outputs}
+    assert values["parts"].type == ir.SequenceType(ir.TensorType(ir.DataType.FLOAT))

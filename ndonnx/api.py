@@ -22,7 +22,8 @@ from ndonnx.data import DataSource, InputSpec, input_specs, open_source
 from ndonnx.errors import DataError, ModelError
 from ndonnx.evaluate import Evaluation
 from ndonnx.evaluate import evaluate as measure
-from ndonnx.graph import fold_constants, load
+from ndonnx.graph import load
+from ndonnx.graph.working_copy import working_copy
 from ndonnx.machine import usable_cores
 from ndonnx.partition import Partition
 from ndonnx.partition import partition as partition_graph
@@ -43,7 +44,7 @@ def partition(model: str | Path, recipe: Recipe | None = None) -> Partition:
         UsageError: the model cannot be read, or the recipe names values that it does not have.
     """
     recipe = recipe or Recipe()
-    working = fold_constants(load(model))
+    working = working_copy(load(model))
     return partition_graph(working, granularity=recipe.granularity, cut=recipe.cut, freeze=recipe.freeze)
 
 

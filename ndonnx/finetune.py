@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from ndonnx.distil.trainer import OnStep
 from ndonnx.errors import ConversionError
 from ndonnx.graph import fold_constants, load, save, slice_cost
 from ndonnx.graph.dataflow import real_inputs
+from ndonnx.graph.interface import Interface
 from ndonnx.graph.load import infer_shapes
 from ndonnx.rundir import Entry
 from ndonnx.students.masks import zeros_of
@@ -56,6 +57,8 @@ class FinetuneJob:
     threads: int
     kept: frozenset[str] = frozenset()
     """Names of weights that stay as they are: those outside the replaced neighbourhoods."""
+    interface: Interface = field(default_factory=Interface)
+    """How the student is fed."""
 
     def __call__(self, on_step: OnStep) -> Training:
         """Train the student as a whole; it is on disk afterwards, in the job's entry.
@@ -79,6 +82,7 @@ class FinetuneJob:
             on_step=on_step,
             kept=self.kept,
             threads=self.threads,
+            interface=self.interface,
         )
         save(tuned, folder / STUDENT_FILE)
         self.entry.commit(asdict(training))
@@ -98,6 +102,7 @@ def finetune(
     on_step: OnStep,
     kept: frozenset[str] = frozenset(),
     threads: int = 1,
+    interface: Interface | None = None,
 ) -> tuple[ir.Model, Training]:
     """A copy of the student, trained as a whole against the teacher's captured outputs.
 
@@ -117,17 +122,19 @@ def finetune(
         on_step: told the step, the steps and the held-out NMSE of the output.
         kept: names of weights that stay as they are.
         threads: that share every batch.
+        interface: how the student is fed; None: samples along the first axis of every input.
 
     Raises:
         SliceError: the whole does not convert or match onnxruntime, or the training broke down.
     """
     if len(student.graph.outputs) != 1:
         raise ConversionError(f"the model has {len(student.graph.outputs)} outputs; only one can be fine-tuned")
-    inputs = [value.name or "" for value in real_inputs(student.graph)]
+    interface = Interface() if interface is None else interface
+    inputs = [value.name or "" for value in real_inputs(student.graph) if value.name not in interface.fixed]
     output = student.graph.outputs[0]
     sources = {name: Source(store, name) for name in (*inputs, output.name or "")}
     samples = SliceSamples(sources, inputs, holdout, {} if labels is None else {LABEL: labels})
-    whole = free_batch(fold_constants(student.clone()), inputs)
+    whole = _as_slice(student, interface, inputs)
     probe = {name: rows for name, rows in samples.arrays(0, _PROBE).items() if name in inputs}
     module, _ = pass_gate(whole, probe, parity)
     train_only(module, student, kept)
@@ -136,8 +143,13 @@ def finetune(
     training = train(module, samples, objective, plan, on_step, constraint, threads=threads, macs=macs_of(student))
     trained = {name: array for name, array in module.trained_weights().items() if holds(student, name, array)}
     tuned = write_back(student, trained)
-    check_answer(module, free_batch(fold_constants(tuned.clone()), inputs), probe, parity)
+    check_answer(module, _as_slice(tuned, interface, inputs), probe, parity)
     return tuned, training
+
+
+def _as_slice(student: ir.Model, interface: Interface, inputs: list[str]) -> ir.Model:
+    """A student that is trained as a slice is: constants folded, samples first and as many as one likes."""
+    return free_batch(fold_constants(interface.applied(student).clone()), inputs)
 
 
 def macs_of(model: ir.Model) -> int:

@@ -1,8 +1,9 @@
 """Everything that can be configured, in one place: unknown keys are refused.
 
 A recipe is flat: every key is also a flag of `ndonnx compress` (`batch_size` is
-`--batch-size`), except the `[data]` table, which says how raw samples become model inputs, and
-the `[search]` table, which says how a search goes about its target.
+`--batch-size`), except the `[data]` table, which says how raw samples become model inputs, the
+`[inputs.NAME]` tables, which say what the model's inputs are, and the `[search]` table, which says
+how a search goes about its target.
 Precedence: flag, then recipe file, then the default here.
 """
 
@@ -10,11 +11,12 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from ndonnx.errors import RecipeError
 
@@ -120,6 +122,83 @@ class DataRecipe(_Section):
     """Layout of the model's image input. None: read off the input's shape."""
     dtype: str | None = None
     """numpy name of the input's element type. None: the model's own."""
+
+
+def parse_value(value: object) -> object:
+    """Read `16000`, `true` or `0.6,1,0.8` as numbers; pass anything else to pydantic."""
+    if not isinstance(value, str):
+        return value
+    parts = [_number(part.strip()) for part in value.split(",")]
+    return parts[0] if len(parts) == 1 else parts
+
+
+def _number(text: str) -> bool | int | float:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"expected numbers by commas, or true or false; found '{text[:40]}'") from None
+
+
+Value = Annotated[bool | int | float | list[Any], BeforeValidator(parse_value)]
+
+
+def parse_sizes(value: object) -> object:
+    """Read `1,3,48,320` as sizes; pass anything else to pydantic."""
+    return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+
+Sizes = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(parse_sizes)]
+
+
+class InputRecipe(_Section):
+    """What one input of the model is, where neither the model nor the data tell: `[inputs.NAME]` in a recipe."""
+
+    value: Value | None = None
+    """The one value that the input has for all samples, such as a sampling rate: a number, or a list of them. The
+    students are made for it; the input stays an input of theirs. None: the data hold the input's values."""
+    axis: int | None = Field(None, ge=0)
+    """Axis along which the samples lie, counted from 0. None: read off the shapes of all inputs, mostly the first."""
+    shape: Sizes | None = None
+    """Sizes of all axes, the samples' among them, for made-up inputs, costs and timings. None: as the model says."""
+    min: float | None = None
+    """Smallest made-up value."""
+    max: float | None = None
+    """Largest made-up value."""
+
+    @model_validator(mode="after")
+    def _agrees(self) -> InputRecipe:
+        if self.value is not None and self.axis is not None:
+            raise ValueError("has one value for all samples and an axis along which they lie; give one of the two")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"min {self.min:g} is above max {self.max:g}")
+        return self
+
+
+def parse_inputs(settings: Sequence[str], shapes: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+    """What `--input NAME=VALUE`, `--input NAME:axis=1` and `--shape NAME=1,3,48,320` say, as `[inputs]` in a recipe.
+
+    Raises:
+        RecipeError: a text has no name or no `=`.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for flag, texts in (("--input", settings), ("--shape", shapes)):
+        for text in texts:
+            name, equals, value = text.rpartition("=")
+            key = "value" if flag == "--input" else "shape"
+            stem, _, suffix = name.rpartition(":")
+            if flag == "--input" and stem and suffix in ("axis", "min", "max"):
+                name, key = stem, suffix
+            if not equals or not name:
+                example = "NAME=VALUE or NAME:axis=1" if flag == "--input" else "NAME=1,3,48,320"
+                raise RecipeError(f"{flag} {text}: expected {example}")
+            found.setdefault(name, {})[key] = value
+    return found
 
 
 class SearchRecipe(_Section):
@@ -238,13 +317,36 @@ class Recipe(_Section):
     cache_budget: Bytes = 4 * 10**9
     """Most disk that captured activations may take, in bytes (`4GB`, `512MiB`)."""
 
+    model_inputs: dict[str, InputRecipe] = {}
+    """What the model's inputs are, by name. In a file `[inputs.NAME]`, or `[model_inputs.NAME]` where the file says
+    `inputs = "refit"` as well."""
     data: DataRecipe = DataRecipe()
     search: SearchRecipe = SearchRecipe()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _inputs_as_table(cls, values: Any) -> Any:
+        """Take `[inputs.NAME]` for what the model's inputs are, and `inputs = "..."` for what students learn on."""
+        if isinstance(values, Mapping) and isinstance(values.get("inputs"), Mapping):
+            rest = {key: value for key, value in values.items() if key != "inputs"}
+            return rest | {"model_inputs": _merged(values["inputs"], values.get("model_inputs", {}))}
+        return values
 
-_SECTIONS: dict[str, type[_Section]] = {"data": DataRecipe, "search": SearchRecipe}
+
+_SECTIONS: dict[str, type[_Section]] = {"data": DataRecipe, "search": SearchRecipe, "model_inputs": InputRecipe}
 KEYS = frozenset(Recipe.model_fields) - frozenset(_SECTIONS)
 """Of a recipe, outside its tables."""
+
+
+def _merged(tables: Any, over: Any) -> Any:
+    """Tables by name with others laid over them, key by key; what is none is left to pydantic."""
+    if not isinstance(tables, Mapping) or not isinstance(over, Mapping):
+        return over or tables
+    merged = dict(tables)
+    for name, table in over.items():
+        both = isinstance(table, Mapping) and isinstance(merged.get(name), Mapping)
+        merged[name] = {**merged[name], **table} if both else table
+    return merged
 
 
 def load_recipe(path: str | Path | None = None, **overrides: Any) -> Recipe:
@@ -261,8 +363,12 @@ def load_recipe(path: str | Path | None = None, **overrides: Any) -> Recipe:
             raise RecipeError(f"{path}: cannot read the recipe: {error.strerror}") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise RecipeError(f"{path}: not a TOML file: {error}") from error
+    if isinstance(values.get("inputs"), dict):
+        values["model_inputs"] = _merged(values.pop("inputs"), values.get("model_inputs", {}))
     for key, value in overrides.items():
-        if key in _SECTIONS and isinstance(value, dict) and isinstance(table := values.get(key, {}), dict):
+        if key == "model_inputs" and value is not None:
+            values[key] = _merged(values.get(key, {}), value)
+        elif key in _SECTIONS and isinstance(value, dict) and isinstance(table := values.get(key, {}), dict):
             values[key] = table | {inner: kept for inner, kept in value.items() if kept is not None}
         elif value is not None:
             values[key] = value

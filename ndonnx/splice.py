@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from ndonnx.graph.dataflow import reads
 from ndonnx.graph.lengths import axes_measured
-from ndonnx.graph.load import infer_shapes
+from ndonnx.graph.load import add_initializer, infer_shapes
 from ndonnx.graph.shapes import resolve_shapes
 
 _Shapes = Mapping[str | None, ir.Shape]
@@ -250,10 +250,4 @@ def _free(name: str, taken: Container[str | None], own: set[str | None]) -> str:
 def _adopt_initializers(model: ir.Model, student: ir.Graph) -> None:
     for value in list(student.initializers.values()):
         del student.initializers[value.name or ""]
-        model.graph.register_initializer(value)
-        if model.ir_version < _INITIALIZERS_MAY_STAND_ALONE:
-            model.graph.inputs.append(value)
-
-
-_INITIALIZERS_MAY_STAND_ALONE = 4
-"""IR version from which an initializer need not be among the inputs."""
+        add_initializer(model, value)

@@ -14,6 +14,7 @@ from ndonnx.convert import check_parity, to_torch
 from ndonnx.errors import ParityError, VerificationError, first_line
 from ndonnx.graph import save
 from ndonnx.graph.dataflow import real_inputs, sub_graphs
+from ndonnx.graph.interface import sample_axis, samples_first, set_sample_axis
 from ndonnx.partition import Partition
 from ndonnx.teacher import make_session
 from ndonnx.teacher.sessions import REFUSALS
@@ -40,7 +41,7 @@ def verify(
     by_name = {n.name: n for n in parts.distillable}
     watched = [by_name[name] for name in students]
     names = list(dict.fromkeys(v.name or "" for n in watched for v in (n.entry, *n.context, n.exit) if v is not None))
-    values = _run(student, names, probe)
+    values = _run(student, parts, names, probe)
     for neighbourhood in watched:
         assert neighbourhood.entry is not None and neighbourhood.exit is not None
         inputs = [values[value.name or ""] for value in (neighbourhood.entry, *neighbourhood.context)]
@@ -106,8 +107,10 @@ def _verdicts_on_nodes(model: ir.Model) -> Iterator[str]:
                 yield first_line(error)
 
 
-def _run(student: ir.Model, names: list[str], probe: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Values inside the student, computed by onnxruntime."""
+def _run(
+    student: ir.Model, parts: Partition, names: list[str], probe: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Values inside the student, computed by onnxruntime, samples first."""
     opened = student.clone()
     values = ir.convenience.create_value_mapping(opened.graph)
     outputs = {value.name for value in opened.graph.outputs}
@@ -115,8 +118,13 @@ def _run(student: ir.Model, names: list[str], probe: Mapping[str, np.ndarray]) -
     if missing := [name for name in names if name not in values and name not in inputs]:
         raise VerificationError(f"the student has no value '{missing[0]}', where a neighbourhood begins or ends")
     opened.graph.outputs.extend(values[name] for name in names if name not in outputs | inputs)
+    located = ir.convenience.create_value_mapping(parts.model.graph, include_subgraphs=False)
+    for value in opened.graph.outputs:
+        if value.name in located:
+            set_sample_axis(value, sample_axis(located[value.name]))
+            value.shape = value.shape or located[value.name].shape
     try:
-        session = make_session(opened)
+        session = make_session(samples_first(parts.interface.applied(opened)))
         wanted = [output.name for output in session.get_outputs()]
         found = dict(zip(wanted, session.run(wanted, dict(probe)), strict=True))
     except REFUSALS as error:

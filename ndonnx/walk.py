@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from ndonnx.errors import ShrinkError, TrainingError
 from ndonnx.graph.dataflow import real_inputs
+from ndonnx.graph.working_copy import batch_size
 from ndonnx.partition import Neighbourhood, Partition, extract, nodes_between
 from ndonnx.students.exit import refit_exit
 from ndonnx.teacher import ActivationStore, capture
@@ -51,8 +52,7 @@ class Prefix:
         self._count = 0
         inputs = real_inputs(parts.model.graph)
         names = [value.name or "" for value in inputs]
-        fixed = [int(value.shape[0]) for value in inputs if value.shape and isinstance(value.shape[0], int)]
-        self._batch = fixed[0] if fixed else _BATCH
+        self._batch = batch_size(parts.model.graph) or _BATCH
         self._keep(capture(parts.model, names, batches, self._next_folder(), samples=samples))
         self._values = ir.convenience.create_value_mapping(parts.model.graph, include_subgraphs=False)
         self._last_reader = _last_readers(parts, order)

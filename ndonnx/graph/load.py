@@ -107,6 +107,24 @@ def declared_values(model: ir.Model) -> frozenset[str | None]:
     return names
 
 
+def copy_of(model: ir.Model) -> ir.Model:
+    """A copy of a loaded model that knows, as the model does, which types the file states itself."""
+    copy = model.clone()
+    copy.meta.update(model.meta)
+    return copy
+
+
+def add_initializer(model: ir.Model, value: ir.Value) -> None:
+    """Give a model's graph one more initializer, among the inputs too where the model's format wants it there."""
+    model.graph.register_initializer(value)
+    if model.ir_version < _INITIALIZERS_MAY_STAND_ALONE:
+        model.graph.inputs.append(value)
+
+
+_INITIALIZERS_MAY_STAND_ALONE = 4
+"""IR version from which an initializer need not be among the inputs."""
+
+
 def forget_inferred(model: ir.Model, declared: frozenset[str | None]) -> ir.Model:
     """Drop what was inferred about inner values, all but the declared ones; in place.
 

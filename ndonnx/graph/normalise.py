@@ -58,7 +58,7 @@ def _fold(model: ir.Model) -> None:
         for value in node.outputs
         if value.is_graph_output() or any(kinds.get(user.outputs[0]) is not Kind.CONSTANT for user in value.consumers())
     ]
-    for value, array in zip(wanted, _evaluate(model, wanted), strict=True):
+    for value, array in zip(wanted, evaluate_constants(model, wanted), strict=True):
         name = value.name
         tensor = ir.tensor(array, name=name)
         replacement = ir.Value(
@@ -97,7 +97,7 @@ def _is_unknown(size: int | ir.SymbolicDim) -> bool:
     return isinstance(size, int) and size <= 0
 
 
-def _evaluate(model: ir.Model, wanted: list[ir.Value]) -> list[np.ndarray]:
+def evaluate_constants(model: ir.Model, wanted: list[ir.Value]) -> list[np.ndarray]:
     """Values of constants, small ones read off, the rest computed by onnxruntime without inputs."""
     ready = {
         value: tensor.numpy() for value in wanted if (tensor := ir.convenience.get_const_tensor(value)) is not None

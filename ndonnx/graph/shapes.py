@@ -46,6 +46,17 @@ def resolve_shapes(model: ir.Model) -> ir.Model:
     return model
 
 
+def known_numbers(model: ir.Model) -> dict[ir.Value, Numbers]:
+    """Small integers and truth values that a model computes from its own shapes, as far as they are known.
+
+    Works on a model whose shapes ONNX has inferred; fills its open ones in on the way.
+    """
+    walk = _Walk(model)
+    for node in model.graph:
+        walk.visit(node)
+    return walk.numbers
+
+
 def _is_open(value: ir.Value) -> bool:
     return value.shape is None or any(not isinstance(size, int) and _unnamed(size.value) for size in value.shape)
 
@@ -387,6 +398,7 @@ _NUMBERS: dict[str, Callable[[_Walk, ir.Node], Numbers | None]] = {
     "Identity": _moved,
     "Mod": _elementwise(remainder),
     "Mul": _elementwise(lambda a, b: product([a, b])),
+    "Not": _elementwise(lambda a: not a if isinstance(a, bool) else None),
     "Reshape": _moved,
     "Shape": _shape,
     "Size": _size,

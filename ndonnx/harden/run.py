@@ -184,6 +184,7 @@ class _Run:
             holdout=recipe.holdout,
             parity=recipe.parity,
             threads=usable_cores(),
+            interface=self.parts.interface,
         )
         outcome, _ = run_alone(job, "harden", steps, recipe, self.progress)
         if outcome.error is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +18,10 @@ from ndonnx.distil.losses import LABEL
 from ndonnx.distil.samples import SliceSamples, Source
 from ndonnx.distil.trainer import OnStep
 from ndonnx.finetune import holds, macs_of, objective_of, train_only
-from ndonnx.graph import fold_constants, load, save
+from ndonnx.graph import load, save
 from ndonnx.graph.dataflow import real_inputs
+from ndonnx.graph.interface import Interface, samples_first
+from ndonnx.graph.working_copy import working_copy
 from ndonnx.harden.noise import NoisyBody
 from ndonnx.rundir import Entry
 from ndonnx.students.masks import zeros_of
@@ -43,6 +45,7 @@ def harden_whole(
     holdout: float,
     parity: float,
     on_step: OnStep,
+    interface: Interface | None = None,
 ) -> tuple[ir.Model, Training]:
     """A copy of the teacher, trained under noise against its own captured answers.
 
@@ -57,16 +60,19 @@ def harden_whole(
         holdout: part of the samples that chooses the best state.
         parity: largest relative error of torch against onnxruntime.
         on_step: told the step, the steps and the held-out NMSE of the output.
+        interface: how the teacher is fed; None: samples along the first axis of every input.
 
     Raises:
         SliceError: the whole does not convert or match onnxruntime, or the training broke down.
     """
-    inputs = [value.name or "" for value in real_inputs(teacher.graph)]
+    interface = Interface() if interface is None else interface
+    inputs = [value.name or "" for value in real_inputs(teacher.graph) if value.name not in interface.fixed]
     output = teacher.graph.outputs[0]
     sources = {name: Source(store, name) for name in (*inputs, output.name or "")}
     samples = SliceSamples(sources, inputs, holdout, {} if labels is None else {LABEL: labels})
     rows = {name: array for name, array in samples.arrays(0, _PROBE).items() if name in inputs}
-    whole = add_noise_inputs(free_batch(fold_constants(teacher.clone()), inputs), noises)
+    noisy = samples_first(add_noise_inputs(working_copy(teacher, interface), noises))
+    whole = free_batch(noisy, inputs)
     module, _ = pass_gate(whole, rows | _drawn(noises, len(next(iter(rows.values()))), plan.seed), parity)
     module.input_names = tuple(inputs)
     module.body = body = NoisyBody(module.body, len(inputs), noises, plan.seed)
@@ -75,7 +81,7 @@ def harden_whole(
     training = train(module, samples, objective, plan, on_step, zeros_of(whole), macs=macs_of(teacher))
     hardened = write_back(teacher, _trained(module, teacher))
     body.quiet = True
-    clean = answer(free_batch(hardened.clone(), inputs), rows)
+    clean = answer(free_batch(interface.applied(hardened).clone(), inputs), rows)
     check_parity(module, [rows[name] for name in inputs], clean, parity)
     return hardened, training
 
@@ -111,6 +117,8 @@ class HardenJob:
     holdout: float
     parity: float
     threads: int
+    interface: Interface = field(default_factory=Interface)
+    """How the teacher is fed."""
 
     def __call__(self, on_step: OnStep) -> Training:
         """Train; the hardened model is on disk afterwards, in the job's entry.
@@ -131,6 +139,7 @@ class HardenJob:
             holdout=self.holdout,
             parity=self.parity,
             on_step=on_step,
+            interface=self.interface,
         )
         save(hardened, folder / MODEL_FILE)
         self.entry.commit(asdict(training))

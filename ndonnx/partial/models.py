@@ -23,7 +23,7 @@ import onnxruntime as ort
 
 from ndonnx.distil.losses import nmse
 from ndonnx.errors import ModelError, ParityError, TrainingError, first_line
-from ndonnx.graph.dataflow import real_inputs
+from ndonnx.graph.working_copy import batch_size
 from ndonnx.partial.cuts import Cuts, inputs_of
 from ndonnx.partial.quality import Array, Quality, check_labels
 from ndonnx.partition import Neighbourhood, Partition, extract, nodes_between
@@ -103,9 +103,9 @@ class PartialModels:
             parts.model, names, batches, folder, samples=samples, threads=threads, half=False, on_batch=on_batch
         )
         self.samples = samples
-        fixed = [v.shape[0] for v in real_inputs(parts.model.graph) if v.shape and isinstance(v.shape[0], int)]
-        self._batch = int(fixed[0]) if fixed else _BATCH
-        self._padded = bool(fixed)
+        fixed = batch_size(parts.model.graph)
+        self._batch = fixed or _BATCH
+        self._padded = fixed is not None
         self._variances: dict[str, float] = {}
         self._sessions: OrderedDict[str, _Behind] = OrderedDict()
         self._outputs = [name for name in self._outputs if name not in self._store.unstorable]
@@ -263,7 +263,10 @@ class PartialModels:
         Raises:
             ModelError: onnxruntime refuses the model.
         """
-        session = make_session(model, threads=1, spin=False) if isinstance(model, ir.Model) else model
+        if isinstance(model, ir.Model):
+            session = make_session(self.parts.interface.applied(model), threads=1, spin=False)
+        else:
+            session = model
 
         def run(start: int) -> dict[str, Array]:
             feeds = {name: self._rows(name, start) for name in self._cuts.inputs}

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from ndonnx.graph.costs import constant_of, is_weight
 from ndonnx.graph.dataflow import STANDARD_DOMAINS, Dataflow
-from ndonnx.partition.boundaries import batch_names, can_be_boundary
+from ndonnx.partition.boundaries import can_be_boundary
 from ndonnx.partition.groups import find_groups
 from ndonnx.partition.runs import Run
 from ndonnx.partition.slices import region_nodes
@@ -29,7 +29,6 @@ def layer_runs(flow: Dataflow, cuts: Collection[ir.Value] = ()) -> list[Run]:
     captured.
     """
     runs = []
-    batch = batch_names(flow)
     for node in flow.graph:
         weight = _weight(node)
         if weight is None or len(weight.uses()) != 1 or weight.is_graph_output():
@@ -39,7 +38,7 @@ def layer_runs(flow: Dataflow, cuts: Collection[ir.Value] = ()) -> list[Run]:
         if len(data) != 1 or output not in flow.flow:
             continue
         exit_ = output if output in cuts else _behind_bias(output)
-        if not all(can_be_boundary(value, batch) for value in (data[0], exit_)):
+        if not all(can_be_boundary(value) for value in (data[0], exit_)):
             continue
         nodes, _ = region_nodes(flow, data[0], exit_)
         groups = find_groups(nodes, exit_)

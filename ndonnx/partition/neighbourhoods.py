@@ -7,7 +7,7 @@ worth taking.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import onnx_ir as ir
@@ -16,6 +16,7 @@ from ndonnx.errors import UsageError
 from ndonnx.graph.collector import collector_paused
 from ndonnx.graph.costs import Cost, cost_of, is_weight
 from ndonnx.graph.dataflow import Dataflow, Kind, reads, real_inputs
+from ndonnx.graph.interface import NOWHERE, Interface, sample_axis, samples_back
 from ndonnx.partition.choice import Choice, Chooser
 from ndonnx.partition.groups import ChannelGroups, find_groups
 from ndonnx.partition.layers import layer_runs, why_left_out
@@ -65,6 +66,8 @@ class Partition:
     """The working copy: constants folded, same value names as the teacher."""
     flow: Dataflow
     neighbourhoods: tuple[Neighbourhood, ...]
+    interface: Interface = field(default_factory=Interface)
+    """How the teacher and its students are fed, and where the samples lie in what they answer."""
 
     @property
     def distillable(self) -> list[Neighbourhood]:
@@ -78,11 +81,26 @@ class Partition:
         return inside.parameters / max(1, whole.parameters), inside.macs / max(1, whole.macs)
 
     def slice_of(self, neighbourhood: Neighbourhood) -> ir.Model:
-        """The neighbourhood as a runnable model: inputs are the entry and the context, one output."""
+        """The neighbourhood as a runnable model: inputs are the entry and the context, one output, samples first."""
         if neighbourhood.entry is None or neighbourhood.exit is None:
             raise ValueError(f"{neighbourhood.name} has no single entry and exit")
         inputs = [neighbourhood.entry, *neighbourhood.context]
         return extract(self.model, neighbourhood.nodes, inputs, [neighbourhood.exit])
+
+    def as_in_teacher(self, student: ir.Model) -> ir.Model:
+        """A student of a slice with the samples of its ends where the teacher has them; itself if that is so."""
+        names = {value.name for value in (*student.graph.inputs, *student.graph.outputs)}
+        turned = {name: value for name, value in self._turned.items() if name in names}
+        if not turned:
+            return student
+        axes = {name: sample_axis(value) for name, value in turned.items()}
+        return samples_back(student.clone(), axes, {name: value.shape for name, value in turned.items()})
+
+    @cached_property
+    def _turned(self) -> dict[str, ir.Value]:
+        """Ends of slices, by name, whose samples do not lie along the first axis."""
+        ends = (value for n in self.distillable for value in (n.entry, *n.context, n.exit) if value is not None)
+        return {value.name or "": value for value in ends if sample_axis(value) not in (0, NOWHERE)}
 
 
 @collector_paused()
@@ -92,7 +110,7 @@ def partition(
     """Partition a working copy (constants folded) into neighbourhoods.
 
     Args:
-        model: as `fold_constants` returns it; not changed.
+        model: as `ndonnx.graph.working_copy` makes it; not changed.
         granularity: `block`, the smallest regions with a width to shrink inside; `layer`, one linear
             operator each.
         cut: values that must be boundaries; a region with one of them inside is entered or split.
@@ -116,10 +134,11 @@ def partition(
     cuts, frozen = (frozenset(by_name[name] for name in names) for names in (cut, freeze))
     if choice is None:
         found = _with_rest(flow, layer_runs(flow, cuts), cuts, frozen, why_left_out)
-        return Partition(model, flow, tuple(_name(found)))
+        return Partition(model, flow, tuple(_name(found)), Interface.of(model))
     if cuts or frozen:
         choice = Chooser(flow, find_chains(flow), cuts, frozen).best()
-    return Partition(model, flow, tuple(_name(_with_rest(flow, choice.runs(), cuts, frozen, _no_width))))
+    found = _with_rest(flow, choice.runs(), cuts, frozen, _no_width)
+    return Partition(model, flow, tuple(_name(found)), Interface.of(model))
 
 
 def _choose_stream(model: ir.Model) -> tuple[Dataflow, Choice]:

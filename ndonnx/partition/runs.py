@@ -19,7 +19,7 @@ from ndonnx.graph.dataflow import Dataflow, Kind, reads
 from ndonnx.graph.fused import is_inside_fused
 from ndonnx.graph.lengths import Axes
 from ndonnx.graph.targets import shape_readers
-from ndonnx.partition.boundaries import batch_names, can_be_boundary
+from ndonnx.partition.boundaries import can_be_boundary
 from ndonnx.partition.groups import ChannelGroups, find_groups, shrinking_axes
 from ndonnx.partition.regions import Atom, Chain
 from ndonnx.partition.slices import is_opaque, region_nodes
@@ -92,7 +92,6 @@ class Runs:
     def __init__(self, flow: Dataflow, chains: Iterable[Chain], cuts: Collection[ir.Value] = ()) -> None:
         self._flow = flow
         self._cuts = frozenset(cuts)
-        self._batch = batch_names(flow)
         self._held: dict[ir.Node, tuple[ir.Value, ...]] = {}
         self.inside: dict[Atom, Inside] = {}
         outer_first = [atom for chain in chains for atom in chain.atoms]
@@ -176,7 +175,7 @@ class Runs:
 
     def is_boundary(self, value: ir.Value) -> bool:
         """Whether a run may begin or end at a value, as far as the graph tells."""
-        return can_be_boundary(value, self._batch)
+        return can_be_boundary(value)
 
     def along(self, atoms: list[Atom]) -> list[dict[int, Run]]:
         """For each atom the worthwhile runs that begin with it, by where they stop.

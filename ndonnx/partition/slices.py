@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 import onnx_ir as ir
 
 from ndonnx.graph.dataflow import SOURCE, STANDARD_DOMAINS, Dataflow, Kind, reads, sub_graphs
+from ndonnx.graph.interface import samples_first
 
 
 def region_nodes(flow: Dataflow, entry: ir.Value, exit_: ir.Value) -> tuple[list[ir.Node], list[ir.Value]]:
@@ -54,7 +55,8 @@ def extract(
 ) -> ir.Model:
     """The nodes as a model of their own, with the teacher's opset and the initializers they read.
 
-    Tensors are shared with the teacher's, everything else is a copy.
+    Tensors are shared with the teacher's, everything else is a copy. The samples are along the first axis of its
+    inputs and outputs, wherever they are in the teacher (`ndonnx.graph.interface`).
     """
     own = set(inputs)
     weights = dict.fromkeys(v for node in nodes for v in reads(node) if v.is_initializer() and v not in own)
@@ -66,7 +68,7 @@ def extract(
         opset_imports=_imports(model, nodes),
         name=f"{outputs[0].name}",
     )
-    return ir.Model(view.clone(), ir_version=model.ir_version, producer_name="ndonnx")
+    return samples_first(ir.Model(view.clone(), ir_version=model.ir_version, producer_name="ndonnx"))
 
 
 def _imports(model: ir.Model, nodes: Iterable[ir.Node]) -> dict[str, int]:

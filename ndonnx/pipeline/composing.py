@@ -52,7 +52,7 @@ class Composition:
     def spliced(self, entries: Mapping[str, Entry]) -> ir.Model:
         """The students as they were trained, in the teacher's place."""
         students = self._students(entries)
-        return splice(self.teacher, students) if students else self.teacher.clone()
+        return self._in_place(students)
 
     def compose(self, entries: Mapping[str, Entry], data: tuple[str, ...]) -> Composed:
         """The finished student; students that fail their check inside it are left out.
@@ -108,7 +108,12 @@ class Composition:
     def _spliced(self, students: Mapping[str, ir.Model]) -> ir.Model:
         with self.clock.measure("splice"):
             self.progress.stage("splice")
-            return splice(self.teacher, students) if students else self.teacher.clone()
+            return self._in_place(students)
+
+    def _in_place(self, students: Mapping[str, ir.Model]) -> ir.Model:
+        if not students:
+            return self.teacher.clone()
+        return splice(self.teacher, {name: self.parts.as_in_teacher(student) for name, student in students.items()})
 
     def _students(self, entries: Mapping[str, Entry]) -> dict[str, ir.Model]:
         trained = {name: load_student(entry) for name, entry in entries.items()}

@@ -144,6 +144,7 @@ class Finishing:
                 parity=self.recipe.parity,
                 threads=usable_cores(),
                 kept=kept,
+                interface=self.parts.interface,
             )
             steps = plan.steps if plan.seconds is None else None
             outcome, rss = run_alone(job, "finetune", steps, self.recipe, self.progress)

@@ -19,6 +19,7 @@ from ndonnx.benchmark import benchmark, ratio
 from ndonnx.distil import load_student
 from ndonnx.errors import ModelError, SliceError, first_line
 from ndonnx.graph.dataflow import real_inputs
+from ndonnx.graph.interface import samples_first
 from ndonnx.machine import usable_cores
 from ndonnx.partial import PartialModels, Quality
 from ndonnx.partition import Neighbourhood, Partition
@@ -158,7 +159,7 @@ class Measures:
         models: dict[str, str | Path | ir.Model] = {TEACHER: self.teacher}
         if student is not None:
             models["student"] = student
-        times = benchmark(models, feeds, rounds=2 * _ROUNDS)
+        times = benchmark(models, self.parts.interface.feeds(feeds), rounds=2 * _ROUNDS)
         return times[TEACHER].p50_ms, 1.0 if student is None else ratio(times["student"], times[TEACHER]).median
 
     @property
@@ -192,7 +193,7 @@ class Measures:
         return whole_batches(self.split.heldout, CAPTURE_BATCH, samples=self.split.count)
 
     def _answers(self, model: ir.Model) -> dict[str, np.ndarray]:
-        session = make_session(model)
+        session = make_session(self.parts.interface.applied(model))
         names = [output.name for output in session.get_outputs()]
         rows, parts = [], []
         for batch in self._batches():
@@ -216,7 +217,8 @@ class Measures:
             values = ir.convenience.create_value_mapping(model.graph)
             present = {value.name for value in model.graph.outputs}
             model.graph.outputs.extend(values[name] for name in inner if name not in present)
-            batch |= dict(zip(inner, make_session(model).run(inner, batch), strict=True))
+            session = make_session(samples_first(model))
+            batch |= dict(zip(inner, session.run(inner, batch), strict=True))
         return {name: batch[name] for name in names}
 
     def _entry(self, kind: str, *parts: Fingerprintable) -> Entry:

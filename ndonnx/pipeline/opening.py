@@ -11,8 +11,9 @@ import onnx_ir as ir
 from ndonnx.data import DATA_FREE, DataSource, input_specs, open_source
 from ndonnx.data.source import RowSource
 from ndonnx.errors import DataError, ModelError
-from ndonnx.graph import fold_constants, load
+from ndonnx.graph import load
 from ndonnx.graph.load import check_writable
+from ndonnx.graph.working_copy import working_copy
 from ndonnx.partition import Partition, partition
 from ndonnx.pipeline.batches import count_samples
 from ndonnx.recipe import Recipe
@@ -74,5 +75,5 @@ def _made_up(source_of: Callable[[str], DataSource], teacher: ir.Model, samples:
 
 def partition_model(teacher: ir.Model, recipe: Recipe) -> Partition:
     """Partition a loaded teacher as a recipe says; the teacher is not changed."""
-    working = fold_constants(teacher.clone())
+    working = working_copy(teacher)
     return partition(working, granularity=recipe.granularity, cut=recipe.cut, freeze=recipe.freeze)

@@ -13,6 +13,7 @@ import onnx_ir as ir
 from ndonnx.convert import relative_error
 from ndonnx.errors import ShrinkError
 from ndonnx.graph.costs import is_weight
+from ndonnx.graph.interface import is_inside, name_inside
 from ndonnx.graph.load import infer_shapes
 from ndonnx.graph.shapes import resolve_shapes
 from ndonnx.partition import ChannelGroups, DimensionEdit
@@ -88,6 +89,8 @@ def shrink(model: ir.Model, groups: ChannelGroups, kept: npt.NDArray[np.bool_]) 
         value.const_value = ir.tensor(np.ascontiguousarray(array), name=axis.initializer)
         value.shape = ir.Shape(array.shape)
     by_output = {node.outputs[0].name: node for node in graph}
+    # Where the exit is turned, its name is that of the turned value.
+    by_output |= {name_inside(node.outputs[0]): node for node in graph if is_inside(node.outputs[0])}
     for edit in groups.edits:
         _write(graph, by_output[edit.node], edit, int(_stays(edit.units, kept).sum()))
     boundary = set(graph.inputs) | set(graph.outputs)

@@ -26,6 +26,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from ndonnx.errors import DataError, ModelError, first_line
+from ndonnx.graph.interface import first_sizes, sample_axis, samples_first, set_sample_axis
 from ndonnx.machine import usable_cores
 from ndonnx.teacher.blocks import Array, is_finite
 from ndonnx.teacher.sessions import OrtError, make_session
@@ -92,8 +93,9 @@ def capture(
         model: the teacher; not changed.
         values: names of graph inputs, inner values or outputs of the main graph.
         batches: called for each sweep, must give the same batches again: arrays by input
-            name, the first axis the sample. Batches of 64 are fastest for small images. Rows
-            beyond `samples` are not stored, so a fixed batch size may overshoot.
+            name, the first axis the sample, wherever the model has it (`ndonnx.graph.interface`).
+            Batches of 64 are fastest for small images. Rows beyond `samples` are not stored, so a fixed
+            batch size may overshoot.
         directory: where the store goes; an older store there is replaced.
         samples: how many samples are stored.
         threads: batches computed at a time, each by one thread; None takes all cores.
@@ -309,7 +311,7 @@ def _overflown(tap: _Tap, batches: Iterable[Batch]) -> set[str]:
 
 
 def _cut(model: ir.Model, names: Sequence[str], halved: Collection[str]) -> ir.Model:
-    """A copy of the model whose outputs are exactly the named values, some cast to float16."""
+    """A copy of the model whose outputs are exactly the named values, samples first, some cast to float16."""
     copy = model.clone()
     values = _find(copy, names)
     taken = {value.name for node in copy.graph.all_nodes() for value in node.outputs}
@@ -321,13 +323,14 @@ def _cut(model: ir.Model, names: Sequence[str], halved: Collection[str]) -> ir.M
             continue
         cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT16})
         cast.outputs[0].name = _fresh(f"{name}/half", taken)
-        cast.outputs[0].type = ir.TensorType(ir.DataType.FLOAT16)
+        cast.outputs[0].type, cast.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT16), value.shape
+        set_sample_axis(cast.outputs[0], sample_axis(value))
         copy.graph.append(cast)
         outputs.append(cast.outputs[0])
     copy.graph.outputs[:] = outputs
     copy.graph.opset_imports.setdefault("", _CAST_OPSET)
     RemoveUnusedNodesPass()(copy)
-    return copy
+    return samples_first(copy)
 
 
 def _fresh(name: str, taken: set[str | None]) -> str:
@@ -364,10 +367,10 @@ _Layout = tuple[np.dtype[Any], tuple[int, ...], bool]
 
 
 def _declared(model: ir.Model, values: Mapping[str, ir.Value]) -> dict[str, _Layout]:
-    first = next((value.shape[0] for value in model.graph.inputs if value.shape), None)
+    first = next((first_sizes(value.shape, sample_axis(value))[0] for value in model.graph.inputs if value.shape), None)
     layouts = {}
     for name, value in values.items():
-        shape = value.shape
+        shape = None if value.shape is None else first_sizes(value.shape, sample_axis(value))
         if value.dtype is None or shape is None or any(not isinstance(size, int) for size in shape[1:]):
             raise ModelError(
                 f"value '{name}': the graph does not tell its shape; a batch is needed to estimate its size"

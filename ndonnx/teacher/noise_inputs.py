@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from ndonnx.graph.interface import WHOLE, sample_axis, set_sample_axis
+
 
 @dataclass(frozen=True)
 class Noise:
@@ -30,7 +32,8 @@ def add_noise_inputs(model: ir.Model, noises: Sequence[Noise]) -> ir.Model:
 
     Args:
         model: constants folded.
-        noises: their `input`s are appended to the model's inputs, in order; (samples, *shape) in the value's type.
+        noises: their `input`s are appended to the model's inputs, in order; (samples, *shape) in the value's type, the
+            samples along the axis where the value has them.
     """
     graph = model.graph
     values = ir.convenience.create_value_mapping(graph, include_subgraphs=False)
@@ -38,11 +41,13 @@ def add_noise_inputs(model: ir.Model, noises: Sequence[Noise]) -> ir.Model:
         value = values[noise.value]
         producer = value.producer()
         readers = list(value.uses())
-        entry = ir.Value(
-            name=noise.input,
-            type=value.type or ir.TensorType(ir.DataType.FLOAT),
-            shape=ir.Shape(["samples", *noise.shape]),
-        )
+        axis = sample_axis(value)
+        sizes: list[int | str] = list(noise.shape)
+        if axis != WHOLE:
+            sizes.insert(axis, "samples")
+        type_ = value.type or ir.TensorType(ir.DataType.FLOAT)
+        entry = ir.Value(name=noise.input, type=type_, shape=ir.Shape(sizes))
+        set_sample_axis(entry, axis)
         graph.inputs.append(entry)
         add = ir.node("Add", [value, entry], name=f"{noise.value}/add-noise")
         noisy = add.outputs[0]

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from ndonnx.graph.interface import samples_first
 from ndonnx.partial import Change, PartialModels, Quality
 from ndonnx.partition.layers import weight_slot
 from ndonnx.teacher import make_session
@@ -151,7 +152,8 @@ class JointNoise:
         self._fed = [name for name in names if exits[name].uses()]
         # An output that is noisy itself is no reader of its value, so its noise is added to the answers.
         self._after = [name for name in names if exits[name].is_graph_output()]
-        self._session = make_session(add_noise_inputs(partials.parts.model.clone(), noises), threads=1, spin=False)
+        noisy = samples_first(add_noise_inputs(partials.parts.model.clone(), noises))
+        self._session = make_session(noisy, threads=1, spin=False)
 
     def point(self, amplitude: float, *, relative: bool, repeats: int, seed: int, on_step: Step) -> Point:
         """What noise of this amplitude does; relative to each activation's deviation, or the same at all."""

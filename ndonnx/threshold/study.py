@@ -259,11 +259,16 @@ def _weight_noise(
                 singles.setdefault(n.name, []).append(drop)
             on_step()
         whole = bool(slices) and amplitude > 0
-        composed.append(quality.drop(partials.whole(splice(partials.parts.model, slices))) if whole else 0.0)
+        composed.append(quality.drop(partials.whole(_spliced(partials, slices))) if whole else 0.0)
         on_step()
     return WeightNoise(
         amplitude, {name: float(np.mean(drops)) for name, drops in singles.items()}, float(np.mean(composed))
     )
+
+
+def _spliced(partials: PartialModels, slices: Mapping[str, ir.Model]) -> ir.Model:
+    parts = partials.parts
+    return splice(parts.model, {name: parts.as_in_teacher(slice_) for name, slice_ in slices.items()})
 
 
 def _shrunk(

@@ -30,7 +30,8 @@ from ndonnx.partition import ChannelGroups, Neighbourhood, Partition, extract
 from ndonnx.progress import Progress, Silent
 from ndonnx.recipe import Recipe
 from ndonnx.students import TeacherSlice
-from ndonnx.students.width import check_by_zeroing, kept_width, shrink
+from ndonnx.students.width import kept_width, shrink
+from ndonnx.students.zeroing import check_by_zeroing
 from ndonnx.teacher import ActivationStore, capture, make_session
 
 SAMPLES = 4

@@ -413,6 +413,14 @@ def linear_cases() -> Iterator[Case]:
     yield case("Gemm", data(4, N), weight(4, 5), weight(1, 5), opsets=(9, 13), transA=1, alpha=0.5, beta=2.0)
     yield case("Conv", IMAGE, weight(6, 2, 3, 3), weight(6), opsets=(9, 11, 22), group=2, strides=[2, 1])
     yield case("ConvTranspose", IMAGE, weight(4, 3, 2, 2), opsets=(9, 11, 22), strides=[2, 2], pads=[0, 1, 1, 0])
+    yield case("ConvTranspose", IMAGE, weight(4, 1, 3, 3), weight(4), opsets=(11,), strides=[2, 2], group=4)
+    for auto in ("SAME_UPPER", "SAME_LOWER", "VALID"):
+        yield case("ConvTranspose", IMAGE, weight(4, 3, 3, 4), opsets=(11, 22), strides=[2, 1], auto_pad=auto)
+        yield case("ConvTranspose", IMAGE, weight(4, 3, 3, 4), opsets=(11,), output_shape=[7, 7], auto_pad=auto)
+    yield case("ConvTranspose", IMAGE, weight(4, 3, 2, 2), opsets=(11,), strides=[3, 3], auto_pad="SAME_UPPER")
+    for sizes in ([12, 10], [11, 8], [14, 12]):  # as large as the whole, smaller, larger: bias alone fills what is over
+        strided = {"strides": [2, 2], "output_shape": sizes}
+        yield case("ConvTranspose", IMAGE, weight(4, 3, 3, 3), weight(3), opsets=(11, 22), **strided)
 
 
 def attention_cases() -> Iterator[Case]:

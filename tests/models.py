@@ -539,13 +539,14 @@ BLOCKS: dict[str, Block] = {
 }
 
 
-def stack(blocks: Sequence[str]) -> onnx.ModelProto:
+def stack(blocks: Sequence[str], known: Mapping[str, Block] = BLOCKS) -> onnx.ModelProto:
     """A network of these blocks between a stem and a classifier."""
     net = Net(len(blocks))
     x, channels = net.relu(net.conv(net.input("x", "N", 3, 6, 6), 3, 5), out="stem"), 5
     for block in blocks:
-        x, channels = BLOCKS[block](net, x, channels)
-    return net.proto(net.pooled_classifier(x, channels))
+        x, channels = known[block](net, x, channels)
+    # What lies behind some operators has no type by ONNX's inference.
+    return net.proto(net.pooled_classifier(x, channels), types={"logits": floats("logits", "N", 5)})
 
 
 BUILDERS: dict[str, Callable[[], onnx.ModelProto]] = {

@@ -10,10 +10,10 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 import pytest
+from channel_blocks import ALL_BLOCKS, CHANNEL_BLOCKS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import (
-    BLOCKS,
     BUILDERS,
     CUSTOM,
     Net,
@@ -35,7 +35,8 @@ from ndonnx.graph.shapes import resolve_shapes
 from ndonnx.partition import ChannelGroups, Partition, find_groups
 from ndonnx.partition.rules import RULES
 from ndonnx.students import TeacherSlice
-from ndonnx.students.width import check_by_zeroing, shrink
+from ndonnx.students.width import shrink
+from ndonnx.students.zeroing import check_by_zeroing
 
 Kept = npt.NDArray[np.bool_]
 
@@ -83,10 +84,23 @@ def test_shrinking_is_zeroing_in_every_model(name: str) -> None:
         check_shrinking(teacher, np.ones(teacher.groups.units, bool))
 
 
+@pytest.mark.parametrize("name", CHANNEL_BLOCKS)
+def test_shrinking_is_ignoring_where_operators_see_several_channels(name: str) -> None:
+    """Each block shrinks, and what is left answers as the whole does where nothing feels the others."""
+    model = stack([name], ALL_BLOCKS)
+    _, parts = parted(model)
+    rng = np.random.default_rng(0)
+    found = teacher_slices(model, parts)
+    assert {group.name for teacher in found for group in teacher.groups.groups} - {"stem", "conv_1"}
+    for teacher in found:
+        for _ in range(4):
+            check_shrinking(teacher, some_units(teacher.groups, rng))
+
+
 @settings(max_examples=40)
-@given(st.lists(st.sampled_from(sorted(BLOCKS)), min_size=1, max_size=4), st.integers(0, 2**32 - 1))
+@given(st.lists(st.sampled_from(sorted(ALL_BLOCKS)), min_size=1, max_size=4), st.integers(0, 2**32 - 1))
 def test_shrinking_is_zeroing_in_random_networks(names: list[str], seed: int) -> None:
-    model = stack(names)
+    model = stack(names, ALL_BLOCKS)
     _, parts = parted(model)
     rng = np.random.default_rng(seed)
     for teacher in teacher_slices(model, parts):
@@ -194,21 +208,6 @@ def _known_name_of_another_domain(net: Net, x: str) -> str:
     return net.conv(net.op("Relu", net.conv(x, 8, 4), domain=CUSTOM, out="magic"), 4, 8)
 
 
-def _softmax_over_channels(net: Net, x: str) -> str:
-    return net.conv(net.op("Softmax", net.conv(x, 8, 4), axis=1), 4, 8)
-
-
-def _layer_norm_over_channels(net: Net, x: str) -> str:
-    y = net.op("Transpose", net.conv(x, 8, 4), perm=[0, 2, 3, 1])
-    y = net.op("LayerNormalization", y, net.weight("scale", 4), net.weight("bias", 4), axis=-1)
-    return net.matmul(y, 4, 8)
-
-
-def _mean_over_channels(net: Net, x: str) -> str:
-    y = net.conv(x, 8, 4)
-    return net.conv(net.op("Sub", y, net.op("ReduceMean", y, net.ints(1))), 4, 8)
-
-
 def _shape_of_channels(net: Net, x: str) -> str:
     y = net.conv(x, 8, 4)
     count = net.op("Cast", net.op("Slice", net.op("Shape", y), net.ints(1), net.ints(2)), to=TensorProto.FLOAT)
@@ -250,9 +249,9 @@ def _never_read(net: Net, x: str) -> str:
 
 
 FROZEN = [
-    _entry_sum, _entry_concat, _unknown_op, _known_name_of_another_domain, _softmax_over_channels,
-    _layer_norm_over_channels, _mean_over_channels, _shape_of_channels, _count_of_channels, _product_of_activations,
-    _bias_that_is_computed, _kernel_that_is_computed, _summand_that_is_computed, _one_kernel_for_two_roles, _never_read,
+    _entry_sum, _entry_concat, _unknown_op, _known_name_of_another_domain, _shape_of_channels, _count_of_channels,
+    _product_of_activations, _bias_that_is_computed, _kernel_that_is_computed, _summand_that_is_computed,
+    _one_kernel_for_two_roles, _never_read,
 ]  # fmt: skip
 
 
@@ -385,12 +384,14 @@ def test_a_width_taken_from_another_value_is_written() -> None:
     check_shrinking(TeacherSlice("n01", working, groups, samples, threads=1), np.arange(8) % 3 > 0)
 
 
-@pytest.mark.parametrize(("opset", "widths"), [(12, {}), (13, {"a": 4})])
-def test_softmax_flattened_before_opset_13(opset: int, widths: dict[str, int]) -> None:
+@pytest.mark.parametrize("opset", [12, 13])
+def test_softmax_flattened_before_opset_13(opset: int) -> None:
     net = Net()
-    y = net.op("Softmax", net.conv(net.input("x", "N", 8, 6, 6), 8, 4, out="a"), **({"axis": -1} if opset > 12 else {}))
-    _, groups = attention_groups(net.proto(net.conv(y, 4, 8), opset=opset))
-    assert {group.name: group.width for group in groups.groups} == widths
+    y = net.op("Softmax", net.conv(net.input("x", "N", 8, 6, 6), 8, 4, out="a"), axis=1)
+    model = net.proto(net.conv(y, 4, 8), opset=opset)
+    working, groups = attention_groups(model)
+    assert {group.name: group.width for group in groups.groups} == {"a": 4}
+    check_against_zeroing(model, working, groups)
 
 
 # Nodes that are not what they should be

@@ -74,7 +74,7 @@ class Conv(nn.Module):
 
 
 class ConvTranspose(nn.Module):
-    """`ConvTranspose` with explicit padding: data (N, C, ...), weight (C, O/group, ...)."""
+    """`ConvTranspose`: data (N, C, ...), weight (C, O/group, ...), bias (O)."""
 
     def __init__(self, node: OnnxNode) -> None:
         super().__init__()
@@ -82,22 +82,50 @@ class ConvTranspose(nn.Module):
         self.window = Window(attributes)
         self.groups = int(attributes.get("group", 1))
         self.output_padding: list[int] | None = attributes.get("output_padding")
-        if self.window.auto_pad not in ("NOTSET", "", "VALID") or "output_shape" in attributes:
-            raise NotImplementedError("ConvTranspose with auto_pad or output_shape")
+        self.output_shape: list[int] | None = attributes.get("output_shape")
 
     def forward(self, data: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         rank = weight.ndim - 2
-        before, behind = self.window.padding(data.shape[2:], weight.shape[2:])
         extra = self.output_padding or [0] * rank
+        before, behind = self._crops(data.shape[2:], weight.shape[2:], extra)
         # torch crops both sides alike; what ONNX crops beyond that is cropped afterwards.
-        alike = [min(pair) for pair in zip(before, behind, strict=True)]
+        alike = [max(0, min(pair)) for pair in zip(before, behind, strict=True)]
+        grows = min(behind) < 0
         out = _CONV_TRANSPOSE[rank](
-            data, weight, bias, self.window.stride(rank), alike, extra, self.groups, self.window.dilation(rank)
+            data,
+            weight,
+            None if grows else bias,
+            self.window.stride(rank),
+            alike,
+            extra,
+            self.groups,
+            self.window.dilation(rank),
         )
         if before == behind:
             return out
         rest = [[c - p for c, p in zip(alike, side, strict=True)] for side in (before, behind)]
-        return F.pad(out, torch_pads(*rest))
+        out = F.pad(out, torch_pads(*rest))
+        return out + bias.view(-1, *[1] * rank) if grows and bias is not None else out
+
+    def _crops(self, size: Sequence[int], kernel: Sequence[int], extra: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Elements cropped before and behind each spatial axis; where there are too few, negative: zeros follow."""
+        rank, auto = len(kernel), self.window.auto_pad
+        steps = self.window.stride(rank)
+        if self.output_shape:
+            wanted = self.output_shape[-rank:]
+        elif auto in ("SAME_UPPER", "SAME_LOWER"):
+            wanted = [length * step for length, step in zip(size, steps, strict=True)]
+        else:
+            return self.window.padding(size, kernel)
+        before, behind = [], []
+        for length, k, s, d, e, target in zip(
+            size, kernel, steps, self.window.dilation(rank), extra, wanted, strict=True
+        ):
+            total = s * (length - 1) + e + (k - 1) * d + 1 - target
+            half = max(total, 0) // 2
+            before.append(half if auto == "SAME_UPPER" else max(total, 0) - half)
+            behind.append((total if self.output_shape else max(total, 0)) - before[-1])
+        return before, behind
 
 
 class Gemm(nn.Module):

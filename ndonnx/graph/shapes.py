@@ -90,6 +90,8 @@ class _Walk:
                 shapes = [shape] if shape is not None else self._as_onnx_infers(node) if self._has_news(node) else []
                 for value, found in zip(node.outputs, shapes, strict=False):
                     self._refine(value, found)
+                if rule is not None and node.op_type not in _TYPED_OTHERWISE and node.inputs[0] is not None:
+                    node.outputs[0].type = node.outputs[0].type or node.inputs[0].type
             if node.op_type in _NUMBERS and node.outputs[0].dtype in _INTEGERS:
                 numbers = _NUMBERS[node.op_type](self, node)
                 if numbers is not None and numbers.size <= _LARGEST:
@@ -161,8 +163,16 @@ class _Walk:
             found = onnx.shape_inference.infer_node_outputs(
                 schema, ir.to_proto(node), types, data, opset_imports=imports
             )
-        except (onnx.defs.SchemaError, onnx.shape_inference.InferenceError, RuntimeError):
+        except (
+            onnx.checker.ValidationError,  # of operators that were withdrawn, GroupNormalization 18 for one
+            onnx.defs.SchemaError,
+            onnx.shape_inference.InferenceError,
+            RuntimeError,
+        ):
             return []
+        for value in node.outputs:
+            if value.type is None and (inferred := found.get(value.name or "")) is not None:
+                value.type = _tensor_type(inferred)
         return [_shape_in(found.get(value.name or "")) for value in node.outputs]
 
     def _tensor(self, value: ir.Value) -> onnx.TensorProto | None:
@@ -180,6 +190,11 @@ def _type_of(value: ir.Value, shape: Shape | None) -> onnx.TypeProto:
     if value.dtype is None or not isinstance(value.type, ir.TensorType):
         raise ValueError(f"'{value.name}' is no tensor of a known type")
     return onnx.helper.make_tensor_type_proto(value.dtype.value, shape)
+
+
+def _tensor_type(found: onnx.TypeProto) -> ir.TensorType | None:
+    kind = found.tensor_type.elem_type
+    return ir.TensorType(ir.DataType(kind)) if kind else None
 
 
 def _shape_in(found: onnx.TypeProto | None) -> Shape | None:
@@ -226,6 +241,10 @@ def _flatten(walk: _Walk, node: ir.Node) -> Shape | None:
     data = walk.sizes(node.inputs[0])
     axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 1
     return None if data is None else [product(data[:axis]), product(data[axis:])]
+
+
+def _as_first_input(walk: _Walk, node: ir.Node) -> Shape | None:
+    return walk.sizes(node.inputs[0])
 
 
 def _range(walk: _Walk, node: ir.Node) -> Shape | None:
@@ -280,11 +299,15 @@ _SHAPES: dict[str, Callable[[_Walk, ir.Node], Shape | None]] = {
     "ConstantOfShape": _constant_of_shape,
     "Expand": _expand,
     "Flatten": _flatten,
+    "GroupNormalization": _as_first_input,
     "Range": _range,
     "Reshape": _reshape,
     "Resize": _resize,
     "Slice": _slice,
 }
+
+_TYPED_OTHERWISE = {"ConstantOfShape", "Range"}
+"""Those of them whose output is not of their first input's type."""
 
 
 # Numbers computed from sizes

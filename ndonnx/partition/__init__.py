@@ -1,6 +1,14 @@
 """Which parts of the teacher can be replaced: regions, neighbourhoods, channel groups."""
 
-from ndonnx.partition.groups import ChannelGroup, ChannelGroups, DimensionEdit, WeightAxis, find_groups
+from ndonnx.partition.groups import (
+    ChannelGroup,
+    ChannelGroups,
+    ChannelStatistic,
+    DimensionEdit,
+    WeightAxis,
+    find_groups,
+    stays,
+)
 from ndonnx.partition.neighbourhoods import Neighbourhood, Partition, partition
 from ndonnx.partition.paths import nodes_between, sort_nodes
 from ndonnx.partition.regions import Atom, Chain, find_chains
@@ -11,6 +19,7 @@ __all__ = [
     "Chain",
     "ChannelGroup",
     "ChannelGroups",
+    "ChannelStatistic",
     "DimensionEdit",
     "Neighbourhood",
     "Partition",
@@ -23,4 +32,5 @@ __all__ = [
     "partition",
     "region_nodes",
     "sort_nodes",
+    "stays",
 ]

@@ -8,7 +8,7 @@ equal standing, of which a part `k` is kept).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +27,44 @@ class WeightAxis:
     axis: int
     role: Role
     units: npt.NDArray[np.int64]
+    """Unit of each position, -1 where the position stays. Of two axes, it has a row for each block of the weight's
+    first axis: a grouped convolution whose groups lose other positions, but equally many."""
+
+    def cut(self, array: npt.NDArray[np.generic], kept: npt.NDArray[np.bool_]) -> npt.NDArray[np.generic]:
+        """An array of the weight's shape without the positions of the units that are not kept."""
+        stay = stays(self.units, kept)
+        if stay.ndim == 1:
+            return np.compress(stay, array, axis=self.axis)
+        blocks = zip(np.split(array, len(stay)), stay, strict=True)
+        return np.concatenate([np.compress(row, block, axis=self.axis) for block, row in blocks])
+
+    def zeroed(self, array: npt.NDArray[np.generic], kept: npt.NDArray[np.bool_]) -> npt.NDArray[np.generic]:
+        """An array of the weight's shape with zeros at the positions of the units that are not kept."""
+        stay = stays(self.units, kept)
+        blocks = np.split(np.array(array), len(stay) if stay.ndim > 1 else 1)
+        for block, row in zip(blocks, stay if stay.ndim > 1 else [stay], strict=True):
+            np.moveaxis(block, self.axis, 0)[~row] = 0
+        return np.concatenate(blocks)
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelStatistic:
+    """An operator that takes a statistic over channels, and so answers otherwise when some of them go."""
+
+    node: str
+    """Name of the node's first output."""
+    axis: int
+    """Axis of the node's first input along which they stand, counted from its end (negative)."""
+    units: npt.NDArray[np.int64]
     """Unit of each position, -1 where the position stays."""
+    carries: bool
+    """Whether the output has the channels on the same axis (a norm), or they end here (a mean)."""
+
+
+def stays(units: npt.NDArray[np.int64], kept: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Which positions stay: those of kept units and those of no unit."""
+    found: npt.NDArray[np.bool_] = (units < 0) | np.append(kept, True)[units]
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +103,7 @@ class ChannelGroups:
     groups: tuple[ChannelGroup, ...]
     axes: tuple[WeightAxis, ...]
     edits: tuple[DimensionEdit, ...]
+    statistics: tuple[ChannelStatistic, ...] = ()
 
     @property
     def units(self) -> int:
@@ -102,25 +140,34 @@ def _carried(tracker: Tracker, labels: Labels) -> frozenset[int]:
 
 
 def _best_walk(nodes: list[ir.Node], exit_: ir.Value) -> tuple[Tracker, ChannelGroups]:
-    """What a walk over the slice finds out, and the groups; of two ways to treat heads the one that reaches more."""
-    tracker, whole, heads_stay = _walk(nodes, exit_, whole_heads=True)
-    if not heads_stay:
-        return tracker, whole
-    other, parts, _ = _walk(nodes, exit_, whole_heads=False)
-    return (other, parts) if _reach(nodes, parts) > _reach(nodes, whole) else (tracker, whole)
+    """What a walk over the slice finds out, and the groups.
+
+    Where channels stand in blocks (heads, groups), whole blocks go first of all. The same part of each block goes
+    where whole ones have to stay, or where that reaches as much and is finer.
+    """
+    best = _walk(nodes, exit_)
+    tracker = best[0]
+    stuck = {g.node for g in tracker.groupings if (tracker.sets.roots(g.labels) == FROZEN).all()}
+    coarse = {g.node for g in tracker.groupings if g.is_coarse}
+    for by_part in (stuck, stuck | coarse) if coarse - stuck else (stuck,):
+        if by_part:
+            other = _walk(nodes, exit_, by_part)
+            best = max(best, other, key=lambda found: (_reach(nodes, found[1]), found[1].units))
+    return best
 
 
-def _walk(nodes: list[ir.Node], exit_: ir.Value, *, whole_heads: bool) -> tuple[Tracker, ChannelGroups, bool]:
-    """What is known then, the groups, and whether there are attention heads all of which have to stay."""
-    tracker = Tracker(whole_heads=whole_heads)
+def _walk(
+    nodes: list[ir.Node], exit_: ir.Value, by_part: Collection[ir.Node] = frozenset()
+) -> tuple[Tracker, ChannelGroups]:
+    """What is known then, and the groups."""
+    tracker = Tracker(by_part=by_part)
     for node in nodes:
         apply_rule(tracker, node)
     tracker.freeze(exit_)
     _freeze_weights_read_elsewhere(tracker, nodes)
     _make_rectangular(tracker)
     _freeze_unread(tracker)
-    heads_stay = any((tracker.sets.roots(labels) == FROZEN).all() for labels in tracker.heads)
-    return tracker, _assemble(tracker), heads_stay
+    return tracker, _assemble(tracker)
 
 
 def _reach(nodes: list[ir.Node], groups: ChannelGroups) -> int:
@@ -147,7 +194,7 @@ def _freeze_unread(tracker: Tracker) -> None:
     for weight in tracker.weights.values():
         for axis, labels in weight.axes.items():
             if weight.roles[axis] == "in":
-                read.update(tracker.sets.roots(labels).tolist())
+                read.update(tracker.sets.roots(labels).reshape(-1).tolist())
     for labels in tracker.made.values():
         roots = tracker.sets.roots(labels)
         if not set(roots.tolist()) <= read:
@@ -164,7 +211,10 @@ def _assemble(tracker: Tracker) -> ChannelGroups:
         groups.append(ChannelGroup(name, start, len(unit_of)))
 
     def units(labels: Labels) -> npt.NDArray[np.int64]:
-        return np.array([unit_of.get(root, -1) for root in tracker.sets.roots(labels).tolist()], dtype=np.int64)
+        roots = tracker.sets.roots(labels)
+        found = np.array([unit_of.get(root, -1) for root in roots.ravel().tolist()], dtype=np.int64)
+        found = found.reshape(roots.shape)
+        return found[0] if found.ndim > 1 and (found == found[0]).all() else found
 
     axes = [
         WeightAxis(value.name or "", axis, weight.roles[axis], found)
@@ -179,7 +229,12 @@ def _assemble(tracker: Tracker) -> ChannelGroups:
             continue
         if ((found := units(along[: edit.stop])) >= 0).any():
             edits.append(DimensionEdit(edit.node.outputs[0].name or "", edit.slot, edit.position, found))
-    return ChannelGroups(tuple(groups), tuple(axes), tuple(edits))
+    statistics = (
+        ChannelStatistic(found.node.outputs[0].name or "", found.axis, units(found.labels), found.carries)
+        for found in tracker.statistics
+    )
+    changed = tuple(found for found in statistics if (found.units >= 0).any())
+    return ChannelGroups(tuple(groups), tuple(axes), tuple(edits), changed)
 
 
 def _follows(tracker: Tracker, edit: Edit, along: Labels) -> bool:

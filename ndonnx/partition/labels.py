@@ -8,6 +8,7 @@ data, so that a channel is followed wherever it goes. Label 0 is a channel that 
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,7 +24,11 @@ FROZEN = 0
 class LabelSets:
     """Union-find over labels: labels in one set are removed together or not at all."""
 
+    cause: Hashable | None = None
+    """What the channels that are frozen now are frozen by; None: they reach an end of the slice."""
     _parent: list[int] = field(default_factory=lambda: [FROZEN])
+    _frozen: dict[int, Hashable | None] = field(default_factory=lambda: {FROZEN: None})
+    """Representatives of the sets that must stay, and why."""
 
     def fresh(self, count: int) -> Labels:
         """`count` new labels, each alone in its set."""
@@ -32,18 +37,15 @@ class LabelSets:
         return np.arange(start, start + count, dtype=np.int64)
 
     def find(self, label: int) -> int:
-        """The representative of a label's set; `FROZEN` represents its own."""
-        root = label
-        while self._parent[root] != root:
-            root = self._parent[root]
-        while self._parent[label] != root:
-            self._parent[label], label = root, self._parent[label]
-        return root
+        """The representative of a label's set; `FROZEN` for every set that must stay."""
+        top = self._top(label)
+        return FROZEN if top in self._frozen else top
 
     def roots(self, labels: Labels) -> Labels:
         """Representatives of an array of labels."""
-        parent = self._parent
-        found = [up if parent[up := parent[label]] == up else self.find(label) for label in labels.ravel().tolist()]
+        parent, frozen = self._parent, self._frozen
+        tops = [up if parent[up := parent[label]] == up else self._top(label) for label in labels.ravel().tolist()]
+        found = [FROZEN if top in frozen else top for top in tops]
         return np.array(found, dtype=np.int64).reshape(labels.shape)
 
     def unite(self, a: Labels, b: Labels) -> None:
@@ -51,14 +53,31 @@ class LabelSets:
         if a.shape != b.shape:
             a, b = np.broadcast_arrays(a, b)
         for x, y in zip(a.ravel().tolist(), b.ravel().tolist(), strict=True):
-            one, other = self.find(x), self.find(y)
-            self._parent[max(one, other)] = min(one, other)
+            low, high = sorted((self._top(x), self._top(y)))
+            if low == FROZEN:
+                self._frozen.setdefault(high, None)
+            elif low != high:
+                self._parent[high] = low
+                if high in self._frozen:
+                    self._frozen.setdefault(low, self._frozen.pop(high))
 
     def freeze(self, labels: Labels | None) -> None:
-        """Let these channels stay."""
+        """Let these channels stay, because of the present cause."""
         if labels is not None:
             for label in labels.ravel().tolist():
-                self._parent[self.find(label)] = FROZEN
+                self._frozen.setdefault(self._top(label), self.cause)
+
+    def why_frozen(self, label: int) -> Hashable | None:
+        """What a frozen label was frozen by first; None where it reaches an end of the slice."""
+        return self._frozen.get(self._top(label))
+
+    def _top(self, label: int) -> int:
+        root = label
+        while self._parent[root] != root:
+            root = self._parent[root]
+        while self._parent[label] != root:
+            self._parent[label], label = root, self._parent[label]
+        return root
 
 
 def axis_labels(labels: Labels | None, axis: int) -> Labels | None:

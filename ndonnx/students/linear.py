@@ -50,8 +50,13 @@ def set_weight(model: ir.Model, name: str, array: npt.NDArray[np.floating]) -> N
 
 def add_weight(graph: ir.Graph, name: str, array: npt.NDArray[np.floating]) -> ir.Value:
     """A new float32 initializer under this name, or under one like it that is free."""
+    return add_constant(graph, name, np.asarray(array, dtype=np.float32))
+
+
+def add_constant(graph: ir.Graph, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
+    """A new initializer of the array's type under this name, or under one like it that is free."""
     name = unique_name(graph, name)
-    tensor = ir.tensor(np.ascontiguousarray(array, dtype=np.float32), name=name)
+    tensor = ir.tensor(np.ascontiguousarray(array), name=name)
     value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
     graph.register_initializer(value)
     return value

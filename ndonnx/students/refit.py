@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from ndonnx.partition import stays
 from ndonnx.students.base import TeacherSlice
 from ndonnx.students.features import LinearReader, from_matrix, linear_readers
 from ndonnx.students.least_squares import Regression
@@ -54,8 +55,7 @@ def _kept_outputs(
     channel_axis = 1 if reader.node.op_type == "Conv" else output.ndim - 1
     for axis in teacher.groups.axes:
         if axis.initializer == reader.weight and axis.role == "out":
-            stays = (axis.units < 0) | np.append(kept, True)[axis.units]
-            return np.compress(stays, output, axis=channel_axis)
+            return np.compress(stays(axis.units, kept), output, axis=channel_axis)
     return output
 
 

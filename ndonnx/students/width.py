@@ -10,26 +10,23 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from ndonnx.convert import relative_error
 from ndonnx.errors import ShrinkError
 from ndonnx.graph.costs import is_weight
 from ndonnx.graph.interface import is_inside, name_inside
 from ndonnx.graph.load import infer_shapes
 from ndonnx.graph.shapes import resolve_shapes
-from ndonnx.partition import ChannelGroups, DimensionEdit
+from ndonnx.partition import ChannelGroups, DimensionEdit, stays
 from ndonnx.partition.sizes import write_number
 from ndonnx.students.base import WHOLE, Candidate, StudentMethod, TeacherSlice
 from ndonnx.students.importance import rank_units
 from ndonnx.students.refit import refit_consumers
+from ndonnx.students.zeroing import check_by_zeroing
 
 Init = Literal["teacher", "least-squares", "random"]
 
 _ROUNDED_FROM = 64
 """Widths from which a kept width is rounded by default."""
 _ROUND_TO = 8
-_PROBE = 16
-"""Samples on which the zeroing check is run."""
-_ZEROING_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -85,14 +82,14 @@ def shrink(model: ir.Model, groups: ChannelGroups, kept: npt.NDArray[np.bool_]) 
     for axis in groups.axes:
         value = graph.initializers[axis.initializer]
         assert value.const_value is not None
-        array = np.compress(_stays(axis.units, kept), value.const_value.numpy(), axis=axis.axis)
+        array = axis.cut(value.const_value.numpy(), kept)
         value.const_value = ir.tensor(np.ascontiguousarray(array), name=axis.initializer)
         value.shape = ir.Shape(array.shape)
     by_output = {node.outputs[0].name: node for node in graph}
     # Where the exit is turned, its name is that of the turned value.
     by_output |= {name_inside(node.outputs[0]): node for node in graph if is_inside(node.outputs[0])}
     for edit in groups.edits:
-        _write(graph, by_output[edit.node], edit, int(_stays(edit.units, kept).sum()))
+        _write(graph, by_output[edit.node], edit, int(stays(edit.units, kept).sum()))
     boundary = set(graph.inputs) | set(graph.outputs)
     for node in graph:
         for value in node.outputs:
@@ -111,38 +108,6 @@ def _write(graph: ir.Graph, node: ir.Node, edit: DimensionEdit, number: int) -> 
         values = list(node.attributes[edit.slot].as_ints())
         values[edit.position] = number
         node.attributes[edit.slot] = ir.AttrInt64s(edit.slot, values)
-
-
-def check_by_zeroing(teacher: TeacherSlice, shrunk: ir.Model, kept: npt.NDArray[np.bool_]) -> None:
-    """The teacher slice that ignores the removed units must answer as the shrunk slice does.
-
-    Raises:
-        ShrinkError: the channel groups do not describe this slice.
-    """
-    zeroed = teacher.model.clone()
-    summed = {unit for axis in teacher.groups.axes if axis.role == "in" for unit in axis.units.tolist()}
-    for axis in teacher.groups.axes:
-        # What only a product of two activations sums over (queries and keys) is removed where it is made.
-        if axis.role == "in" or not summed & set(axis.units[axis.units >= 0].tolist()):
-            value = zeroed.graph.initializers[axis.initializer]
-            assert value.const_value is not None
-            array = np.moveaxis(np.array(value.const_value.numpy()), axis.axis, 0)
-            array[~_stays(axis.units, kept)] = 0
-            value.const_value = ir.tensor(np.ascontiguousarray(np.moveaxis(array, 0, axis.axis)), name=axis.initializer)
-    few = teacher.first(_PROBE)
-    exit_ = teacher.model.graph.outputs[0].name or ""
-    error = relative_error(few.run(shrunk, [exit_])[exit_], few.run(zeroed, [exit_])[exit_])
-    if not error <= _ZEROING_TOLERANCE:
-        raise ShrinkError(
-            f"{teacher.name}: without the removed channels the slice differs by {error:.2g} of its scale "
-            f"from the shrunk slice (at most {_ZEROING_TOLERANCE:g})"
-        )
-
-
-def _stays(units: npt.NDArray[np.int64], kept: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """Which positions of an axis stay: those of kept units and those of no unit."""
-    stays: npt.NDArray[np.bool_] = (units < 0) | np.append(kept, True)[units]
-    return stays
 
 
 def randomise(model: ir.Model, rng: np.random.Generator) -> ir.Model:

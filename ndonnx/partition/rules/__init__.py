@@ -13,11 +13,12 @@ from ndonnx.partition.rules.movement import MOVEMENT
 from ndonnx.partition.rules.pointwise import POINTWISE
 from ndonnx.partition.rules.recurrent import RECURRENT
 from ndonnx.partition.rules.shapes import freeze_widths_calculated_with
+from ndonnx.partition.rules.statistics import STATISTICS
 from ndonnx.partition.rules.tracker import Edit, Role, Rule, Tracker
 
 __all__ = ["RULES", "Edit", "Role", "Tracker", "apply_rule", "has_rule"]
 
-RULES: dict[str, Rule] = {**LINEAR, **MOVEMENT, **POINTWISE, **RECURRENT}
+RULES: dict[str, Rule] = {**LINEAR, **MOVEMENT, **POINTWISE, **RECURRENT, **STATISTICS}
 
 _READ_SHAPE_ONLY = {"Shape", "Size"}
 """What they compute follows a changed width by itself (see `shapes.py` for where it must not)."""
@@ -29,11 +30,28 @@ def apply_rule(tracker: Tracker, node: ir.Node) -> None:
     """Label the outputs and weights of one node, or freeze what it reads."""
     if node.op_type in _READ_SHAPE_ONLY:
         return
+    tracker.sets.cause = node
     if not _holds(tracker, node):
+        tracker.sets.cause = _to_blame(tracker, node)
         tracker.freeze_reads(node)
         tracker.freeze_weights(node)
         for value in node.outputs:
             tracker.forget(value)
+    else:
+        tracker.hand_on_lost(node)
+    tracker.sets.cause = None
+
+
+def _to_blame(tracker: Tracker, node: ir.Node) -> ir.Node | None:
+    """By which node channels that meet here have to stay; None where they meet an end of the slice.
+
+    It is the node itself, unless it would follow them if it knew all that it reads.
+    """
+    if not has_rule(node):
+        return node
+    for value in tracker.not_followed(node):
+        return tracker.lost.get(value)
+    return node
 
 
 def has_rule(node: ir.Node) -> bool:

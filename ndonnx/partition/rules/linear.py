@@ -6,9 +6,10 @@ import numpy as np
 import onnx_ir as ir
 
 from ndonnx.graph.costs import constant_of, dims
-from ndonnx.partition.labels import Labels, axis_labels, on_axis
+from ndonnx.partition.labels import FROZEN, Labels, on_axis
 from ndonnx.partition.rules.tracker import (
     Edit,
+    Grouping,
     Rule,
     Tracker,
     are_constant,
@@ -21,51 +22,102 @@ from ndonnx.partition.rules.tracker import (
 
 def conv(tracker: Tracker, node: ir.Node) -> bool:
     """`Conv`, plain, grouped and depthwise."""
-    data, weight, bias = node.inputs[0], node.inputs[1], input_at(node, 2)
+    weight, bias = node.inputs[1], input_at(node, 2)
     shape, out = dims(weight), node.outputs[0]
-    labels = tracker.labels(data)
-    channels = axis_labels(labels, 1)
+    labels = tracker.labels(node.inputs[0])
+    channels = tracker.rows(labels, 1)
+    groups = int_attribute(node, "group", 1)
     if shape is None or not are_constant(node.inputs[1:]) or (labels is not None and channels is None):
         return False
-    groups = int_attribute(node, "group", 1)
     if groups == 1:
         tracker.label_weight(node, weight, 1, channels, "in")
         made = tracker.make(out, shape[0])
-    else:
-        if channels is None or channels.size % groups or shape[0] % groups:
+    elif shape[0] % groups or (channels is not None and channels.size % groups):
+        return False
+    elif channels is None or node in tracker.by_part:
+        if shape[0] == groups:
             return False
-        # A whole group goes or stays: its inputs and its outputs are one unit.
-        by_group = channels.reshape(groups, -1)
-        tracker.sets.unite(by_group, by_group[:, :1])
-        made = np.repeat(by_group[:, 0], shape[0] // groups)
-        tracker.edits.append(Edit(node, "group", None, by_group[:, 0], 0))
+        if channels is not None:
+            tracker.label_weight(node, weight, 1, same_parts(tracker, channels.reshape(groups, -1)), "in")
+        made = np.tile(tracker.make(out, shape[0] // groups), groups)
+    else:
+        by_group = _whole_groups(tracker, node, channels.reshape(groups, -1), shape[0] // groups)
+        made = np.repeat(by_group, shape[0] // groups)
     tracker.label_weight(node, weight, 0, made, "out")
     tracker.label_weight(node, bias, 0, made, "out")
     return tracker.set(out, on_axis(made, 1, len(shape)))
 
 
 def conv_transpose(tracker: Tracker, node: ir.Node) -> bool:
-    """`ConvTranspose` without groups: the weight's axes are (in, out, ...)."""
-    data, weight, bias = node.inputs[0], node.inputs[1], input_at(node, 2)
+    """`ConvTranspose`, plain, grouped and depthwise: the weight's axes are (in, out of a group, ...)."""
+    weight, bias = node.inputs[1], input_at(node, 2)
     shape, out = dims(weight), node.outputs[0]
-    labels = tracker.labels(data)
-    channels = axis_labels(labels, 1)
-    if shape is None or not are_constant(node.inputs[1:]) or int_attribute(node, "group", 1) != 1:
+    labels = tracker.labels(node.inputs[0])
+    channels = tracker.rows(labels, 1)
+    groups = int_attribute(node, "group", 1)
+    if shape is None or not are_constant(node.inputs[1:]) or (labels is not None and channels is None):
         return False
-    if labels is not None and channels is None:
+    if shape[0] % groups or (groups > 1 and channels is None and shape[1] == 1):
         return False
-    tracker.label_weight(node, weight, 0, channels, "in")
-    made = tracker.make(out, shape[1])
-    tracker.label_weight(node, weight, 1, made, "out")
+    if groups == 1 or channels is None or node in tracker.by_part:
+        if channels is not None and groups > 1:
+            same_parts(tracker, channels.reshape(groups, -1))
+        tracker.label_weight(node, weight, 0, channels, "in")
+        of_each = tracker.make(out, shape[1])
+        tracker.label_weight(node, weight, 1, of_each, "out")
+        made = np.tile(of_each, groups)
+    else:
+        by_group = _whole_groups(tracker, node, channels.reshape(groups, -1), shape[1])
+        tracker.label_weight(node, weight, 0, channels, "out")
+        made = np.repeat(by_group, shape[1])
     tracker.label_weight(node, bias, 0, made, "out")
     return tracker.set(out, on_axis(made, 1, len(shape)))
+
+
+def _whole_groups(tracker: Tracker, node: ir.Node, by_group: Labels, outputs: int) -> Labels:
+    """A whole group of a convolution goes or stays: its inputs and its outputs are one unit, which is returned."""
+    tracker.sets.unite(by_group, by_group[:, :1])
+    if by_group.shape[1] > 1 or outputs > 1:
+        tracker.groupings.append(Grouping(node, by_group[:, 0]))
+    tracker.edits.append(Edit(node, "group", None, by_group[:, 0], 0))
+    return by_group[:, 0]
+
+
+def same_parts(tracker: Tracker, blocks: Labels) -> Labels:
+    """Let every block lose as many channels as any other: the first of each are one unit, the second, and so on.
+
+    Channels that stand in some blocks and not in all stay.
+
+    Args:
+        tracker: of the slice.
+        blocks: labels, a row for each block.
+
+    Returns:
+        The blocks: what stays of each is as long as what stays of the others.
+    """
+    roots = tracker.sets.roots(blocks)
+    counts = [dict(zip(*map(np.ndarray.tolist, np.unique(row, return_counts=True)), strict=True)) for row in roots]
+    everywhere = {root for root in counts[0] if all(found.get(root) == counts[0][root] for found in counts)}
+    apart = [[root for root in dict.fromkeys(row.tolist()) if _only_in(i, root, counts)] for i, row in enumerate(roots)]
+    times = [[counts[i][root] for root in own] for i, own in enumerate(apart)]
+    alike = all(found == times[0] for found in times)
+    if alike:
+        for own in apart[1:]:
+            tracker.sets.unite(np.array(apart[0], np.int64), np.array(own, np.int64))
+    movable = everywhere.union(*apart) if alike else everywhere
+    tracker.sets.freeze(blocks[~np.isin(roots, [root for root in movable if root != FROZEN])])
+    return blocks
+
+
+def _only_in(block: int, root: int, counts: list[dict[int, int]]) -> bool:
+    return root != FROZEN and all((root in found) == (i == block) for i, found in enumerate(counts))
 
 
 def gemm(tracker: Tracker, node: ir.Node) -> bool:
     """`Gemm` with a constant B."""
     data, weight, bias = node.inputs[0], node.inputs[1], input_at(node, 2)
     shape, out = dims(weight), node.outputs[0]
-    channels = axis_labels(tracker.labels(data), 1)
+    channels = tracker.rows(tracker.labels(data), 1)
     if shape is None or not are_constant(node.inputs[1:]) or int_attribute(node, "transA", 0):
         return False
     if tracker.labels(data) is not None and channels is None:
@@ -92,7 +144,7 @@ def matmul(tracker: Tracker, node: ir.Node) -> bool:
 
 def _times_weight(tracker: Tracker, node: ir.Node, data: ir.Value | None, weight: ir.Value | None) -> bool:
     shape, rank, labels = dims(weight), rank_of(data), tracker.labels(data)
-    channels = axis_labels(labels, -1)
+    channels = tracker.rows(labels, -1)
     if shape is None or len(shape) != 2 or rank is None or (labels is not None and channels is None):
         return False
     tracker.label_weight(node, weight, 0, channels, "in")
@@ -103,7 +155,7 @@ def _times_weight(tracker: Tracker, node: ir.Node, data: ir.Value | None, weight
 
 def _weight_times(tracker: Tracker, node: ir.Node, weight: ir.Value | None, data: ir.Value | None) -> bool:
     shape, rank, labels = dims(weight), rank_of(data), tracker.labels(data)
-    channels = axis_labels(labels, -2) if rank is not None and rank > 1 else None
+    channels = tracker.rows(labels, -2) if rank is not None and rank > 1 else None
     if shape is None or len(shape) != 2 or rank is None or rank < 2 or (labels is not None and channels is None):
         return False
     tracker.label_weight(node, weight, 1, channels, "in")
@@ -117,7 +169,7 @@ def _product(tracker: Tracker, node: ir.Node, left: ir.Value | None, right: ir.V
     rank = rank_of(left)
     if rank is None or rank != rank_of(right) or rank < 2:
         return False
-    a, b = _by_head(tracker, left), _by_head(tracker, right)
+    a, b = _by_head(tracker, node, left), _by_head(tracker, node, right)
     if a is None and b is None:
         return True
     a = a if a is not None else np.zeros([1] * rank, dtype=np.int64)
@@ -180,14 +232,16 @@ _NOUGHT_STAYS = {
 """Operators whose answer is 0 where their input is."""
 
 
-def _by_head(tracker: Tracker, value: ir.Value | None) -> Labels | None:
+def _by_head(tracker: Tracker, node: ir.Node, value: ir.Value | None) -> Labels | None:
     """Labels of one side of a product: whole heads, or, where those have to stay, the same part of each."""
     labels = tracker.labels(value)
     if labels is None:
         return None
     batch = [axis for axis in labelled_axes(labels) if axis < labels.ndim - 2]
-    tracker.heads += [labels] * bool(batch)
-    if tracker.whole_heads or not batch:
+    if not batch:
+        return labels
+    if node not in tracker.by_part:
+        tracker.groupings.append(Grouping(node, labels))
         return labels
     first = labels.take([0], axis=batch[0])
     for axis in batch[1:]:

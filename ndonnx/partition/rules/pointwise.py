@@ -1,20 +1,18 @@
-"""Operators that treat each channel alone, and those that would mix channels if theirs were labelled."""
+"""Operators that treat each channel alone."""
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
 from ndonnx.graph.costs import constant_of, dims
-from ndonnx.partition.labels import Labels, axis_labels
+from ndonnx.partition.labels import Labels, axis_labels, on_axis
 from ndonnx.partition.rules.tracker import (
     Rule,
     Tracker,
     are_constant,
     extent,
     input_at,
-    int_attribute,
     labelled_axes,
-    numbers,
     rank_of,
 )
 
@@ -27,9 +25,12 @@ def one_to_one(tracker: Tracker, node: ir.Node) -> bool:
 def spatial(tracker: Tracker, node: ir.Node) -> bool:
     """Pooling and its like: every axis but the channel axis (1) may change its length."""
     labels = tracker.labels(node.inputs[0])
-    if labels is not None and (axis_labels(labels, 1) is None or len(node.outputs) > 1):
+    channels = tracker.rows(labels, 1)
+    if labels is None:
+        return True
+    if channels is None or len(node.outputs) > 1:
         return False
-    return tracker.set(node.outputs[0], labels)
+    return tracker.set(node.outputs[0], on_axis(channels, 1, labels.ndim))
 
 
 def resize(tracker: Tracker, node: ir.Node) -> bool:
@@ -44,9 +45,10 @@ def resize(tracker: Tracker, node: ir.Node) -> bool:
         data is not None and dims(data) is not None and extent(data, 1 - labels.ndim) == extent(out, 1 - labels.ndim)
     )
     # A target size given as numbers holds the channel count and would have to be edited.
-    if axis_labels(labels, 1) is None or not (kept or (sized and constant_of(input_at(node, 3)) is None)):
+    channels = tracker.rows(labels, 1)
+    if channels is None or not (kept or (sized and constant_of(input_at(node, 3)) is None)):
         return False
-    return tracker.set(out, labels)
+    return tracker.set(out, on_axis(channels, 1, labels.ndim))
 
 
 def _is_float(value: ir.Value) -> bool:
@@ -54,60 +56,15 @@ def _is_float(value: ir.Value) -> bool:
     return tensor is not None and tensor.dtype == ir.DataType.FLOAT and tensor.size > 1
 
 
-def channel_norm(tracker: Tracker, node: ir.Node) -> bool:
-    """BatchNormalization and InstanceNormalization: one scale and one bias per channel."""
+def batch_norm(tracker: Tracker, node: ir.Node) -> bool:
+    """`BatchNormalization`: one scale, bias, mean and variance per channel."""
     labels = tracker.labels(node.inputs[0])
-    channels = axis_labels(labels, 1)
+    channels = tracker.rows(labels, 1)
     if not are_constant(node.inputs[1:]) or (labels is not None and channels is None):
         return False
     for value in node.inputs[1:]:
         tracker.label_weight(node, value, 0, channels, "out")
     return tracker.set(node.outputs[0], labels)
-
-
-def along_axis(tracker: Tracker, node: ir.Node) -> bool:
-    """Softmax, LayerNormalization and the like: channels pass as long as they lie on another axis."""
-    labels = tracker.labels(node.inputs[0])
-    if labels is None:
-        return True
-    first, last = _normalised(node, labels.ndim)
-    carried = labelled_axes(labels)
-    inside = [axis for axis in carried if first <= axis < last]
-    if inside and inside == carried:
-        return False
-    for axis in inside:  # a normalised axis must stay whole; the others (heads) may lose positions
-        tracker.sets.unite(labels, labels.take([0], axis=axis))
-    return tracker.set(node.outputs[0], labels)
-
-
-def _normalised(node: ir.Node, rank: int) -> tuple[int, int]:
-    """The axes that are normalised together, as a range."""
-    opset = node.graph.opset_imports.get("", _ONE_AXIS_SINCE) if node.graph is not None else _ONE_AXIS_SINCE
-    flattens = node.op_type in _SOFTMAX and opset < _ONE_AXIS_SINCE
-    first = int_attribute(node, "axis", 1 if flattens else -1) % rank
-    one = node.op_type == "LpNormalization" or (node.op_type in _SOFTMAX and not flattens)
-    return first, first + 1 if one else rank
-
-
-_SOFTMAX = ("Softmax", "LogSoftmax", "Hardmax")
-_ONE_AXIS_SINCE = 13
-"""Opset from which these normalise one axis; before, all from `axis` on."""
-
-
-def reduce(tracker: Tracker, node: ir.Node) -> bool:
-    """`Reduce*` over axes that carry no channels."""
-    labels = tracker.labels(node.inputs[0])
-    if labels is None:
-        return True
-    axes = numbers(node, "axes", 1)
-    if axes is None:
-        return False
-    axes = [axis % labels.ndim for axis in axes]
-    if any(axis in axes for axis in labelled_axes(labels)):
-        return False
-    if int_attribute(node, "keepdims", 1):
-        return tracker.set(node.outputs[0], labels)
-    return tracker.set(node.outputs[0], labels.squeeze(tuple(axes)))
 
 
 def elementwise(tracker: Tracker, node: ir.Node) -> bool:
@@ -163,18 +120,11 @@ _ONE_TO_ONE = (
     "Round", "Selu", "Sigmoid", "Sign", "Sin", "Softplus", "Softsign", "Sqrt", "Swish", "Tanh", "ThresholdedRelu",
 )  # fmt: skip
 _POOLS = ("MaxPool", "AveragePool", "LpPool", "GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool")
-_REDUCTIONS = ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2", "ReduceSumSquare")
-_ALONG_AXIS = (
-    "Softmax", "LogSoftmax", "Hardmax", "LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization",
-    "LpNormalization",
-)  # fmt: skip
 
 POINTWISE: dict[str, Rule] = {
     **dict.fromkeys(_ONE_TO_ONE, one_to_one),
     **dict.fromkeys(_ELEMENTWISE, elementwise),
     **dict.fromkeys(_POOLS, spatial),
-    **dict.fromkeys(_REDUCTIONS, reduce),
-    **dict.fromkeys(_ALONG_AXIS, along_axis),
-    **dict.fromkeys(("BatchNormalization", "InstanceNormalization"), channel_norm),
+    "BatchNormalization": batch_norm,
     **dict.fromkeys(("Resize", "Upsample"), resize),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -67,6 +67,29 @@ class Folded:
         return range(axis, axis + 1) if axis < self.first else range(axis + self.count - 1, axis + self.count)
 
 
+@dataclass(frozen=True, eq=False)
+class Statistic:
+    """A node that takes a statistic over channels of its first input, and so feels it when some of them go."""
+
+    node: ir.Node
+    labels: Labels
+    """Channels along the axis, one-dimensional."""
+    axis: int
+    """Axis of the input, counted from its end (negative)."""
+    carries: bool
+    """Whether the output has these channels on the same axis (a norm); else they end here (a mean)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Grouping:
+    """A node to which channels stand in blocks (heads, groups): whole blocks go, or the same part of each."""
+
+    node: ir.Node
+    labels: Labels
+    is_coarse: bool = False
+    """Whether there are more channels in a block than blocks, so that a part of each is the finer choice."""
+
+
 @dataclass(eq=False)
 class Tracker:
     """What is known so far of a slice's channels."""
@@ -79,10 +102,13 @@ class Tracker:
     folded: dict[ir.Value, Folded] = field(default_factory=dict)
     """Values in which axes with channels are joined with a dynamic one (batch and heads)."""
     edits: list[Edit] = field(default_factory=list)
-    whole_heads: bool = True
-    """Whether of channels behind a batch axis of a product (heads) whole heads go; else a part of every head."""
-    heads: list[Labels] = field(default_factory=list)
-    """Labels of the batch axes of products."""
+    by_part: Collection[ir.Node] = frozenset()
+    """Nodes to which channels stand in blocks and that lose a part of each; all others lose whole blocks."""
+    groupings: list[Grouping] = field(default_factory=list)
+    """Blocks of which whole ones go."""
+    statistics: list[Statistic] = field(default_factory=list)
+    lost: dict[ir.Value, ir.Node | None] = field(default_factory=dict)
+    """Values whose channels are followed no longer, and the node that is to blame."""
     contracted: list[Labels] = field(default_factory=list)
     """Labels of axes that a product of two activations sums over: both lose them without another trace."""
     blocks: list[Labels] = field(default_factory=list)
@@ -95,6 +121,27 @@ class Tracker:
         """
         labels = self.values.get(value) if value is not None else None
         return labels if labels is not None and labels.size > 1 else None
+
+    def rows(self, labels: Labels | None, axis: int) -> Labels | None:
+        """Labels along an axis; None where they do not vary along it.
+
+        Where they vary along others too, those keep all their positions: only whole rows go.
+        """
+        if labels is None or not -labels.ndim <= axis < labels.ndim or labels.shape[axis] == 1:
+            return None
+        return self.unite_across(labels, [other for other in labelled_axes(labels) if other != axis % labels.ndim])
+
+    def unite_across(self, labels: Labels, axes: Iterable[int]) -> Labels:
+        """Let channels that differ only in their places on these axes be one; what is left of the labels.
+
+        Returns one-dimensional labels where one axis is left that they vary along.
+        """
+        left = labels
+        for axis in axes:
+            first = left.take([0], axis=axis)
+            self.sets.unite(left, first)
+            left = first
+        return left.reshape(-1) if len(labelled_axes(left)) <= 1 else left
 
     def set(self, value: ir.Value, labels: Labels | None) -> bool:
         """Let a value carry labels (None: it is not followed); always True, as rules return it."""
@@ -136,8 +183,20 @@ class Tracker:
         lengths = zip(labels.shape, value.shape, strict=True)
         return all(length in (1, size) or not isinstance(size, int) for length, size in lengths)
 
+    def not_followed(self, node: ir.Node) -> list[ir.Value]:
+        """Activations that a node reads and whose channels are not known, those that were lost first."""
+        found = [v for v in reads(node) if constant_of(v) is None and self.labels(v) is None and v not in self.folded]
+        return sorted(found, key=lambda value: value not in self.lost)
+
+    def hand_on_lost(self, node: ir.Node) -> None:
+        """Remember of outputs that are not followed which node is to blame, if an input was lost by one."""
+        before = next((value for value in reads(node) if value in self.lost), None)
+        if before is not None:
+            self.lost.update((v, self.lost[before]) for v in node.outputs if self.labels(v) is None)
+
     def forget(self, value: ir.Value) -> None:
         """Follow a value no longer; the channels that it may have been given stay."""
+        self.lost[value] = self.sets.cause  # type: ignore[assignment]
         for labels in (self.values.pop(value, None), self.made.get(value.name or "")):
             self.sets.freeze(labels)
         if (folded := self.folded.pop(value, None)) is not None:

@@ -160,7 +160,7 @@ def print_inspection(inspection: ndonnx.Inspection) -> None:
             _widths(piece.widths),
             piece.status,
             "" if piece.parity is None else f"{piece.parity:.1e}",
-            piece.reason or "",
+            piece.reason or piece.note or "",
         )
         for piece in pieces
     )

@@ -239,7 +239,7 @@ def test_inspect_json_keeps_its_contract(run: Run) -> None:
     assert list(document) == ["model", "opset", "parameters", "macs", "neighbourhoods", "coverage"]
     pieces = document["neighbourhoods"]
     for piece in pieces:
-        keys = "name input context output nodes parameters macs widths status reason parity"
+        keys = "name input context output nodes parameters macs widths status reason parity frozen note"
         assert list(piece) == keys.split()
         assert (piece["status"] == "kept") == (piece["reason"] is not None)
         assert piece["status"] == "kept" or piece["widths"]

@@ -8,7 +8,7 @@ equal standing, of which a part `k` is kept).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Hashable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -115,6 +115,24 @@ class ChannelGroups:
         return {axis.initializer for axis in self.axes}
 
 
+UNREAD = "unread"
+"""The cause of a width that stays since nothing sums over it."""
+
+
+@dataclass(frozen=True)
+class FrozenWidth:
+    """Channels of a slice all of which have to stay."""
+
+    value: str
+    """Name of the value that they are made in."""
+    width: int
+    operator: str
+    """Type of the operator that does not let them be followed; `end` where they reach an end of the slice, `unread`
+    where no weight sums over them."""
+    node: str
+    """Name of that operator (of its first output, where it has none); empty where there is none to blame."""
+
+
 def find_groups(nodes: Iterable[ir.Node], exit_: ir.Value) -> ChannelGroups:
     """Channel groups of the slice made of `nodes` (in topological order) and ending in `exit_`.
 
@@ -131,6 +149,30 @@ def shrinking_axes(nodes: Iterable[ir.Node], exit_: ir.Value) -> dict[ir.Value, 
         if _carried(tracker, folded.labels):
             found[value] = frozenset(range(folded.rank))
     return {value: axes for value, axes in found.items() if axes}
+
+
+def frozen_widths(nodes: Iterable[ir.Node]) -> tuple[list[FrozenWidth], bool]:
+    """Widths that have to stay in what these nodes compute, and whether there are others.
+
+    Args:
+        nodes: in topological order; what others read of them, or the graph hands out, stays.
+    """
+    nodes = list(nodes)
+    own = {value for node in nodes for value in node.outputs}
+    inside = set(nodes)
+    ends = [value for value in own if value.is_graph_output() or not inside.issuperset(value.consumers())]
+    tracker, groups = _walk(nodes, *ends)
+    found = []
+    for value, labels in tracker.made.items():
+        if labels.size > 1 and not tracker.sets.roots(labels).any():
+            found.append(_frozen(value, labels.size, tracker.sets.why_frozen(int(labels[0]))))
+    return found, bool(groups.groups)
+
+
+def _frozen(value: str, width: int, cause: Hashable | None) -> FrozenWidth:
+    if isinstance(cause, ir.Node):
+        return FrozenWidth(value, width, cause.op_type, cause.name or cause.outputs[0].name or "")
+    return FrozenWidth(value, width, str(cause or "end"), "")
 
 
 def _carried(tracker: Tracker, labels: Labels) -> frozenset[int]:
@@ -151,19 +193,20 @@ def _best_walk(nodes: list[ir.Node], exit_: ir.Value) -> tuple[Tracker, ChannelG
     coarse = {g.node for g in tracker.groupings if g.is_coarse}
     for by_part in (stuck, stuck | coarse) if coarse - stuck else (stuck,):
         if by_part:
-            other = _walk(nodes, exit_, by_part)
+            other = _walk(nodes, exit_, by_part=by_part)
             best = max(best, other, key=lambda found: (_reach(nodes, found[1]), found[1].units))
     return best
 
 
 def _walk(
-    nodes: list[ir.Node], exit_: ir.Value, by_part: Collection[ir.Node] = frozenset()
+    nodes: list[ir.Node], *ends: ir.Value, by_part: Collection[ir.Node] = frozenset()
 ) -> tuple[Tracker, ChannelGroups]:
     """What is known then, and the groups."""
     tracker = Tracker(by_part=by_part)
     for node in nodes:
         apply_rule(tracker, node)
-    tracker.freeze(exit_)
+    for end in ends:
+        tracker.freeze(end)
     _freeze_weights_read_elsewhere(tracker, nodes)
     _make_rectangular(tracker)
     _freeze_unread(tracker)
@@ -182,6 +225,7 @@ def _freeze_weights_read_elsewhere(tracker: Tracker, nodes: list[ir.Node]) -> No
     for node in nodes:
         for value in node.inputs:
             if value is not None and value in tracker.weights and node not in tracker.weights[value].readers:
+                tracker.sets.cause = node
                 for labels in tracker.weights[value].axes.values():
                     tracker.sets.freeze(labels)
 
@@ -189,6 +233,7 @@ def _freeze_weights_read_elsewhere(tracker: Tracker, nodes: list[ir.Node]) -> No
 def _freeze_unread(tracker: Tracker) -> None:
     """A unit that nothing sums over, no weight and no product of two activations, has nothing to show it is unused."""
     read = {FROZEN}
+    tracker.sets.cause = UNREAD
     for labels in tracker.contracted:
         read.update(tracker.sets.roots(labels).reshape(-1).tolist())
     for weight in tracker.weights.values():

@@ -6,7 +6,7 @@ worth taking.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -18,15 +18,12 @@ from ndonnx.graph.costs import Cost, cost_of, is_weight
 from ndonnx.graph.dataflow import Dataflow, Kind, reads, real_inputs
 from ndonnx.graph.interface import NOWHERE, Interface, sample_axis, samples_back
 from ndonnx.partition.choice import Choice, Chooser
-from ndonnx.partition.groups import ChannelGroups, find_groups
+from ndonnx.partition.groups import ChannelGroups, FrozenWidth, find_groups, frozen_widths
 from ndonnx.partition.layers import layer_runs, why_left_out
+from ndonnx.partition.reasons import Why, no_width, why_kept
 from ndonnx.partition.regions import find_chains
-from ndonnx.partition.rules import has_rule
 from ndonnx.partition.runs import TRAILING_OPS, Run
 from ndonnx.partition.slices import extract, is_opaque, region_nodes
-
-_Why = Callable[[list[ir.Node]], str]
-"""From nodes with weights to the reason why they are kept."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +48,11 @@ class Neighbourhood:
     def distillable(self) -> bool:
         """Whether a method may be tried on it; one that needs a width may still find none."""
         return self.reason is None
+
+    @cached_property
+    def frozen(self) -> list[FrozenWidth]:
+        """Widths inside that have to stay whole, with the operator to blame."""
+        return frozen_widths(self.nodes)[0]
 
     @property
     def widths(self) -> list[int]:
@@ -137,7 +139,7 @@ def partition(
         return Partition(model, flow, tuple(_name(found)), Interface.of(model))
     if cuts or frozen:
         choice = Chooser(flow, find_chains(flow), cuts, frozen).best()
-    found = _with_rest(flow, choice.runs(), cuts, frozen, _no_width)
+    found = _with_rest(flow, choice.runs(), cuts, frozen, no_width)
     return Partition(model, flow, tuple(_name(found)), Interface.of(model))
 
 
@@ -176,7 +178,7 @@ _FEW_INPUTS = 6
 
 
 def _with_rest(
-    flow: Dataflow, runs: list[Run], cuts: frozenset[ir.Value], frozen: frozenset[ir.Value], why: _Why
+    flow: Dataflow, runs: list[Run], cuts: frozenset[ir.Value], frozen: frozenset[ir.Value], why: Why
 ) -> list[Neighbourhood]:
     """Join trailing operators to the runs, and gather all other nodes into kept pieces: `why` says so of weights."""
     found: list[Neighbourhood] = []
@@ -236,44 +238,16 @@ def _connected(nodes: Iterable[ir.Node]) -> list[list[ir.Node]]:
     return list({id(piece): piece for piece in piece_of.values()}.values())
 
 
-def _kept(flow: Dataflow, nodes: list[ir.Node], why: _Why) -> Neighbourhood:
+def _kept(flow: Dataflow, nodes: list[ir.Node], why: Why) -> Neighbourhood:
     nodes = sorted(nodes, key=flow.order.__getitem__)
     own = {value for node in nodes for value in node.outputs}
     inputs = list(dict.fromkeys(v for node in nodes for v in flow.stream_reads(node) if v not in own))
     outputs = [v for v in own if v.is_graph_output() or any(user.outputs[0] not in own for user in v.consumers())]
     outputs.sort(key=lambda value: value.name or "")
-    reason = _why_kept(nodes, why)
+    reason = why_kept(nodes, why)
     return Neighbourhood(
         "", inputs[0] if inputs else None, outputs[-1] if outputs else None, (), tuple(nodes), None, reason
     )
-
-
-def _why_kept(nodes: list[ir.Node], why: _Why) -> str:
-    opaque = next((node for node in nodes if is_opaque(node)), None)
-    if opaque is not None:
-        domain = f"{opaque.domain}::" if opaque.domain else ""
-        return f"holds {domain}{opaque.op_type}, which cannot be trained"
-    if cost_of(nodes).parameters == 0:
-        return "quantised: stays as it is" if any(map(_is_quantised, nodes)) else "holds no weights"
-    return why(nodes)
-
-
-def _is_quantised(node: ir.Node) -> bool:
-    makers = (value.producer() for value in node.inputs if value is not None)
-    return any(each is not None and each.op_type in _QUANTISED for each in (node, *makers))
-
-
-_QUANTISED = {
-    "ConvInteger", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "QLinearConv", "QLinearMatMul",
-    "QuantizeLinear",
-}  # fmt: skip
-
-
-def _no_width(nodes: Iterable[ir.Node]) -> str:
-    unknown = list(dict.fromkeys(node.op_type for node in nodes if not has_rule(node)))
-    if unknown:
-        return f"no width to shrink inside: channels are not followed through {', '.join(unknown)}"
-    return "no width to shrink inside: its channels reach its ends"
 
 
 def _name(neighbourhoods: list[Neighbourhood]) -> list[Neighbourhood]:

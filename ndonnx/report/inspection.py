@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from ndonnx.graph import cost_of
-from ndonnx.partition import Neighbourhood, Partition
+from ndonnx.partition import FrozenWidth, Neighbourhood, Partition
+from ndonnx.partition.reasons import partly_frozen
 from ndonnx.report.drawing import draw
 from ndonnx.rundir import atomic_write
 
@@ -35,6 +36,10 @@ class Piece:
     """Why it is kept."""
     parity: float | None = None
     """Largest error of the slice in torch, relative to its output's scale; None where it was not checked."""
+    frozen: list[FrozenWidth] = field(default_factory=list)
+    """Widths inside that have to stay whole, with the operator that does not let them be followed."""
+    note: str | None = None
+    """Which operators hold on to channels of a neighbourhood that can be distilled."""
 
 
 @dataclass(frozen=True)
@@ -100,5 +105,7 @@ def _piece(neighbourhood: Neighbourhood, parity: float | None) -> Piece:
         widths=neighbourhood.widths,
         status="distillable" if neighbourhood.distillable else "kept",
         reason=neighbourhood.reason,
+        frozen=neighbourhood.frozen,
+        note=partly_frozen(neighbourhood.frozen) if neighbourhood.distillable else None,
         parity=parity,
     )

@@ -7,15 +7,14 @@ from collections.abc import Collection, Iterator
 import onnx_ir as ir
 
 from ndonnx.graph.lengths import lengths_read
-from ndonnx.partition.rules.tracker import Tracker, int_attribute, labelled_axes
+from ndonnx.partition.rules.tracker import FLOATS, Tracker, int_attribute, labelled_axes
 
-_FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
 _INTEGERS = {ir.DataType.INT64, ir.DataType.INT32}
 
 
 def freeze_widths_calculated_with(tracker: Tracker, node: ir.Node) -> None:
     """A width that a `Cast` turns into a float is calculated with (the root of a head's width): it stays."""
-    if node.op_type != "Cast" or int_attribute(node, "to", 0) not in _FLOATS:
+    if node.op_type != "Cast" or int_attribute(node, "to", 0) not in FLOATS:
         return
     for value, axes in _shapes_behind(node.inputs[0]):
         labels = tracker.labels(value)

@@ -13,6 +13,8 @@ from ndonnx.graph.costs import constant_of, dims
 from ndonnx.graph.dataflow import reads
 from ndonnx.partition.labels import FROZEN, Labels, LabelSets
 
+FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
+
 Role = Literal["in", "out"]
 """Whether an axis of a weight is summed over (`in`) or carried on (`out`)."""
 
@@ -185,7 +187,8 @@ class Tracker:
 
     def not_followed(self, node: ir.Node) -> list[ir.Value]:
         """Activations that a node reads and whose channels are not known, those that were lost first."""
-        found = [v for v in reads(node) if constant_of(v) is None and self.labels(v) is None and v not in self.folded]
+        computed = (v for v in reads(node) if constant_of(v) is None and (v.dtype is None or v.dtype in FLOATS))
+        found = [value for value in computed if self.labels(value) is None and value not in self.folded]
         return sorted(found, key=lambda value: value not in self.lost)
 
     def hand_on_lost(self, node: ir.Node) -> None:

@@ -24,6 +24,8 @@ from rich.table import Table
 
 from ndonnx import demo
 from ndonnx.data import DataSource, input_specs, open_source
+from ndonnx.data.split import draw
+from ndonnx.data.subset import Subset
 from ndonnx.distil.samples import SliceSamples
 from ndonnx.errors import NdonnxError, UsageError
 from ndonnx.graph import load
@@ -195,6 +197,11 @@ def count_samples(source: DataSource, wanted: int) -> int:
     if source.length is not None:
         return min(source.length, wanted)
     return sum(len(batch) for batch in source.batches(CAPTURE_BATCH, samples=wanted))
+
+
+def training_data(source: DataSource, samples: int, recipe: Recipe) -> Subset:
+    """The rows that `compress` trains on, those that choose the best state first."""
+    return draw(source, samples, seed=recipe.seed, holdout=recipe.holdout).to_train(samples)
 
 
 def capture_batch(model: ir.Model) -> int:

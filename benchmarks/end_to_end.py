@@ -48,13 +48,15 @@ class Images:
         self.inputs = [value.name or "" for value in real_inputs(model.graph)]
         self.logits = _logits(subject.model, model)
         source = subject.open(spec)
-        count = common.count_samples(source, sys.maxsize if samples is None else samples)
-        seed = None if samples is None else subject.recipe.seed
+        count = common.count_samples(source, sys.maxsize)
+        if samples is not None:
+            source = common.training_data(source, samples, subject.recipe)
+            count = source.length
         self.labels = np.empty(count, dtype=np.int64) if source.has_labels else None
 
         def batches() -> Iterator[dict[str, Any]]:
             done = 0
-            for batch in source.batches(common.capture_batch(model), samples=count, seed=seed):
+            for batch in source.batches(common.capture_batch(model), samples=count):
                 if self.labels is not None and batch.labels is not None:
                     self.labels[done : done + len(batch)] = batch.labels
                 done += len(batch)

@@ -105,11 +105,9 @@ class Bench:
         self.parts: Partition = subject.partition()
         self.device = pick_device(subject.recipe.device)
         source = subject.open(subject.data)
-        self.samples = common.count_samples(source, subject.recipe.samples)
-        if self.samples < 2:
-            raise UsageError(f"{subject.data}: holds {self.samples} samples; at least 2 are needed")
-        size, seed = common.capture_batch(self.parts.model), subject.recipe.seed
-        self.batches = [batch.inputs for batch in source.batches(size, samples=self.samples, seed=seed)]
+        data = common.training_data(source, subject.recipe.samples, subject.recipe)
+        self.samples = data.length
+        self.batches = [batch.inputs for batch in data.batches(common.capture_batch(self.parts.model))]
         self.values = common.boundary(self.parts.distillable)
         self.store = self.capture(folder / "store")
 

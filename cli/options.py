@@ -41,7 +41,12 @@ Data = Annotated[
 ]
 Eval = Annotated[
     str | None,
-    _flag("--eval", "SRC", "Data for the final comparison; labels give accuracy.", "part of --data"),
+    _flag(
+        "--eval",
+        "SRC",
+        "Data for the final comparison; labels give accuracy.",
+        "samples of --data that nothing else sees",
+    ),
 ]
 Teacher = Annotated[
     str | None, typer.Option("--teacher", metavar="FILE.onnx", help="Also measure agreement with it, and the error.")
@@ -186,7 +191,7 @@ Warmup = Annotated[
 ]
 Holdout = Annotated[
     float | None,
-    _flag("--holdout", "PART", "Part of the samples set aside to choose the best state.", "0.05", _TRAIN),
+    _flag("--holdout", "PART", "Part of a training's samples that chooses its best state.", "0.05", _TRAIN),
 ]
 Samples = Annotated[int | None, _flag("--samples", "N", "Most samples taken from the data.", "16000", _TRAIN)]
 Parity = Annotated[

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from ndonnx.benchmark import AGAINST, MODEL, PROCESSES, Plan, common_batch_size, feeds_for, made_up_feeds
 from ndonnx.benchmark import measure as measure_speed
 from ndonnx.data import DataSource, InputSpec, input_specs, open_source
+from ndonnx.data.split import draw
 from ndonnx.errors import DataError, ModelError
 from ndonnx.evaluate import Evaluation
 from ndonnx.evaluate import evaluate as measure
@@ -203,7 +204,8 @@ def threshold(
         model: path of the teacher; never modified.
         data: inputs to measure on, as a data source.
         recipe: the partition, `round_to`, `cache_budget`, `seed` and how the data become inputs.
-        samples: most samples that are used; fewer where the activations would not fit into `cache_budget`.
+        samples: most samples on which answers are judged, three quarters of those at hand; students are shaped on
+            others. Fewer where the activations would not fit into half of `cache_budget`.
         amplitudes: of the noise, as parts of each value's deviation. None: 0.05 to 1.6.
         repeats: draws of the noise at each amplitude. None: 3.
         keep: multipliers of the students, above 0 to 1. None: 0.25, 0.5 and 0.75.
@@ -216,10 +218,11 @@ def threshold(
     """
     from ndonnx.partial import PartialModels  # noqa: PLC0415 - torch
     from ndonnx.pipeline import partition_model  # noqa: PLC0415
-    from ndonnx.pipeline.batches import CAPTURE_BATCH, count_samples, whole_batches  # noqa: PLC0415
+    from ndonnx.pipeline.measuring import Rows  # noqa: PLC0415
+    from ndonnx.pipeline.workbench import held_out  # noqa: PLC0415
     from ndonnx.report.threshold import make_folder, write_threshold  # noqa: PLC0415
     from ndonnx.search import parse_drop  # noqa: PLC0415
-    from ndonnx.threshold import AMPLITUDES, KEEP, REPEATS, check_study, study  # noqa: PLC0415
+    from ndonnx.threshold import AMPLITUDES, KEEP, REPEATS, SHAPING_SAMPLES, STUDIED, check_study, study  # noqa: PLC0415
 
     began = time.perf_counter()
     recipe, progress = recipe or Recipe(), progress or Silent()
@@ -229,34 +232,46 @@ def threshold(
     progress.stage("load")
     path, teacher = Path(model), load(model)
     source = open_source(data, input_specs(make_session(path)), recipe.data, seed=recipe.seed, graph=teacher.graph)
-    count = count_samples(source, samples)
+    split = draw(
+        source,
+        round(samples / STUDIED),
+        seed=recipe.seed,
+        holdout=STUDIED,
+        confirming=held_out(recipe, data).choosing,  # what a run with `--max-drop` will test its promise on
+    )
     progress.stage("partition")
     parts = partition_model(teacher, recipe)
     if not parts.distillable:
         raise ModelError(f"{path}: no neighbourhood can be distilled; `ndonnx inspect {path}` says why")
     folder = None if output is None else make_folder(Path(output))
-    found: list[NDArray[np.int64]] = []
-    if source.has_labels:
-        for batch in source.batches(CAPTURE_BATCH, samples=count, seed=recipe.seed):
-            found += [] if batch.labels is None else [batch.labels]
-    progress.stage("capture", count, "samples")
+    judged, shaping = Rows(split.to_choose(), parts), Rows(split.to_fit(SHAPING_SAMPLES), parts)
+    progress.stage("capture", judged.count + shaping.count, "samples")
+
+    def captured(rows: Rows, folder: Path, labels: NDArray[np.int64] | None) -> PartialModels:
+        return PartialModels(
+            parts,
+            rows.batches,
+            folder,
+            rows.count,
+            threads=usable_cores(),
+            labels=labels,
+            budget=recipe.cache_budget // 2,
+            on_batch=progress.advance,
+        )
+
     with (
         tempfile.TemporaryDirectory(prefix=".ndonnx-", dir=folder, ignore_cleanup_errors=True) as scratch,
-        PartialModels(
-            parts,
-            lambda: whole_batches(source, CAPTURE_BATCH, samples=count, seed=recipe.seed),
-            Path(scratch),
-            count,
-            threads=usable_cores(),
-            labels=np.concatenate(found) if found else None,
-            budget=recipe.cache_budget,
-            on_batch=progress.advance,
-        ) as partials,
+        captured(judged, Path(scratch) / "judged", judged.labels) as partials,
+        captured(shaping, Path(scratch) / "shaping", None) as shaped_on,
     ):
-        if partials.samples < count:
-            progress.note(f"{partials.samples} of {count} samples fit into the cache budget; --cache-budget raises it")
+        if partials.samples < judged.count:
+            progress.note(
+                f"{partials.samples} of {judged.count} samples fit into half of the cache budget; "
+                "--cache-budget raises it"
+            )
         report = study(
             partials,
+            shaping=shaped_on,
             model=str(model),
             data=data,
             amplitudes=amplitudes,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -95,7 +95,9 @@ def evaluate(
             expected = None if reference is None else reference.run(part, fixed)
             tally.add(student.run(part, fixed), expected, part.labels, len(part))
         progress.advance(len(batch))
-    return tally.result()
+    found = tally.result()
+    worst = None if found.worst_sample is None else data.row_number(found.worst_sample)
+    return replace(found, worst_sample=worst)
 
 
 class _Runner:

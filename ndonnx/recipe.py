@@ -300,9 +300,9 @@ class Recipe(_Section):
     time_budget: Duration | None = None
     """Seconds until the student is there (`3m`): steps are chosen to fit it. None: as many steps as the recipe says."""
     holdout: float = Field(0.05, gt=0, lt=1)
-    """Part of the captured samples set aside to choose the best state."""
+    """Part of the samples of a training that chooses its best state."""
     samples: int = Field(16_000, ge=2)
-    """Samples captured from the data source, drawn at random where its length is known."""
+    """Most samples of a neighbourhood's training, drawn at random."""
     parity: float = Field(1e-4, gt=0)
     """Largest error of a converted slice, relative to its output's scale."""
     seed: int = Field(0, ge=0, lt=2**31)

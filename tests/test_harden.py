@@ -46,7 +46,7 @@ def written(folder: Path, model: onnx.ModelProto, samples: int = SAMPLES, **furt
 def noises_of(path: Path, data: str, amount: float) -> tuple[Partition, tuple[Noise, ...]]:
     parts = partition(fold_constants(load(path)))
     source = open_source(data, input_specs(make_session(path)), DataRecipe())
-    return parts, measure_noises(parts, source, amount, seed=0)
+    return parts, measure_noises(parts, source, amount)
 
 
 def error_under_noise(model: ir.Model, noises: tuple[Noise, ...], feeds: dict[str, Array], expected: Array) -> float:
@@ -83,12 +83,12 @@ def test_the_hardened_model_bears_noise_better_and_keeps_its_interface(tmp_path:
     hardened = onnx.load(output)
     assert interface(hardened) == interface(onnx.load(path))
     assert path.read_bytes() == before
-    assert result.report.metrics["teacher"].samples == SAMPLES
+    assert result.report.metrics["teacher"].samples == SAMPLES // 10, "rows that nothing was trained on"
 
 
 def test_without_noise_and_steps_nothing_changes(tmp_path: Path) -> None:
     model = residual_cnn()
-    path, data = written(tmp_path, model, 24)
+    path, data = written(tmp_path, model, 80)
     output = tmp_path / "hardened.onnx"
     report = ndonnx.harden(path, data=data, noise=0.0, steps=0, output=output, recipe=RECIPE).report
     fresh = inputs_of(model, 7, seed=3)

@@ -17,11 +17,14 @@ import pytest
 from onnx import numpy_helper
 
 from ndonnx import demo
+from ndonnx.data import input_specs, open_source
+from ndonnx.data.split import draw
 from ndonnx.errors import DataError, ModelError, RunDirError, UsageError, VerificationError
 from ndonnx.graph import load, slice_cost
 from ndonnx.pipeline import composing, compress
-from ndonnx.recipe import Recipe
+from ndonnx.recipe import DataRecipe, Recipe
 from ndonnx.splice import splice
+from ndonnx.teacher import make_session
 from tests.models import Array, Net, inputs_of, mlp, residual_cnn, run, transformer
 from tests.runs import SMALL, UNITS, Bench, Recorder, done_markers, statuses
 
@@ -335,10 +338,16 @@ def test_a_whole_that_is_not_the_teachers_gets_no_name(bench: Bench, monkeypatch
     assert done_markers(bench.folder / "run").keys() == UNITS, "what was trained is kept for the next run"
 
 
-def test_one_sample_is_too_few(bench: Bench) -> None:
-    np.savez(bench.data, **inputs_of(residual_cnn(), 1))  # type: ignore[arg-type]
-    with pytest.raises(DataError, match="holds 1 samples; at least 2 are needed"):
+def test_two_samples_are_too_few_and_three_will_do(bench: Bench) -> None:
+    np.savez(bench.data, **inputs_of(residual_cnn(), 2))  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="holds 2 samples; at least 3 are needed"):
         bench.compress()
+    np.savez(bench.data, **inputs_of(residual_cnn(), 3))  # type: ignore[arg-type]
+    recorder = Recorder()
+    result = bench.compress(progress=recorder, inputs="refit", finetune_steps=2)
+    assert {n.status for n in result.report.neighbourhoods} == {"distilled", "kept"}
+    assert result.report.metrics["student"].samples == 1
+    assert any("leave 1 to compare" in note for note in recorder.notes)
 
 
 def test_an_input_that_the_data_lack_is_named(bench: Bench) -> None:
@@ -363,7 +372,10 @@ def test_context_is_handed_to_the_student(tmp_path: Path) -> None:
 
 def test_the_report_tells_what_the_student_file_does(bench: Bench) -> None:
     result = bench.compress()
-    data: Array = np.load(bench.data)["x"]
+    source = open_source(str(bench.data), input_specs(make_session(bench.model)), DataRecipe())
+    unseen = draw(source, 48, seed=0, holdout=0.05)
+    data: Array = np.load(bench.data)["x"][unseen.comparison]
+    assert len(data) == result.report.metrics["student"].samples == 4
     answers = [run(onnx.load(path), {"x": data})["logits"].astype(np.float64) for path in (bench.model, bench.student)]
     expected = np.square(answers[1] - answers[0]).mean() / answers[0].var()
     assert result.report.metrics["student"].nmse == pytest.approx(expected, rel=1e-3)

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ndonnx.data import InputSpec, open_source
+from ndonnx.data.split import Split, held_out
 from ndonnx.data.views import image_axes, with_views
 from ndonnx.partition import partition
 from ndonnx.pipeline.answers import Answers, capture_answers
@@ -86,7 +87,9 @@ def captured(folder: Path, model: onnx.ModelProto, count: int, recipe: Recipe, v
     np.savez(folder / "data.npz", **{model.graph.input[0].name: images, "label": np.arange(count)})
     spec = InputSpec(model.graph.input[0].name, np.dtype(np.float32), (value[0].dim_value or "N", *shape))
     source = open_source(str(folder / "data.npz"), [spec], recipe.data)
-    return capture_answers(partition(ir.from_proto(model)), source, count, folder, recipe, Silent(), views)
+    rows, held, nothing = np.arange(count), held_out(count, recipe.holdout), np.arange(0)
+    split = Split(source, recipe.holdout, rows[held:], rows[:held], nothing, nothing, count)
+    return capture_answers(partition(ir.from_proto(model)), split, count, folder, recipe, Silent(), views)
 
 
 def test_the_teacher_answers_every_view_and_labels_and_held_out_samples_stay_with_theirs(tmp_path: Path) -> None:

@@ -40,20 +40,44 @@ class FunctionSource(DataSource):
             raise DataError(f"{spec}: gives no samples; expected at least one")
         self.has_labels = first.labels is not None
 
-    def batches(self, batch_size: int, *, samples: int | None = None, seed: int | None = None) -> Iterator[Batch]:
-        """In order even with a seed, since the length is unknown."""
+    def batches(self, batch_size: int, *, samples: int | None = None) -> Iterator[Batch]:
         return _regroup(self._limited(samples), batch_size)
+
+    def take(self, rows: NDArray[np.int64], batch_size: int) -> Iterator[Batch]:
+        ends = np.flatnonzero(np.diff(rows) <= 0) + 1
+        runs = [run for run in np.split(rows, ends) if len(run)]
+        return _regroup(chain.from_iterable(map(self._passed, runs)), batch_size)
 
     def _limited(self, samples: int | None) -> Iterator[Batch]:
         left = samples
         if left == 0:
             return
-        for item in self._items():
-            if (item.labels is not None) != self.has_labels:
-                raise DataError(f"{self.spec}: some items have a label and some have none; expected one or the other")
+        for item in self._alike():
             yield item if left is None else _cut(item, 0, left)
             if left is not None and (left := left - len(item)) <= 0:
                 return
+
+    def _passed(self, rows: NDArray[np.int64]) -> Iterator[Batch]:
+        """The samples with these ascending numbers, out of one pass."""
+        start = 0
+        for item in self._alike():
+            first, last = np.searchsorted(rows, (start, start + len(item)))
+            if last > first:
+                yield _picked(item, rows[first:last] - start)
+            start += len(item)
+            if last == len(rows):
+                return
+        raise DataError(
+            f"{self.spec}: ended after {start} samples, and gave more on an earlier pass; "
+            "the function must give the same samples in the same order on every call"
+        )
+
+    def _alike(self) -> Iterator[Batch]:
+        """Every item, labelled as the first one is or not."""
+        for item in self._items():
+            if (item.labels is not None) != self.has_labels:
+                raise DataError(f"{self.spec}: some items have a label and some have none; expected one or the other")
+            yield item
 
     def _items(self) -> Iterator[Batch]:
         """Every item as a batch, checked and prepared."""
@@ -117,8 +141,12 @@ def _array(value: ArrayLike, where: str) -> NDArray[np.generic]:
 
 
 def _cut(batch: Batch, start: int, stop: int) -> Batch:
-    inputs = {name: array[start:stop] for name, array in batch.inputs.items()}
-    return Batch(inputs, None if batch.labels is None else batch.labels[start:stop])
+    return _picked(batch, slice(start, stop))
+
+
+def _picked(batch: Batch, rows: slice | NDArray[np.int64]) -> Batch:
+    inputs = {name: array[rows] for name, array in batch.inputs.items()}
+    return Batch(inputs, None if batch.labels is None else batch.labels[rows])
 
 
 def _join(parts: list[Batch]) -> Batch:

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from ndonnx.data.images import ImageReader
-from ndonnx.data.source import DataSource, file_bytes, first_line, row_order
+from ndonnx.data.source import DataSource, file_bytes, first_line
 from ndonnx.data.specs import Batch, InputSpec
 from ndonnx.errors import DataError
 from ndonnx.recipe import DataRecipe
@@ -28,8 +29,8 @@ Row = tuple[int, bytes, int | None]
 class ParquetSource(DataSource):
     """Encoded images in a table, decoded batch by batch.
 
-    In order they are streamed. A random draw needs the drawn rows' encoded bytes in memory
-    (they lie anywhere in the file), never their pixels.
+    In order they are streamed. Rows by their numbers need their encoded bytes in memory (they lie
+    anywhere in the file), never all of their pixels.
     """
 
     def __init__(self, spec: str, inputs: Sequence[InputSpec], recipe: DataRecipe) -> None:
@@ -52,8 +53,13 @@ class ParquetSource(DataSource):
             raise DataError(f"{spec}: holds no samples; expected at least one row")
         self.has_labels = "label" in schema.names
 
-    def batches(self, batch_size: int, *, samples: int | None = None, seed: int | None = None) -> Iterator[Batch]:
-        rows: Iterable[Row] = islice(self._rows(), samples) if seed is None else self._draw(samples, seed)
+    def batches(self, batch_size: int, *, samples: int | None = None) -> Iterator[Batch]:
+        return self._decoded(islice(self._rows(), samples), batch_size)
+
+    def take(self, rows: NDArray[np.int64], batch_size: int) -> Iterator[Batch]:
+        return self._decoded(self._found(rows), batch_size)
+
+    def _decoded(self, rows: Iterable[Row], batch_size: int) -> Iterator[Batch]:
         rows = iter(rows)
         while chunk := list(islice(rows, batch_size)):
             yield self._batch(chunk)
@@ -64,12 +70,10 @@ class ParquetSource(DataSource):
         labels = np.array([label for _, _, label in rows], dtype=np.int64) if self.has_labels else None
         return Batch({self._reader.input.name: pixels}, labels)
 
-    def _draw(self, samples: int | None, seed: int) -> list[Row]:
-        assert self.length is not None
-        order = row_order(self.length, samples, seed).tolist()
-        wanted = set(order)
+    def _found(self, numbers: NDArray[np.int64]) -> Iterator[Row]:
+        wanted = set(numbers.tolist())
         found = {row[0]: row for row in self._rows() if row[0] in wanted}
-        return [found[index] for index in order]
+        return (found[number] for number in numbers.tolist())
 
     def _rows(self) -> Iterator[Row]:
         columns = ["image.bytes", *(["label"] if self.has_labels else [])]

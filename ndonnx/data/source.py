@@ -32,15 +32,26 @@ class DataSource(ABC):
         self._fingerprint: str | None = None
 
     @abstractmethod
-    def batches(self, batch_size: int, *, samples: int | None = None, seed: int | None = None) -> Iterator[Batch]:
-        """At most `samples` samples, `batch_size` at a time (the last batch may be smaller).
-
-        With a seed and a known length they are drawn at random without replacement and come in
-        shuffled order; otherwise they come in order, from the first.
+    def batches(self, batch_size: int, *, samples: int | None = None) -> Iterator[Batch]:
+        """The first `samples` samples (None: all), `batch_size` at a time; the last batch may be smaller.
 
         Raises:
             DataError: a sample is corrupt or does not fit the model; names the sample.
         """
+
+    @abstractmethod
+    def take(self, rows: NDArray[np.int64], batch_size: int) -> Iterator[Batch]:
+        """The samples with these numbers, int64 (n,), in this order, `batch_size` at a time.
+
+        A source that only runs from its start makes a pass for each ascending run of numbers.
+
+        Raises:
+            DataError: a sample is corrupt, does not fit the model, or is not there.
+        """
+
+    def row_number(self, place: int) -> int:
+        """The number that the sample at this place (from 0) has in what the user gave."""
+        return place
 
     @abstractmethod
     def _content(self) -> Iterator[bytes]:
@@ -67,18 +78,13 @@ class RowSource(DataSource):
     def _fetch(self, rows: NDArray[np.int64]) -> Batch:
         """The samples with these indices, in this order."""
 
-    def batches(self, batch_size: int, *, samples: int | None = None, seed: int | None = None) -> Iterator[Batch]:
-        order = row_order(self.length, samples, seed)
-        for start in range(0, len(order), batch_size):
-            yield self._fetch(order[start : start + batch_size])
+    def batches(self, batch_size: int, *, samples: int | None = None) -> Iterator[Batch]:
+        count = self.length if samples is None else min(self.length, samples)
+        return self.take(np.arange(count, dtype=np.int64), batch_size)
 
-
-def row_order(length: int, samples: int | None, seed: int | None) -> NDArray[np.int64]:
-    """Indices of the samples to read, int64 (min(length, samples),): in order, or drawn with a seed."""
-    count = length if samples is None else min(length, samples)
-    if seed is None:
-        return np.arange(count, dtype=np.int64)
-    return np.random.default_rng(seed).choice(length, size=count, replace=False).astype(np.int64)
+    def take(self, rows: NDArray[np.int64], batch_size: int) -> Iterator[Batch]:
+        for start in range(0, len(rows), batch_size):
+            yield self._fetch(rows[start : start + batch_size])
 
 
 def first_line(error: BaseException) -> str:

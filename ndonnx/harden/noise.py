@@ -20,12 +20,12 @@ from ndonnx.teacher import make_session
 from ndonnx.teacher.noise_inputs import Noise
 from ndonnx.teacher.sessions import REFUSALS
 
-_SPREAD_SAMPLES, _SPREAD_BATCH = 128, 8
-"""Samples by which activations are measured, and how many are held at a time."""
+_SPREAD_BATCH = 8
+"""Samples whose activations are held at a time."""
 
 
-def measure_noises(parts: Partition, source: DataSource, noise: float, seed: int) -> tuple[Noise, ...]:
-    """The noise behind every distillable neighbourhood, in proportion to the activation's deviation there.
+def measure_noises(parts: Partition, source: DataSource, noise: float) -> tuple[Noise, ...]:
+    """The noise behind every distillable neighbourhood, in proportion to the activation's deviation on these data.
 
     An exit that is the model's output gets none: nothing could be learnt from it.
 
@@ -38,21 +38,19 @@ def measure_noises(parts: Partition, source: DataSource, noise: float, seed: int
         raise ConversionError("no neighbourhood ends inside the model, so there is nowhere to add noise")
     names = [value.name or "" for value in exits]
     spreads = {name: _Spread(name) for name in names}
-    for name, rows in _values(parts, names, source, seed):
+    for name, rows in _values(parts, names, source):
         spreads[name].add(rows)
     return tuple(Noise(name, spread.shape, noise * spread.std) for name, spread in spreads.items())
 
 
-def _values(
-    parts: Partition, names: Sequence[str], source: DataSource, seed: int
-) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+def _values(parts: Partition, names: Sequence[str], source: DataSource) -> Iterator[tuple[str, npt.NDArray[Any]]]:
     """Activations of some samples, by the name of the value, a batch at a time."""
     opened = parts.model.clone()
     values = ir.convenience.create_value_mapping(opened.graph, include_subgraphs=False)
     opened.graph.outputs[:] = [values[name] for name in names]
     try:
         session = make_session(opened)
-        for batch in whole_batches(source, _SPREAD_BATCH, samples=_SPREAD_SAMPLES, seed=seed):
+        for batch in whole_batches(source, _SPREAD_BATCH):
             yield from zip(names, session.run(names, dict(batch)), strict=True)
     except REFUSALS as error:
         raise ModelError(f"onnxruntime does not run the model on these data: {first_line(error)}") from error

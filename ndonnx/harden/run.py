@@ -10,7 +10,6 @@ from typing import Any
 
 import onnx_ir as ir
 
-from ndonnx.data import DataSource
 from ndonnx.distil import Training
 from ndonnx.errors import ModelError, SliceError, UsageError
 from ndonnx.evaluate import Evaluation, evaluate
@@ -23,8 +22,8 @@ from ndonnx.machine import usable_cores
 from ndonnx.partition import Partition
 from ndonnx.pipeline import partition_model
 from ndonnx.pipeline.answers import capture_answers, run_alone
-from ndonnx.pipeline.batches import count_samples, probe, whole_batches
-from ndonnx.pipeline.opening import open_all
+from ndonnx.pipeline.batches import probe, whole_batches
+from ndonnx.pipeline.opening import Given, open_all
 from ndonnx.pipeline.schedule import Schedule
 from ndonnx.progress import Progress, Silent
 from ndonnx.recipe import Recipe
@@ -37,8 +36,8 @@ NOISE = 0.3
 """Deviation of the noise, as a part of the activation's own."""
 STEPS = 2000
 
-_CHECK_SAMPLES = 2000
-"""Samples of the training data on which teacher and hardened model are compared without evaluation data."""
+_SPREAD_SAMPLES = 128
+"""Samples by which the size of activations is measured."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,8 @@ def harden(
         steps: optimiser steps. None: the recipe's `finetune_steps`, or 2,000 where it says none.
         recipe: the partition, `finetune_lr`, `finetune_samples`, `temperature`, `label_weight` and how to run.
         output: where the hardened model is written. None: nowhere, see `HardenResult.model`.
-        eval_data: data for the comparison without noise; labels give accuracy. None: part of `data`.
+        eval_data: data for the comparison without noise; labels give accuracy. None: rows of `data`
+            that nothing else has seen, a tenth of them, at most 2,000.
         progress: told what goes on.
 
     Raises:
@@ -118,7 +118,9 @@ def harden(
     steps = (recipe.finetune_steps or STEPS) if steps is None else steps
     progress.stage("load")
     path = Path(model)
-    given = open_all(path, output, data, eval_data, recipe)
+    given = open_all(path, output, data, eval_data, recipe, samples=recipe.finetune_samples)
+    for remark in given.remarks:
+        progress.note(remark)
     if len(given.teacher.graph.outputs) != 1:
         raise ModelError(
             f"{path}: has {len(given.teacher.graph.outputs)} outputs; only a model with one can be hardened"
@@ -126,16 +128,15 @@ def harden(
     progress.stage("partition")
     parts = partition_model(given.teacher, recipe)
     try:
-        noises = measure_noises(parts, given.source, noise, recipe.seed)
+        noises = measure_noises(parts, given.split.to_fit(_SPREAD_SAMPLES), noise)
         with tempfile.TemporaryDirectory(prefix="ndonnx-") as folder:
-            hardened, training = _Run(path, parts, given.source, recipe, progress, Path(folder)).train(noises, steps)
+            hardened, training = _Run(given, parts, recipe, progress, Path(folder)).train(noises, steps)
     except SliceError as error:
         raise UsageError(f"{path}: cannot be hardened: {error}") from error
     forget_inferred(hardened, declared_values(given.teacher))
-    verify(given.teacher, hardened, parts, {}, probe(given.source), recipe.parity)
+    verify(given.teacher, hardened, parts, {}, probe(given.split.source), recipe.parity)
     if output is not None:
         save(hardened, output)
-    limit = None if eval_data is not None else _CHECK_SAMPLES
     report = HardenReport(
         model=str(path),
         output=None if output is None else str(output),
@@ -148,8 +149,8 @@ def harden(
         nmse_start=training.nmse_start,
         nmse=training.nmse,
         metrics={
-            "teacher": evaluate(path, given.judge, samples=limit),
-            "hardened": evaluate(hardened, given.judge, teacher=path, samples=limit, progress=progress),
+            "teacher": evaluate(path, given.judge),
+            "hardened": evaluate(hardened, given.judge, teacher=path, progress=progress),
         },
     )
     return HardenResult(hardened, report)
@@ -159,21 +160,20 @@ def harden(
 class _Run:
     """One hardening: the teacher's answers, then the training in a process of its own."""
 
-    path: Path
+    given: Given
     parts: Partition
-    source: DataSource
     recipe: Recipe
     progress: Progress
     folder: Path
 
     def train(self, noises: tuple[Noise, ...], steps: int) -> tuple[ir.Model, Training]:
         samples = self._samples()
-        answers = capture_answers(self.parts, self.source, samples, self.folder, self.recipe, self.progress)
+        answers = capture_answers(self.parts, self.given.split, samples, self.folder, self.recipe, self.progress)
         recipe = self.recipe
         entry = Entry(self.folder / "hardened")
         job = HardenJob(
             name="model",
-            teacher_path=self.path,
+            teacher_path=self.given.path,
             store_path=answers.store.path,
             labels_path=answers.labels,
             noises=noises,
@@ -181,7 +181,7 @@ class _Run:
             plan=Schedule(recipe, finetunable=True).plan(steps, recipe.finetune_lr),
             temperature=recipe.temperature,
             label_weight=recipe.label_weight,
-            holdout=recipe.holdout,
+            holdout=answers.holdout,
             parity=recipe.parity,
             threads=usable_cores(),
             interface=self.parts.interface,
@@ -197,7 +197,6 @@ class _Run:
         """As many as there are, the recipe asks for, and the cache budget holds."""
         graph = self.parts.model.graph
         names = [value.name or "" for value in (*real_inputs(graph), *graph.outputs)]
-        batch = next(whole_batches(self.source, 1, samples=1))
+        batch = next(whole_batches(self.given.split.source, 1, samples=1))
         each = capture_bytes(self.parts.model, names, 1, batch=batch)
-        available = count_samples(self.source, self.recipe.finetune_samples)
-        return max(2, min(available, self.recipe.cache_budget // max(1, each)))
+        return max(2, min(self.given.samples, self.recipe.cache_budget // max(1, each)))

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ndonnx.data import DataSource
+from ndonnx.data.split import Split
 from ndonnx.data.views import image_axes, with_views
-from ndonnx.distil.samples import Blocks
 from ndonnx.executor import Job, Outcome, make_executor
 from ndonnx.graph.dataflow import real_inputs
 from ndonnx.machine import pick_device
@@ -51,12 +51,12 @@ class Answers:
     labels: Path | None
     """An `.npy` of class numbers, one per sample; None where the data hold none."""
     holdout: float
-    """Part of the store, at its beginning, that shares no sample with the rest: the recipe's part of the samples."""
+    """Part of the store, at its beginning, that chooses the best state: it shares no sample with the rest."""
 
 
 def capture_answers(
     parts: Partition,
-    source: DataSource,
+    split: Split,
     samples: int,
     folder: Path,
     recipe: Recipe,
@@ -67,21 +67,22 @@ def capture_answers(
 
     Args:
         parts: the teacher.
-        source: the data.
-        samples: how many of them, drawn with the recipe's seed.
+        split: the data.
+        samples: how many of them, those that choose the best state among them.
         folder: exists; the store goes to `answers` in it.
-        recipe: the seed, the device and the kinds of views; a `label_weight` without labels is told of.
+        recipe: the seed of the views, the device and the kinds of views; a `label_weight` without labels is told of.
         progress: told how far it is.
         views: how often each image comes, once as it is and then changed; see `ndonnx.data.views`.
     """
-    copies = _Copies.of(source, samples, recipe, views)
+    copies = _Copies.of(split, samples, recipe, views)
+    source = split.to_train(copies.samples, copies.held)
     # Two images in one have no class number.
     kinds = [kind for kind in recipe.augment if kind != "mixup" or recipe.label_weight == 0]
     labels: list[npt.NDArray[np.int64]] = []
 
     def batches() -> Iterator[Mapping[str, npt.NDArray[Any]]]:
         labels.clear()
-        drawn = whole_batches(source, copies.batch, samples=copies.samples, seed=recipe.seed, on_labels=labels.append)
+        drawn = whole_batches(source, copies.batch, on_labels=labels.append)
         yield from with_views(drawn, kinds, copies.axes, views=copies.views, after=copies.held, seed=recipe.seed)
 
     progress.stage("answers", copies.total, "samples")
@@ -117,16 +118,18 @@ class _Copies:
     holdout: float
 
     @classmethod
-    def of(cls, source: DataSource, samples: int, recipe: Recipe, views: int) -> _Copies:
-        once = cls({}, CAPTURE_BATCH, samples, 0, 1, recipe.holdout)
-        axes = image_axes(source.inputs, source.recipe)
+    def of(cls, split: Split, samples: int, recipe: Recipe, views: int) -> _Copies:
+        samples = min(samples, split.available)
+        wanted = split.held(samples)
+        once = cls({}, CAPTURE_BATCH, samples, wanted, 1, wanted / samples)
+        axes = image_axes(split.source.inputs, split.source.recipe)
         if views == 1 or not recipe.augment or not axes:
             return once
-        fixed = fixed_batch(source)
-        wanted = Blocks.split(samples, recipe.holdout).holdout
+        fixed = fixed_batch(split.source)
         batch = fixed or min(CAPTURE_BATCH, wanted)
+        held = max(1, wanted // batch) * batch  # whole batches, since copies come batch by batch
+        samples = split.to_train(samples, held).length
         samples -= samples % fixed if fixed else 0  # a batch that is filled up has no copies
-        held = -(-wanted // batch) * batch
         if held >= samples:
             return once
         return cls(axes, batch, samples, held, views, held / (held + (samples - held) * views))

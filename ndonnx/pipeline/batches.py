@@ -1,4 +1,4 @@
-"""How a data source is fed to a teacher: how many samples, in which batches."""
+"""How a data source is fed to a teacher: in which batches, and how large a sample is."""
 
 from __future__ import annotations
 
@@ -9,22 +9,12 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from ndonnx.data import DataSource
-from ndonnx.errors import DataError, ModelError
+from ndonnx.errors import ModelError
 from ndonnx.teacher import capture_bytes
 
 CAPTURE_BATCH = 64
 PROBE = 8
 """Samples on which the finished student is checked."""
-
-
-def count_samples(source: DataSource, wanted: int) -> int:
-    """How many samples there are, up to what is wanted; a source that cannot tell is run through."""
-    available = source.length
-    if available is None:
-        available = sum(len(batch) for batch in source.batches(CAPTURE_BATCH, samples=wanted))
-    if available < 2:
-        raise DataError(f"{source.spec}: holds {available} samples; at least 2 are needed, better some hundreds")
-    return min(available, wanted)
 
 
 def fixed_batch(source: DataSource) -> int | None:
@@ -37,8 +27,7 @@ def whole_batches(
     source: DataSource,
     size: int,
     *,
-    samples: int,
-    seed: int | None = None,
+    samples: int | None = None,
     on_labels: Callable[[np.ndarray], None] = lambda labels: None,
 ) -> Iterator[Mapping[str, np.ndarray]]:
     """Batches of about this size; where the model fixes it, of that, the last one filled up with its last sample.
@@ -46,7 +35,7 @@ def whole_batches(
     `on_labels` is told the labels of each batch that has any, without the filling.
     """
     fixed = fixed_batch(source)
-    for batch in source.batches(fixed or size, samples=samples, seed=seed):
+    for batch in source.batches(fixed or size, samples=samples):
         if batch.labels is not None:
             on_labels(batch.labels)
         missing = fixed - len(batch) if fixed else 0

@@ -18,7 +18,7 @@ from ndonnx.pipeline.composing import Composition
 from ndonnx.pipeline.distilling import Distillation, Outcome
 from ndonnx.pipeline.finishing import Finishing
 from ndonnx.pipeline.opening import Given, open_all, partition_model
-from ndonnx.pipeline.results import CHECK_SAMPLES, CompressResult, Student, compare, summaries
+from ndonnx.pipeline.results import CompressResult, Student, compare, summaries
 from ndonnx.pipeline.schedule import Schedule
 from ndonnx.pipeline.tolerating import Tolerances, study_of
 from ndonnx.progress import Progress, Silent
@@ -41,11 +41,12 @@ def compress(
 
     Args:
         model: path of the teacher; never modified.
-        data: unlabelled inputs to distil on, as a data source (`calib.npz`, `images/`).
+        data: unlabelled inputs to distil on, as a data source (`calib.npz`, `images/`). At least 3 samples.
             None: made up, which the recipe's `data_free` must allow.
         recipe: what to build and how; the defaults otherwise.
         output: where the student is written. None: nowhere, see `CompressResult.student`.
-        eval_data: data source for the final comparison; labels give accuracy. None: part of `data`.
+        eval_data: data source for the final comparison; labels give accuracy. None: rows of `data` that nothing
+            else has seen, a tenth of them, at most 2,000.
         run_dir: where the run keeps its state, to be continued after an interruption.
             None: beside `output` (or the model), with the suffix `.run`.
         progress: told what goes on.
@@ -63,7 +64,9 @@ def compress(
     with clock.measure("load"):
         progress.stage("load")
         given = open_all(Path(model), output, data, eval_data, recipe)
-        teacher, source = given.teacher, given.source
+        teacher = given.teacher
+        for remark in given.remarks:
+            progress.note(remark)
         schedule = Schedule(recipe, finetunable=len(teacher.graph.outputs) == 1)
         if recipe.inputs is None and schedule.alone:
             recipe = recipe.model_copy(update={"inputs": "student"})
@@ -78,10 +81,10 @@ def compress(
             schedule = replace(schedule, rate=_rate(run, given))
         samples = schedule.distil_samples(given.samples)
         distillation = Distillation(
-            run, given.path, parts, source, samples, recipe, schedule, progress, clock, tolerances
+            run, given.path, parts, given.split, samples, recipe, schedule, progress, clock, tolerances
         )
-        finishing = Finishing(run, parts, source, samples, recipe, schedule, progress)
-        composition = Composition(teacher, parts, source, recipe, schedule, finishing, progress, clock)
+        finishing = Finishing(run, parts, given.split, samples, recipe, schedule, progress)
+        composition = Composition(teacher, parts, given.split.source, recipe, schedule, finishing, progress, clock)
         outcomes = distillation.distil()
         entries = {n.name: entry for n in parts.neighbourhoods if (entry := outcomes[n.name].entry)}
         composed = composition.compose(entries, distillation.data)
@@ -91,8 +94,7 @@ def compress(
             if output is not None:
                 save(student, output)
         with clock.measure("evaluate"):
-            limit = None if eval_data is not None else CHECK_SAMPLES
-            metrics = compare(given.path, student, given.judge, limit, progress)
+            metrics = compare(given.path, student, given.judge, progress)
             before, after = summaries(teacher, given.path, student, Path(output) if output is not None else None)
         report = CompressReport(
             teacher=before,
@@ -111,10 +113,10 @@ def compress(
 def _rate(run: RunDir, given: Given) -> float:
     """Samples that are answered in a second; measured once, so that a continued run draws the same ones."""
     where = (platform.node(), str(usable_cores()))
-    entry = run.entry("rates", fingerprint(fingerprint_file(str(given.path)), given.source.fingerprint(), *where))
+    entry = run.entry("rates", fingerprint(fingerprint_file(str(given.path)), given.split.source.fingerprint(), *where))
     if not entry.done:
         entry.begin()
-        entry.commit({"samples_a_second": min(answers_a_second(given.path, given.source), _FASTEST)})
+        entry.commit({"samples_a_second": min(answers_a_second(given.path, given.split.source), _FASTEST)})
     return float(entry.meta()["samples_a_second"])
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ndonnx.data import DataSource
+from ndonnx.data.split import Split
 from ndonnx.distil import DistilJob, DistilResult, load_student, read_result
 from ndonnx.errors import RecipeError, RunDirError, SliceError
 from ndonnx.executor import make_executor
@@ -74,8 +74,9 @@ class Distillation:
     run: RunDir
     model_path: Path
     parts: Partition
-    source: DataSource
+    split: Split
     samples: int
+    """Of a neighbourhood's training, at most."""
     recipe: Recipe
     schedule: Schedule
     progress: Progress
@@ -94,17 +95,17 @@ class Distillation:
         in_order = self.recipe.inputs == "student"
         wanted = self.jobs.exits if in_order else self.jobs.wanted
         beside = self._beside() if in_order else 0
-        self._waves = Waves(self.parts, self.source, self.recipe.cache_budget, wanted, self.progress, beside)
+        self._waves = Waves(self.parts, self.split.source, self.recipe.cache_budget, wanted, self.progress, beside)
 
     def _beside(self) -> int:
         """Bytes of one sample that a walk down the chain holds at most."""
         held = held_values(self.parts, self.parts.distillable)
-        sizes = {name: sample_bytes(self.parts.model, [name], self.source) for name in set().union(*held)}
+        sizes = {name: sample_bytes(self.parts.model, [name], self.split.source) for name in set().union(*held)}
         return max((sum(sizes[name] for name in names) for names in held), default=0)
 
     @property
     def data(self) -> tuple[str, ...]:
-        """What all students depend on: the model, the data, how many samples, the seed."""
+        """What all students depend on: the model, the rows of the data, the seed."""
         self.planned()
         return self.jobs.data
 
@@ -274,12 +275,13 @@ class Distillation:
         """How many samples the cache budget holds, and the waves of the capture."""
         if self._plan is None:
             self._plan = self._waves.plan(self.samples)
-            model, samples = self.jobs.model_fingerprint(), str(self._plan[0])
-            self.jobs.data = (model, self.source.fingerprint(), samples, str(self.recipe.seed))
+            rows = self.split.to_train(self._plan[0]).fingerprint()
+            self.jobs.data = (self.jobs.model_fingerprint(), rows, str(self.recipe.seed))
         return self._plan
 
     def _batches(self, samples: int) -> Callable[[], Iterator[Mapping[str, np.ndarray]]]:
-        return lambda: whole_batches(self.source, CAPTURE_BATCH, samples=samples, seed=self.recipe.seed)
+        source = self.split.to_train(samples)
+        return lambda: whole_batches(source, CAPTURE_BATCH)
 
     def _capture(self, entry: Entry, values: list[str], samples: int) -> ActivationStore:
         folder = entry.path / "store"

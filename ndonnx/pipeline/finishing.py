@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
-from ndonnx.data import DataSource
+from ndonnx.data.split import Split
 from ndonnx.data.views import image_axes
 from ndonnx.distil import Training
 from ndonnx.errors import SliceError
@@ -29,6 +29,8 @@ from ndonnx.walk import refit_walk
 
 _REFIT_SAMPLES = 2048
 """Most samples of the refit walk."""
+_LEAST_REFIT = 2
+"""One to fit on, and one to tell whether that helped."""
 
 
 @dataclass
@@ -37,7 +39,7 @@ class Finishing:
 
     run: RunDir
     parts: Partition
-    source: DataSource
+    split: Split
     samples: int
     recipe: Recipe
     schedule: Schedule
@@ -54,7 +56,11 @@ class Finishing:
         if not students:
             return {}
         samples = self._refit_samples()
-        entry = self.run.entry("refitted", fingerprint(*key, sorted(students), samples))
+        source = self.split.to_fit(samples)
+        if source.length < _LEAST_REFIT:
+            self.progress.note(f"the students are not refitted on their own inputs: {source.length} sample to fit on")
+            return dict(students)
+        entry = self.run.entry("refitted", fingerprint(*key, sorted(students), source.fingerprint()))
         if not entry.done:
             self.progress.stage("refit", len(students), "neighbourhoods")
             folder = entry.begin()
@@ -63,9 +69,9 @@ class Finishing:
                 refitted = refit_walk(
                     self.parts,
                     students,
-                    lambda: whole_batches(self.source, CAPTURE_BATCH, samples=samples, seed=self.recipe.seed),
+                    lambda: whole_batches(source, CAPTURE_BATCH),
                     scratch,
-                    samples,
+                    source.length,
                     threads=usable_cores(),
                     on_neighbourhood=lambda name, done: self.progress.advance(),
                 )
@@ -85,7 +91,7 @@ class Finishing:
         for neighbourhood in self.parts.distillable:
             values = (neighbourhood.entry, *neighbourhood.context, neighbourhood.exit)
             names = [value.name or "" for value in values if value is not None]
-            most = max(most, sample_bytes(self.parts.model, names, self.source, np.float32))
+            most = max(most, sample_bytes(self.parts.model, names, self.split.source, np.float32))
         return max(2, min(_REFIT_SAMPLES, self.samples, self.recipe.cache_budget // (2 * most)))
 
     def finetune(
@@ -100,7 +106,8 @@ class Finishing:
         """
         plan = self.schedule.finetune()
         samples, views = self._finetune_samples()
-        settings: list[object] = [self.recipe.temperature, self.recipe.label_weight, self.recipe.holdout, samples]
+        rows = self.split.to_train(samples).fingerprint()
+        settings: list[object] = [self.recipe.temperature, self.recipe.label_weight, self.recipe.holdout, rows]
         if views > 1:
             settings += [views, *self.recipe.augment]
         # Of a time budget, not what is left of it: a run that goes on finds what it has done.
@@ -128,7 +135,7 @@ class Finishing:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
         try:
-            answers = capture_answers(self.parts, self.source, samples, scratch, self.recipe, self.progress, views)
+            answers = capture_answers(self.parts, self.split, samples, scratch, self.recipe, self.progress, views)
             save(student, scratch / STUDENT_FILE)
             plan = self.schedule.finetune()  # now, when the answers' time is spent
             job = FinetuneJob(
@@ -161,11 +168,11 @@ class Finishing:
     def _finetune_samples(self) -> tuple[int, int]:
         """How many, and how often each comes."""
         names = [value.name or "" for value in (*real_inputs(self.parts.model.graph), *self.parts.model.graph.outputs)]
-        each = sample_bytes(self.parts.model, names, self.source)
-        length = self.source.length
-        available = self.samples if length is None else min(length, self.schedule.finetune_samples())
+        source = self.split.source
+        each = sample_bytes(self.parts.model, names, source)
+        available = min(self.split.available, self.schedule.finetune_samples())
         held = max(2, self.recipe.cache_budget // max(1, each))
         samples = max(2, min(available, held))
-        images = image_axes(self.source.inputs, self.source.recipe)
+        images = image_axes(source.inputs, source.recipe)
         views = self.schedule.views(samples) if self.recipe.augment and images else 1
         return samples, max(1, min(views, held // samples))

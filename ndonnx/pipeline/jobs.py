@@ -47,7 +47,7 @@ class Jobs:
     parts: Partition
     recipe: Recipe
     data: tuple[str, ...] = ()
-    """What all students depend on: the model, the data, how many samples, the seed."""
+    """What all students depend on: the model, the rows of the data, the seed."""
     chain: list[str] = field(default_factory=list)
     """Keys of the students before this one, where it depends on them."""
     _looked: dict[str, list[_Head]] = field(default_factory=dict)

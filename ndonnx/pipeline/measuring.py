@@ -16,6 +16,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ndonnx.benchmark import benchmark, ratio
+from ndonnx.data.split import Split
+from ndonnx.data.subset import Subset
 from ndonnx.distil import load_student
 from ndonnx.errors import ModelError, SliceError, first_line
 from ndonnx.graph.dataflow import real_inputs
@@ -24,7 +26,6 @@ from ndonnx.machine import usable_cores
 from ndonnx.partial import PartialModels, Quality
 from ndonnx.partition import Neighbourhood, Partition
 from ndonnx.pipeline.batches import CAPTURE_BATCH, whole_batches
-from ndonnx.pipeline.heldout import Split
 from ndonnx.progress import Progress
 from ndonnx.recipe import Recipe
 from ndonnx.rundir import Entry, Fingerprintable, RunDir, fingerprint
@@ -66,9 +67,63 @@ class WholeLoss(Loss):
     metric: float
 
 
+class Rows:
+    """Some rows of the data, and how much worse than the teacher a whole model is on them."""
+
+    def __init__(self, source: Subset, parts: Partition) -> None:
+        """Take the samples of `source`; the teacher answers them when it is first asked for."""
+        self._source, self._parts = source, parts
+        self.count = source.length
+
+    @cached_property
+    def quality(self) -> Quality:
+        """By the labels where there are any, else by the teacher's answers."""
+        return Quality(self.teacher_answers, self.labels, self.count)
+
+    @cached_property
+    def teacher_answers(self) -> dict[str, np.ndarray]:
+        """The teacher's outputs by name, (samples, ...)."""
+        return self._answers(self._parts.model)
+
+    @cached_property
+    def labels(self) -> NDArray[np.int64] | None:
+        """Classes, int64 (samples,); None where the data have none."""
+        if not self._source.has_labels:
+            return None
+        found = [batch.labels for batch in self._source.batches(CAPTURE_BATCH) if batch.labels is not None]
+        return np.concatenate(found)
+
+    def batches(self) -> Iterator[Mapping[str, np.ndarray]]:
+        """Inputs by name."""
+        return whole_batches(self._source, CAPTURE_BATCH)
+
+    def loss_of(self, student: ir.Model) -> WholeLoss:
+        """The loss of a whole student."""
+        answers, quality = self._answers(student), self.quality
+        return WholeLoss(
+            quality.drop(answers), quality.divergence(answers), quality.bound(answers), quality.metric(answers)
+        )
+
+    def _answers(self, model: ir.Model) -> dict[str, np.ndarray]:
+        session = make_session(self._parts.interface.applied(model))
+        names = [output.name for output in session.get_outputs()]
+        rows, parts = [], []
+        for batch in self.batches():
+            rows.append(len(next(iter(batch.values()))))
+            try:
+                parts.append(session.run(names, dict(batch)))
+            except OrtError as error:
+                raise ModelError(f"onnxruntime failed on the held-out samples: {first_line(error)}") from error
+        return {
+            name: _joined([part[place] for part in parts], rows, self.count)
+            for place, name in enumerate(names)
+            if isinstance(parts[0][place], np.ndarray)
+        }
+
+
 @dataclass
 class Measures:
-    """Measures on the held-out rows. Close it in the end."""
+    """Measures on rows that no training sees. Close it in the end."""
 
     run: RunDir
     teacher: Path
@@ -81,14 +136,19 @@ class Measures:
     _partials: PartialModels | None = None
 
     @cached_property
-    def quality(self) -> Quality:
-        """Of whole students, on all held-out rows."""
-        return Quality(self.teacher_answers, self._labels, self.split.count)
+    def choosing(self) -> Rows:
+        """Rows by which candidates and students are chosen."""
+        return Rows(self.split.to_choose(), self.parts)
 
     @cached_property
-    def teacher_answers(self) -> dict[str, np.ndarray]:
-        """On all held-out rows."""
-        return self._answers(self.parts.model)
+    def confirming(self) -> Rows:
+        """Rows on which a promised drop is tested."""
+        return Rows(self.split.to_confirm(), self.parts)
+
+    @property
+    def judging(self) -> Rows:
+        """Rows on which whole students are measured."""
+        return self.confirming if self.confirming.count else self.choosing
 
     def close(self) -> None:
         """Delete what was captured of the held-out rows."""
@@ -132,14 +192,6 @@ class Measures:
         found = entry.meta()["sensitivity"]
         return math.inf if found is None else float(found)
 
-    def of_whole(self, student: ir.Model) -> WholeLoss:
-        """The loss of a whole student."""
-        answers = self._answers(student)
-        quality = self.quality
-        return WholeLoss(
-            quality.drop(answers), quality.divergence(answers), quality.bound(answers), quality.metric(answers)
-        )
-
     def times_of(self, neighbourhood: Neighbourhood, students: Mapping[str, Entry]) -> dict[str, float]:
         """Milliseconds of each slice for one sample, in turn with each other, the teacher's among them."""
         where = (platform.node(), usable_cores())
@@ -166,51 +218,23 @@ class Measures:
     def partials(self) -> PartialModels:
         """The partial models, captured when first asked for."""
         if self._partials is None:
-            samples = min(self.split.count, self.recipe.search.samples)
+            samples = min(self.choosing.count, self.recipe.search.samples)
             self.progress.stage("held-out", samples, "samples")
             self._partials = PartialModels(
                 self.parts,
-                self._batches,
+                self.choosing.batches,
                 self.run.path / "heldout",
                 samples,
                 threads=usable_cores(),
-                labels=self._labels,
+                labels=self.choosing.labels,
                 budget=self.recipe.cache_budget,
                 on_batch=self.progress.advance,
             )
         return self._partials
 
-    @cached_property
-    def _labels(self) -> NDArray[np.int64] | None:
-        found: list[NDArray[np.int64]] = []
-        if self.split.heldout.has_labels:
-            for batch in self.split.heldout.batches(CAPTURE_BATCH, samples=self.split.count):
-                if batch.labels is not None:
-                    found.append(batch.labels)
-        return np.concatenate(found) if found else None
-
-    def _batches(self) -> Iterator[Mapping[str, np.ndarray]]:
-        return whole_batches(self.split.heldout, CAPTURE_BATCH, samples=self.split.count)
-
-    def _answers(self, model: ir.Model) -> dict[str, np.ndarray]:
-        session = make_session(self.parts.interface.applied(model))
-        names = [output.name for output in session.get_outputs()]
-        rows, parts = [], []
-        for batch in self._batches():
-            rows.append(len(next(iter(batch.values()))))
-            try:
-                parts.append(session.run(names, dict(batch)))
-            except OrtError as error:
-                raise ModelError(f"onnxruntime failed on the held-out samples: {first_line(error)}") from error
-        return {
-            name: _joined([part[place] for part in parts], rows, self.split.count)
-            for place, name in enumerate(names)
-            if isinstance(parts[0][place], np.ndarray)
-        }
-
     def _one_sample(self, names: list[str]) -> dict[str, np.ndarray]:
         """Values of the teacher for one sample, or for one batch of the size that the model fixes."""
-        batch = dict(next(whole_batches(self.split.heldout, 1, samples=1)))
+        batch = dict(next(whole_batches(self.split.source, 1, samples=1)))
         inner = [name for name in names if name not in batch]
         if inner:
             model = self.parts.model.clone()

@@ -6,16 +6,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from ndonnx.data import DATA_FREE, DataSource, input_specs, open_source
 from ndonnx.data.source import RowSource
+from ndonnx.data.split import Split, compared_of, draw
+from ndonnx.data.subset import Joined, Subset
 from ndonnx.errors import DataError, ModelError
 from ndonnx.graph import load
 from ndonnx.graph.load import check_writable
 from ndonnx.graph.working_copy import working_copy
 from ndonnx.partition import Partition, partition
-from ndonnx.pipeline.batches import count_samples
 from ndonnx.recipe import Recipe
 from ndonnx.teacher import make_session
 from ndonnx.teacher.balance import POOL, balanced
@@ -27,16 +29,49 @@ class Given:
 
     path: Path
     teacher: ir.Model
-    source: DataSource
+    split: Split
+    """The data, and which of its rows do what."""
     judge: DataSource
-    """Data of the final comparison."""
+    """Data of the final comparison: those given for it, else rows that nothing else reads."""
     samples: int
-    further: Callable[[int], DataSource] | None
-    """Makes so many samples up that are not in `source`; None where the data are given."""
+    """Of a training, at most."""
+    remarks: tuple[str, ...] = ()
+    """One line for each thing that so few rows cannot tell."""
 
 
-def open_all(model: Path, output: str | Path | None, data: str | None, eval_data: str | None, recipe: Recipe) -> Given:
-    """Open everything that may be missing or damaged.
+@dataclass(frozen=True)
+class HeldOut:
+    """How many samples a run wants to hold out beside those that are compared on at the end."""
+
+    choosing: int = 0
+    """To choose candidates and students by."""
+    confirming: int = 0
+    """To test a promised drop on."""
+
+
+NOTHING_MORE = HeldOut()
+
+
+def open_all(
+    model: Path,
+    output: str | Path | None,
+    data: str | None,
+    eval_data: str | None,
+    recipe: Recipe,
+    *,
+    samples: int | None = None,
+    held_out: HeldOut = NOTHING_MORE,
+) -> Given:
+    """Open everything that may be missing or damaged, and draw which rows do what.
+
+    Args:
+        model: path of the teacher.
+        output: where the student goes.
+        data: source to distil on; None: made up.
+        eval_data: source of the final comparison. None: rows of `data` that nothing else reads.
+        recipe: how many samples are drawn, and how.
+        samples: of a training, at most. None: the recipe's `samples`.
+        held_out: what else is to be held out.
 
     Raises:
         UsageError: something is; or the output is the teacher itself.
@@ -51,26 +86,64 @@ def open_all(model: Path, output: str | Path | None, data: str | None, eval_data
     def source_of(spec: str, seed: int = recipe.seed) -> DataSource:
         return open_source(spec, specs, recipe.data, seed=seed, graph=teacher.graph)
 
-    def further(count: int) -> DataSource:
-        return _made_up(lambda spec: source_of(spec, recipe.seed + _OTHER_SEED), teacher, count)
-
+    wanted = recipe.samples if samples is None else samples
     if data is None and not recipe.data_free and recipe.inputs != "noise":
         raise DataError("no data: give a data source, or set data_free to make inputs up")
-    source = source_of(data) if data is not None else _made_up(source_of, teacher, recipe.samples)
-    judge = source_of(eval_data) if eval_data is not None else source
-    samples = count_samples(source, recipe.samples)
-    return Given(model, teacher, source, judge, samples, further if data is None else None)
+    if data is not None:
+        source, trained = source_of(data), None
+    else:
+        source, trained = _made_up(source_of, teacher, wanted, held_out, recipe.seed)
+    choosing, confirming = held_out.choosing, held_out.confirming
+    split = draw(
+        source,
+        wanted,
+        seed=recipe.seed,
+        holdout=recipe.holdout,
+        choosing=choosing,
+        confirming=confirming,
+        made_up=trained,
+    )
+    judge = source_of(eval_data) if eval_data is not None else split.to_compare()
+    remarks = () if eval_data is not None else _remarks(split)
+    return Given(model, teacher, split, judge, min(wanted, split.available), remarks)
+
+
+def _remarks(split: Split) -> tuple[str, ...]:
+    count = len(split.comparison)
+    if count >= _FEW:
+        return ()
+    return (
+        f"{split.source.spec}: so few samples leave {count} to compare teacher and student on, which says little; "
+        "give --eval, or more data",
+    )
+
+
+_FEW = 50
+"""Samples under which a comparison says little: its standard error can be over seven points."""
 
 
 _OTHER_SEED = 2**31
 """Beyond all seeds of recipes."""
 
 
-def _made_up(source_of: Callable[[str], DataSource], teacher: ir.Model, samples: int) -> DataSource:
-    """Samples that nobody collected, as many as are wanted, of all that the teacher can tell apart."""
-    pool = source_of(f"{DATA_FREE}:{POOL * samples}")
+def _made_up(
+    source_of: Callable[[str, int], DataSource], teacher: ir.Model, samples: int, held_out: HeldOut, seed: int
+) -> tuple[Joined, int]:
+    """Samples that nobody collected, and how many of them are for training: the others are of another seed."""
+    trained = _all_classes(source_of, teacher, samples, seed)
+    further = held_out.choosing + held_out.confirming + compared_of(trained.length)
+    more = _all_classes(source_of, teacher, further, seed + _OTHER_SEED)
+    return Joined(trained, Subset(more, np.arange(further, dtype=np.int64))), trained.length
+
+
+def _all_classes(
+    source_of: Callable[[str, int], DataSource], teacher: ir.Model, samples: int, seed: int
+) -> RowSource | Subset:
+    """At least so many samples, of all that the teacher can tell apart."""
+    pool = source_of(f"{DATA_FREE}:{POOL * samples}", seed)
+    assert isinstance(pool, RowSource)
     # One thread: another last bit could choose other samples, and nothing of an earlier run would be found again.
-    return balanced(pool, teacher, samples, threads=1) if isinstance(pool, RowSource) else pool
+    return balanced(pool, teacher, samples, threads=1)
 
 
 def partition_model(teacher: ir.Model, recipe: Recipe) -> Partition:

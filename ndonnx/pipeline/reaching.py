@@ -98,10 +98,11 @@ class Reaching:
             both = None if over is None else f"{over} and a drop of at most {self.max_drop:.2%} cannot both be had"
             return best, both
         assert closest is not None
+        loss, count = closest.loss, self.bench.measures.judging.count
         self.on_better(closest)
         return closest, (
             f"a drop of at most {self.max_drop:.2%} was not reached: the best student's may be "
-            f"{closest.loss.bound:.2%} (measured {closest.loss.drop:.2%} on {self.bench.split.count} held-out samples)"
+            f"{loss.bound:.2%} (measured {loss.drop:.2%} on {count} held-out samples)"
         )
 
     def _as_it_is(self, table: Table) -> Whole:
@@ -176,7 +177,7 @@ class Reaching:
 
     def _check_samples(self) -> None:
         assert self.max_drop is not None
-        quality, count = self.bench.measures.quality, self.bench.split.count
+        quality, count = self.bench.measures.judging.quality, self.bench.measures.judging.count
         least = -math.log(0.05) / count
         if quality.kind != "nmse" and least > self.max_drop:
             self.bench.progress.note(

@@ -21,9 +21,6 @@ _MANY_ZEROS = 0.01
 """Part of the weights."""
 _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE}
 
-CHECK_SAMPLES = 2000
-"""Samples of the calibration data on which teacher and student are compared without `--eval`."""
-
 
 @dataclass(frozen=True)
 class Student:
@@ -46,12 +43,10 @@ class CompressResult:
     report: CompressReport
 
 
-def compare(
-    teacher: Path, student: ir.Model, judge: DataSource, limit: int | None, progress: Progress
-) -> dict[str, Evaluation]:
-    """Both on the data of the final comparison, the first `limit` samples of them (None: all)."""
-    ours = evaluate(student, judge, teacher=teacher, samples=limit, progress=progress)
-    theirs = evaluate(teacher, judge, samples=limit)
+def compare(teacher: Path, student: ir.Model, judge: DataSource, progress: Progress) -> dict[str, Evaluation]:
+    """Both on the data of the final comparison."""
+    ours = evaluate(student, judge, teacher=teacher, progress=progress)
+    theirs = evaluate(teacher, judge)
     return {"teacher": theirs, "student": ours}
 
 

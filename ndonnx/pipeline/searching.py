@@ -15,7 +15,7 @@ from ndonnx.pipeline.measuring import finite
 from ndonnx.pipeline.opening import open_all
 from ndonnx.pipeline.reaching import Reaching
 from ndonnx.pipeline.results import drop_of
-from ndonnx.pipeline.workbench import Whole, Workbench
+from ndonnx.pipeline.workbench import Whole, Workbench, held_out
 from ndonnx.progress import Progress, Silent
 from ndonnx.recipe import Recipe
 from ndonnx.report.search import SearchedStudent, SearchReport, Source
@@ -56,11 +56,11 @@ def search(
 
     Args:
         model: path of the teacher; never modified.
-        data: inputs to distil on, as a data source; some of its rows are held out to measure with.
+        data: inputs to distil on, as a data source; some of its rows are held out to choose by and to compare on.
         recipe: candidates under `[search]`, a target, and how to train.
         output: folder for the Pareto students, `search.csv`, `search.png` and `search.json`. None: nothing is written.
         pareto: how many students on the curve.
-        eval_data: data source to measure the students on instead of the held-out rows; candidates never see it.
+        eval_data: data source to compare the students on. None: rows of `data` that nothing else has seen.
         run_dir: where the library is kept. None: beside `output` (or the model), with the suffix `.run`.
         dry_run: only tell what is in the library and what would be trained.
         progress: told what goes on.
@@ -74,7 +74,9 @@ def search(
     max_drop = None if recipe.max_drop is None else parse_drop(recipe.max_drop)
     with clock.measure("load"):
         progress.stage("load")
-        given = open_all(Path(model), None, data, eval_data, recipe)
+        given = open_all(Path(model), None, data, eval_data, recipe, held_out=held_out(recipe, data))
+        for remark in given.remarks:
+            progress.note(remark)
     folder = Path(run_dir) if run_dir is not None else Path(output or model).with_suffix(".run")
     with Workbench(given, folder, recipe, progress, clock) as bench:
         run = _Run(bench, shares, max_drop, eval_data is not None)
@@ -101,7 +103,7 @@ class _Run:
     shares: Mapping[str, float]
     max_drop: float | None
     judged: bool
-    """Whether there are data to judge by other than the held-out rows."""
+    """Whether there are data to judge by other than held-out rows."""
 
     @property
     def cost(self) -> str:
@@ -116,7 +118,7 @@ class _Run:
             whole = self.bench.judged(whole)
             found.append(("target", "searched", whole))
             drop, _ = self._judgement(whole)
-            if missed is None and self.max_drop is not None and drop > self.max_drop:
+            if self.judged and missed is None and self.max_drop is not None and drop > self.max_drop:
                 missed = (
                     f"a drop of at most {self.max_drop:.2%} held on the held-out samples; on --eval it is {drop:.2%}"
                 )
@@ -179,9 +181,7 @@ class _Run:
         )
 
     def _judgement(self, whole: Whole) -> tuple[float, float]:
-        """What a student loses, and its metric: on the data that are there to judge by, else on the held-out rows."""
-        if not self.judged:
-            return whole.loss.drop, whole.loss.metric
+        """What a student loses, and its metric: on the data of the comparison, which no choice has seen."""
         bench, judge = self.bench, self.bench.given.judge
         entry = bench.run.entry("judged", fingerprint(whole.entry.key, judge.fingerprint()))
         if not entry.done:
@@ -197,9 +197,6 @@ class _Run:
         return evaluate(self.bench.given.path, self.bench.given.judge)
 
     def _own_metric(self) -> float:
-        if not self.judged:
-            measures = self.bench.measures
-            return measures.quality.metric(measures.teacher_answers)
         if self._teacher.accuracy is not None:
             return self._teacher.accuracy
         return 0.0 if self._quality(True) == "nmse" else 1.0
@@ -208,9 +205,8 @@ class _Run:
         """What drops are of."""
         if not measured:
             return ""
-        kind = self.bench.measures.quality.kind
-        if not self.judged or kind == "nmse":
-            return kind
+        if self.bench.measures.judging.quality.kind == "nmse":
+            return "nmse"
         return "agreement" if self._teacher.accuracy is None else "accuracy"
 
     def report(self, students: list[SearchedStudent], table: Table | None) -> SearchReport:
@@ -221,7 +217,7 @@ class _Run:
             model=str(bench.given.path),
             cost=self.cost,
             quality=self._quality(table is not None),
-            samples=self._teacher.samples if self.judged and table is not None else bench.split.count,
+            samples=len(bench.split.comparison) if table is None else self._teacher.samples,
             target=dict(self.shares),
             max_drop=self.max_drop,
             students=students,

@@ -12,8 +12,8 @@ from ndonnx.pipeline.distilling import Outcome
 from ndonnx.pipeline.measuring import finite
 from ndonnx.pipeline.opening import open_all
 from ndonnx.pipeline.reaching import Reaching
-from ndonnx.pipeline.results import CHECK_SAMPLES, CompressResult, Student, compare, drop_of, summaries
-from ndonnx.pipeline.workbench import Whole, Workbench
+from ndonnx.pipeline.results import CompressResult, Student, compare, drop_of, summaries
+from ndonnx.pipeline.workbench import Whole, Workbench, held_out
 from ndonnx.progress import Progress
 from ndonnx.recipe import Recipe
 from ndonnx.report import CompressReport, NeighbourhoodReport, TargetReport
@@ -35,7 +35,9 @@ def compress_to_target(
     max_drop = None if recipe.max_drop is None else parse_drop(recipe.max_drop)
     with clock.measure("load"):
         progress.stage("load")
-        given = open_all(model, output, data, eval_data, recipe)
+        given = open_all(model, output, data, eval_data, recipe, held_out=held_out(recipe, data))
+        for remark in given.remarks:
+            progress.note(remark)
     folder = Path(run_dir) if run_dir is not None else Path(output or model).with_suffix(".run")
 
     def keep(whole: Whole) -> None:
@@ -51,8 +53,7 @@ def compress_to_target(
         keep(best)
         student = best.model()
         with clock.measure("evaluate"):
-            limit = None if eval_data is not None else CHECK_SAMPLES
-            metrics = compare(given.path, student, given.judge, limit, progress)
+            metrics = compare(given.path, student, given.judge, progress)
         if missed is None and max_drop is not None and eval_data is not None:
             missed = _broken(metrics, max_drop, eval_data)
         path = Path(output) if output is not None else None
@@ -70,8 +71,8 @@ def compress_to_target(
                 target=shares,
                 max_drop=max_drop,
                 reached=best.shares,
-                quality=bench.measures.quality.kind,
-                samples=bench.split.count,
+                quality=bench.measures.judging.quality.kind,
+                samples=bench.measures.judging.count,
                 drop=finite(best.loss.drop),
                 bound=finite(best.loss.bound),
                 missed=missed,

@@ -11,7 +11,7 @@ from typing import Self
 
 import onnx_ir as ir
 
-from ndonnx.data import DataSource
+from ndonnx.data.split import Split
 from ndonnx.errors import RecipeError
 from ndonnx.graph import load, save
 from ndonnx.partition import Neighbourhood, Partition
@@ -19,10 +19,9 @@ from ndonnx.pipeline.clock import Clock
 from ndonnx.pipeline.composing import Composition, costs_of
 from ndonnx.pipeline.distilling import Distillation, Outcome
 from ndonnx.pipeline.finishing import Finishing
-from ndonnx.pipeline.heldout import Split, split
 from ndonnx.pipeline.library import Library, label
 from ndonnx.pipeline.measuring import Measures, WholeLoss
-from ndonnx.pipeline.opening import Given, partition_model
+from ndonnx.pipeline.opening import Given, HeldOut, partition_model
 from ndonnx.pipeline.results import file_bytes
 from ndonnx.pipeline.schedule import Schedule
 from ndonnx.pipeline.tolerating import Need, Tolerances, allowed_divergence, measured_need, study_of
@@ -35,13 +34,22 @@ from ndonnx.students import method_of
 
 STUDENT_FILE = "student.onnx"
 
-_MORE_FOR_THE_WHOLE = 5
-"""Times as many held-out samples as candidates are measured on, where there are rows."""
 _DECIDING = {
     *("inputs", "finetune_steps", "finetune_samples", "finetune_lr", "augment", "temperature", "label_weight"),
     *("holdout", "batch_size", "optimiser", "warmup", "seed", "precision", "device", "cache_budget", "parity", "steps"),
 }
 """Keys of the recipe that decide what is done to students together."""
+
+
+_MORE_FOR_THE_WHOLE = 5
+"""Times as many samples as candidates are measured on, where there are rows: a whole student's drop is told with a
+margin that only many samples make narrow."""
+
+
+def held_out(recipe: Recipe, data: str | None) -> HeldOut:
+    """What a search of this recipe holds out; of made-up data, whose samples cost time, less."""
+    wanted = recipe.search.samples * (1 if data is None else _MORE_FOR_THE_WHOLE)
+    return HeldOut(wanted, 0 if recipe.max_drop is None else wanted)
 
 
 @dataclass(frozen=True)
@@ -110,26 +118,27 @@ class Workbench:
             self.progress.stage("partition")
             return partition_model(self.given.teacher, self.recipe)
 
-    @cached_property
+    @property
     def split(self) -> Split:
-        """The data, with rows held out."""
-        given, wanted = self.given, self.recipe.search.samples
-        # A whole student's drop is promised with a margin that only many samples make narrow; made-up ones cost time.
-        wanted *= 1 if given.further is not None else _MORE_FOR_THE_WHOLE
-        return split(given.source, self._drawn, wanted, self.recipe.seed, given.further)
+        """The data, and which rows do what."""
+        return self.given.split
 
     @cached_property
     def distillation(self) -> Distillation:
-        # The same numbers as a run without a target has, so that both find the same students.
-        same = self.split.training is self.given.source and self.split.samples == self._drawn
-        made = self._distillation(self.split.training, self.given.samples if same else self.split.samples)
+        given = self.given
+        made = Distillation(
+            self.run,
+            given.path,
+            self.parts,
+            given.split,
+            given.samples,
+            self.recipe,
+            self.schedule,
+            self.progress,
+            self.clock,
+        )
         made.planned()  # keys of students depend on it
         return made
-
-    @cached_property
-    def _drawn(self) -> int:
-        """As many samples as the cache budget really holds: of fewer, other rows are drawn."""
-        return self._distillation(self.given.source, self.given.samples).planned()[0]
 
     @cached_property
     def measures(self) -> Measures:
@@ -147,15 +156,15 @@ class Workbench:
 
     @cached_property
     def composition(self) -> Composition:
-        given, source = self.given, self.split.finishing
+        given, source = self.given, self.split.source
         return Composition(
             given.teacher, self.parts, source, self.recipe, self.schedule, self.finishing, self.progress, self.clock
         )
 
     @cached_property
     def finishing(self) -> Finishing:
-        source, samples = self.split.finishing, self.split.samples
-        return Finishing(self.run, self.parts, source, samples, self.recipe, self.schedule, self.progress)
+        given = self.given
+        return Finishing(self.run, self.parts, given.split, given.samples, self.recipe, self.schedule, self.progress)
 
     @cached_property
     def whole(self) -> dict[str, float]:
@@ -200,7 +209,7 @@ class Workbench:
             composed = self.composition.compose(students, data)
             student, tuned = composed.model, composed.tuned
             with self.clock.measure("evaluate"):
-                loss = self.measures.of_whole(student)
+                loss = self.measures.judging.loss_of(student)
             folder = entry.begin()
             save(student, folder / STUDENT_FILE)
             costs = _costs(student, folder / STUDENT_FILE)
@@ -272,12 +281,6 @@ class Workbench:
         by_name = {n.name: n for n in self.parts.distillable}
         outcomes = {name: judge(by_name[name], ended, plan, self.progress) for name, ended in whole.outcomes.items()}
         return replace(whole, outcomes=outcomes)
-
-    def _distillation(self, source: DataSource, samples: int) -> Distillation:
-        path, recipe = self.given.path, self.recipe
-        return Distillation(
-            self.run, path, self.parts, source, samples, recipe, self.schedule, self.progress, self.clock
-        )
 
 
 def _costs(model: ir.Model, path: Path) -> dict[str, float]:

@@ -11,8 +11,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ndonnx.data.chosen import ChosenSource
 from ndonnx.data.source import RowSource
+from ndonnx.data.subset import Subset
 from ndonnx.errors import ModelError, first_line
 from ndonnx.teacher.sessions import OrtError, make_session
 
@@ -30,7 +30,7 @@ def balanced(
     *,
     threads: int | None = None,
     on_batch: Callable[[int], None] = lambda count: None,
-) -> RowSource:
+) -> RowSource | Subset:
     """`samples` of the source's samples, as equally many of each of the teacher's classes as there are.
 
     Args:
@@ -66,7 +66,7 @@ def balanced(
             return source
         found.append(np.argmax(scores[:count], axis=1).astype(np.int64))
         on_batch(count)
-    return ChosenSource(source, choose(np.concatenate(found), samples))
+    return Subset(source, choose(np.concatenate(found), samples))
 
 
 def choose(classes: NDArray[np.int64], samples: int) -> NDArray[np.int64]:

@@ -2,7 +2,18 @@
 
 from ndonnx.threshold.noise import AMPLITUDES, Point
 from ndonnx.threshold.reading import DOCUMENT, Bearable, StudyFile, read_study
-from ndonnx.threshold.study import KEEP, REPEATS, Curve, Shrunk, ThresholdReport, WeightNoise, check_study, study
+from ndonnx.threshold.study import (
+    KEEP,
+    REPEATS,
+    SHAPING_SAMPLES,
+    STUDIED,
+    Curve,
+    Shrunk,
+    ThresholdReport,
+    WeightNoise,
+    check_study,
+    study,
+)
 from ndonnx.threshold.tolerance import Tolerance, tolerances
 
 __all__ = [
@@ -10,6 +21,8 @@ __all__ = [
     "DOCUMENT",
     "KEEP",
     "REPEATS",
+    "SHAPING_SAMPLES",
+    "STUDIED",
     "Bearable",
     "Curve",
     "Point",

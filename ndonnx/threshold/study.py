@@ -22,8 +22,10 @@ from ndonnx.threshold.tolerance import Tolerance, tolerance_of
 
 KEEP = (0.25, 0.5, 0.75)
 REPEATS = 3
-_SHAPING_SAMPLES, _SHAPING_BYTES = 1024, 32 * 2**20
+SHAPING_SAMPLES, _SHAPING_BYTES = 1024, 32 * 2**20
 """Most samples, and most bytes of them, by which a student is shaped, as in a distillation."""
+STUDIED = 0.75
+"""Part of the samples at hand by which answers are judged; students are shaped on the others."""
 
 Where = Literal["one", "half", "all"]
 Scale = Literal["relative", "absolute"]
@@ -132,6 +134,7 @@ def check_study(samples: int, amplitudes: Sequence[float], repeats: int, keep: S
 def study(
     partials: PartialModels,
     *,
+    shaping: PartialModels | None = None,
     model: str = "",
     data: str = "",
     amplitudes: Sequence[float] = AMPLITUDES,
@@ -147,6 +150,8 @@ def study(
 
     Args:
         partials: the teacher on the samples by which it is judged.
+        shaping: the teacher on other samples, by which students are shaped. None: the same ones, on which they then
+            look better than they are.
         model: name of its file, for the report.
         data: name of the data, for the report.
         amplitudes: of the noise, as parts of deviations; 0 is among every curve's ends without being asked for.
@@ -182,7 +187,9 @@ def study(
         _weight_noise(partials, quality, amplitude, repeats, seed, progress.advance) for amplitude in amplitudes
     )
     progress.stage("width", len(partials.names) * len(keep), "students")
-    width = tuple(_shrunk(partials, quality, sorted(keep), round_to, seed, threads, progress.advance))
+    width = tuple(
+        _shrunk(partials, shaping or partials, quality, sorted(keep), round_to, seed, threads, progress.advance)
+    )
     return ThresholdReport(
         model=model,
         data=data,
@@ -273,6 +280,7 @@ def _spliced(partials: PartialModels, slices: Mapping[str, ir.Model]) -> ir.Mode
 
 def _shrunk(
     partials: PartialModels,
+    shaping: PartialModels,
     quality: Quality,
     keep: Sequence[float],
     round_to: int | None,
@@ -280,11 +288,11 @@ def _shrunk(
     threads: int,
     on_step: Step,
 ) -> Iterator[Shrunk]:
-    """Students by least squares, each alone in its place, shaped on the first of the samples that judge them."""
+    """Students by least squares, each alone in its place."""
     for n in partials.parts.distillable:
         teacher: TeacherSlice | SliceError
         try:
-            teacher = _teacher_slice(partials, n.name, threads)
+            teacher = _teacher_slice(shaping, n.name, threads)
         except SliceError as error:
             teacher = error
         for multiplier in keep:
@@ -317,7 +325,7 @@ def _teacher_slice(partials: PartialModels, name: str, threads: int) -> TeacherS
     first = partials.inputs_of(name, 1)
     constants = frozenset(value for value in first if partials.is_constant(value))
     per_sample = sum(array.nbytes for value, array in first.items() if value not in constants)
-    samples = partials.inputs_of(name, min(_SHAPING_SAMPLES, max(1, _SHAPING_BYTES // max(1, per_sample))))
+    samples = partials.inputs_of(name, min(SHAPING_SAMPLES, max(1, _SHAPING_BYTES // max(1, per_sample))))
     model = infer_shapes(partials.parts.slice_of(n))
     model = free_batch(model, [value for value in samples if value not in constants])
     return TeacherSlice(name, model, n.groups, samples, threads, constants)

@@ -1,0 +1,72 @@
+"""Sources made of other sources: some samples of one by their numbers, and one behind another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ndonnx.data.source import DataSource, RowSource
+from ndonnx.data.specs import Batch
+
+
+class Subset(DataSource):
+    """The samples `rows` of a source, in this order."""
+
+    length: int
+
+    def __init__(self, source: DataSource, rows: NDArray[np.int64]) -> None:
+        """Take int64 (n,) numbers of samples; a number may come twice where the source gives samples by number."""
+        super().__init__(source.spec, source.inputs, source.recipe)
+        self._source = source
+        self._rows = rows
+        self.length = len(rows)
+        self.has_labels = source.has_labels
+
+    def batches(self, batch_size: int, *, samples: int | None = None) -> Iterator[Batch]:
+        return self._source.take(self._rows[:samples], batch_size)
+
+    def take(self, rows: NDArray[np.int64], batch_size: int) -> Iterator[Batch]:
+        return self._source.take(self._rows[rows], batch_size)
+
+    def row_number(self, place: int) -> int:
+        return self._source.row_number(int(self._rows[place]))
+
+    def _content(self) -> Iterator[bytes]:
+        yield self._source.fingerprint().encode()
+        yield self._rows.astype("<i8").tobytes()
+
+
+class Joined(DataSource):
+    """The samples of one source, and behind them those of another one for the same model."""
+
+    length: int
+
+    def __init__(self, first: RowSource | Subset, second: RowSource | Subset) -> None:
+        super().__init__(first.spec, first.inputs, first.recipe)
+        self._first, self._second = first, second
+        self.length = first.length + second.length
+        self.has_labels = first.has_labels and second.has_labels
+
+    def batches(self, batch_size: int, *, samples: int | None = None) -> Iterator[Batch]:
+        return self.take(np.arange(self.length)[:samples], batch_size)
+
+    def take(self, rows: NDArray[np.int64], batch_size: int) -> Iterator[Batch]:
+        for start in range(0, len(rows), batch_size):
+            yield self._fetch(rows[start : start + batch_size])
+
+    def _fetch(self, rows: NDArray[np.int64]) -> Batch:
+        behind = rows >= self._first.length
+        parts = [
+            *self._first.take(rows[~behind], len(rows)),
+            *self._second.take(rows[behind] - self._first.length, len(rows)),
+        ]
+        places = np.argsort(np.argsort(behind, kind="stable"))
+        inputs = {name: np.concatenate([part.inputs[name] for part in parts])[places] for name in parts[0].inputs}
+        labels = [part.labels for part in parts if part.labels is not None]
+        return Batch(inputs, np.concatenate(labels)[places] if self.has_labels else None)
+
+    def _content(self) -> Iterator[bytes]:
+        yield self._first.fingerprint().encode()
+        yield self._second.fingerprint().encode()

@@ -18,12 +18,12 @@ import ndonnx
 from benchmarks.common import Notes, Stopwatch, Subject
 from ndonnx.errors import UsageError
 from ndonnx.evaluate import Evaluation
-from ndonnx.graph.costs import slice_cost
+from ndonnx.graph import slice_cost
 from ndonnx.partition import Neighbourhood, Partition
-from ndonnx.pipeline.composing import costs_of
+from ndonnx.partition.removable import kept_width
 from ndonnx.recipe import Recipe
 from ndonnx.rundir import RunDir, fingerprint, fingerprint_file
-from ndonnx.students.width import kept_width, shrink
+from ndonnx.students.width import shrink
 
 MULTIPLIERS = [number / 1000 for number in range(1, 1000)]
 """From which the uniform one is taken."""
@@ -136,9 +136,10 @@ class UniformCosts:
     """What students with one multiplier cost, by cutting the teacher's weights; nothing is trained."""
 
     def __init__(self, parts: Partition, cost: str) -> None:
-        params, macs = costs_of(parts.model)
+        whole = parts.whole
         self._parts = parts
-        self._attribute, self._whole = ("parameters", params) if cost == "params" else ("macs", macs)
+        self._attribute = "parameters" if cost == "params" else "macs"
+        self._whole = getattr(whole, self._attribute)
         self._saved: dict[tuple[str, tuple[int, ...]], int] = {}
 
     def share(self, keep: float, round_to: int | None) -> float:
@@ -160,7 +161,7 @@ class UniformCosts:
             for group, width in zip(groups, widths, strict=True):
                 kept[group.start : group.start + width] = True
             shrunk = slice_cost(shrink(self._parts.slice_of(n), n.groups, kept))
-            self._saved[key] = getattr(n.cost, self._attribute) - getattr(shrunk, self._attribute)
+            self._saved[key] = getattr(self._parts.cost(n), self._attribute) - getattr(shrunk, self._attribute)
         return self._saved[key]
 
 

@@ -42,7 +42,7 @@ def _students(report: ndonnx.SearchReport) -> Iterator[tuple[str, ...]]:
             student.source,
             count_text(student.params),
             share.get("params", ""),
-            count_text(student.macs),
+            "" if student.macs is None else count_text(student.macs),
             share.get("macs", ""),
             milliseconds_text(student.latency) if student.latency is not None else "",
             "" if lost is None else f"{lost:.4g}" if report.quality == "nmse" else f"{lost:.2%}",

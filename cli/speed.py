@@ -39,8 +39,10 @@ def _sizes(speed: ndonnx.Speed) -> Iterator[Row]:
         ("compressed size", "compressed_bytes", bytes_text),
     )
     for name, quantity, text in texts:
-        other = "" if speed.against is None else text(getattr(speed.against, quantity))
-        yield name, other, text(getattr(speed.model, quantity)), _share_text(speed.share(quantity))
+        values = (getattr(side, quantity, None) for side in (speed.against, speed.model))
+        other, mine = ("" if value is None else text(value) for value in values)
+        if other or mine:
+            yield name, other, mine, _share_text(speed.share(quantity))
 
 
 def _answers(speed: ndonnx.Speed) -> Iterator[Row]:

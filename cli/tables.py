@@ -139,12 +139,14 @@ def print_inspection(inspection: ndonnx.Inspection) -> None:
     open_ = sum(piece.status == "distillable" for piece in pieces)
     print_text(
         f"{inspection.model}: opset {inspection.opset}, {count_text(inspection.parameters)} parameters, "
-        f"{count_text(inspection.macs)} MACs\n"
+        f"{_macs(inspection)}\n"
         f"distillable: {open_} of {len(pieces)} neighbourhoods, with {part_text(coverage.parameters)} of the "
-        f"parameters and {part_text(coverage.macs)} of the MACs"
+        f"parameters"
+        + ("" if coverage.macs is None else f" and {part_text(coverage.macs)} of the MACs")
+        + ("" if coverage.removable is None else f"; {part_text(coverage.removable)} can go ({inspection.smallest})")
     )
     columns = (
-        "name", "input → output", "context", ">nodes", ">parameters", ">share", ">MACs", ">share", "widths",
+        "name", "input → output", "context", ">nodes", ">parameters", ">share", ">can go", ">MACs", ">share", "widths",
         "status", ">parity", "reason",
     )  # fmt: skip
     rows = (
@@ -155,7 +157,8 @@ def print_inspection(inspection: ndonnx.Inspection) -> None:
             str(piece.nodes),
             f"{piece.parameters:,}",
             _share(piece.parameters, inspection.parameters),
-            f"{piece.macs:,}",
+            _share(piece.removable, inspection.parameters),
+            "" if piece.macs is None else f"{piece.macs:,}",
             _share(piece.macs, inspection.macs),
             _widths(piece.widths),
             piece.status,
@@ -237,8 +240,17 @@ def _context(names: Sequence[str]) -> str:
     return _value(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
-def _share(part: int, whole: int) -> str:
-    return part_text(part / whole) if whole else ""
+def _share(part: int | None, whole: int | None) -> str:
+    return part_text(part / whole) if part is not None and whole else ""
+
+
+def _macs(inspection: ndonnx.Inspection) -> str:
+    """MACs with the shapes that they are of, or why there is no number."""
+    if inspection.macs is None:
+        because = ", ".join(inspection.open_sizes) or "shapes inside the model"
+        return f"MACs not told: nothing states {because}"
+    shapes = (f"{name} {'x'.join(map(str, shape))}" for name, shape in (inspection.shapes or {}).items())
+    return f"{count_text(inspection.macs)} MACs a sample ({', '.join(shapes)})"
 
 
 def _widths(widths: Sequence[int]) -> str:

@@ -24,6 +24,7 @@ from ndonnx.errors import DataError, ModelError
 from ndonnx.evaluate import Evaluation
 from ndonnx.evaluate import evaluate as measure
 from ndonnx.graph import load
+from ndonnx.graph.bound import one_sample
 from ndonnx.graph.working_copy import working_copy
 from ndonnx.machine import usable_cores
 from ndonnx.partition import Partition
@@ -72,12 +73,12 @@ def inspect(
     """
     parts = partition(model, recipe)
     if not check:
-        return Inspection.of(str(model), parts)
+        return Inspection.of(str(model), parts, recipe=recipe)
 
     from ndonnx.check import check as pass_gates  # noqa: PLC0415 - needs torch
 
     checked = pass_gates(Path(model), parts, recipe or Recipe(), data=data, progress=progress)
-    return Inspection.of(str(model), checked.parts, checked.parity)
+    return Inspection.of(str(model), checked.parts, checked.parity, recipe)
 
 
 def evaluate(
@@ -150,7 +151,6 @@ def benchmark(
     )
     models = {MODEL: Path(model)} | ({} if against is None else {AGAINST: Path(against)})
     graphs = {name: load(path) for name, path in models.items()}
-    sizes = {name: ModelSize.of(models[name], graph) for name, graph in graphs.items()}
     specs = {name: _specs_on(models[name], plan.providers) for name in models}
     notes = []
     fixed = common_batch_size({str(models[name]): entry for name, entry in specs.items()})
@@ -162,6 +162,8 @@ def benchmark(
     if data is not None:
         source = open_source(data, specs[MODEL], recipe.data, seed=recipe.seed, graph=graphs[MODEL].graph)
     batch = _one_batch(specs[MODEL], source, max(plan.batch_sizes))
+    arrays = {name: array.shape for name, array in batch.items()}
+    sizes = {name: ModelSize.of(models[name], graph, one_sample(graph, arrays)) for name, graph in graphs.items()}
     for name, entry in specs.items():
         feeds_for(str(models[name]), entry, batch)
     found = measure_speed(models, batch, plan, progress)

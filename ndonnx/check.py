@@ -27,10 +27,11 @@ from ndonnx.graph.dataflow import reads
 from ndonnx.graph.load import infer_shapes
 from ndonnx.machine import usable_cores
 from ndonnx.partition import ChannelGroups, Neighbourhood, Partition, extract
+from ndonnx.partition.removable import kept_width
 from ndonnx.progress import Progress, Silent
 from ndonnx.recipe import Recipe
 from ndonnx.students import TeacherSlice
-from ndonnx.students.width import kept_width, shrink
+from ndonnx.students.width import shrink
 from ndonnx.students.zeroing import check_by_zeroing
 from ndonnx.teacher import ActivationStore, capture, make_session
 

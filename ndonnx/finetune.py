@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -17,10 +18,12 @@ from ndonnx.distil.losses import LABEL, DistillationLoss, NeighbourhoodLoss, Obj
 from ndonnx.distil.samples import SliceSamples, Source
 from ndonnx.distil.trainer import OnStep
 from ndonnx.errors import ConversionError
-from ndonnx.graph import fold_constants, load, save, slice_cost
+from ndonnx.graph import fold_constants, load, save
+from ndonnx.graph.bound import bind
 from ndonnx.graph.dataflow import real_inputs
 from ndonnx.graph.interface import Interface
 from ndonnx.graph.load import infer_shapes
+from ndonnx.graph.macs import sample_cost
 from ndonnx.rundir import Entry
 from ndonnx.students.masks import zeros_of
 from ndonnx.teacher import ActivationStore
@@ -140,7 +143,8 @@ def finetune(
     train_only(module, student, kept)
     objective = objective_of(output, temperature, label_weight if labels is not None else 0.0)
     constraint = zeros_of(whole)
-    training = train(module, samples, objective, plan, on_step, constraint, threads=threads, macs=macs_of(student))
+    macs = macs_of(interface.applied(student), samples.shapes(inputs))
+    training = train(module, samples, objective, plan, on_step, constraint, threads=threads, macs=macs)
     trained = {name: array for name, array in module.trained_weights().items() if holds(student, name, array)}
     tuned = write_back(student, trained)
     check_answer(module, _as_slice(tuned, interface, inputs), probe, parity)
@@ -152,9 +156,15 @@ def _as_slice(student: ir.Model, interface: Interface, inputs: list[str]) -> ir.
     return free_batch(fold_constants(interface.applied(student).clone()), inputs)
 
 
-def macs_of(model: ir.Model) -> int:
-    """Multiplications of a whole model for one sample, by which the optimiser judges what is cheap."""
-    return slice_cost(fold_constants(infer_shapes(model.clone()))).macs
+def macs_of(model: ir.Model, shapes: Mapping[str, Sequence[int]]) -> int:
+    """Multiplications of a whole model for one sample, by which the optimiser judges what is cheap; 0 if unknown.
+
+    Args:
+        model: as it is trained.
+        shapes: of its inputs, for one sample.
+    """
+    working = fold_constants(infer_shapes(model.clone()))
+    return sample_cost(working.graph, bind(working, shapes)).macs or 0
 
 
 def is_class_scores(output: ir.Value) -> bool:

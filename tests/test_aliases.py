@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ndonnx.partition import ChannelGroup, ChannelGroups
+from ndonnx.partition.removable import kept_width
 from ndonnx.pipeline import SearchResult, compress, search
 from ndonnx.recipe import Recipe
 from ndonnx.search import TEACHER, Option, Table
 from ndonnx.students import WHOLE, LowRank, Sparsity, Width
-from ndonnx.students.width import kept_width
 from ndonnx_cli.main import main
 from tests.runs import UNITS, Recorder
 from tests.test_searching import SETTINGS, markers

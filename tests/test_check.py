@@ -92,7 +92,7 @@ def test_coverage_counts_what_passed(tmp_path: Path) -> None:
     )
     before, after = (Inspection.of("m", p).coverage.parameters for p in (parts, kept))
     whole = Inspection.of("m", parts).parameters
-    assert before - after == pytest.approx(unit.cost.parameters / whole)
+    assert before - after == pytest.approx(unit.parameters / whole)
 
 
 def test_groups_that_do_not_describe_the_slice_are_found_out(tmp_path: Path) -> None:

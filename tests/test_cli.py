@@ -236,10 +236,11 @@ def test_inspect_json_keeps_its_contract(run: Run) -> None:
     code, out, err = run("inspect", TEACHER, "--json")
     document = json.loads(out)
     assert (code, err) == (0, "")
-    assert list(document) == ["model", "opset", "parameters", "macs", "neighbourhoods", "coverage"]
+    keys = "model opset parameters macs neighbourhoods coverage smallest shapes open_sizes"
+    assert list(document) == keys.split()
     pieces = document["neighbourhoods"]
     for piece in pieces:
-        keys = "name input context output nodes parameters macs widths status reason parity frozen note"
+        keys = "name input context output nodes parameters macs widths status reason parity frozen note removable"
         assert list(piece) == keys.split()
         assert (piece["status"] == "kept") == (piece["reason"] is not None)
         assert piece["status"] == "kept" or piece["widths"]
@@ -248,7 +249,10 @@ def test_inspect_json_keeps_its_contract(run: Run) -> None:
     assert sum(piece["macs"] for piece in pieces) == document["macs"]
     assert [piece["output"] for piece in pieces if piece["status"] == "distillable"] == UNITS
     inside = sum(piece["parameters"] for piece in pieces if piece["status"] == "distillable")
-    assert document["coverage"]["parameters"] == pytest.approx(inside / document["parameters"])
+    coverage = document["coverage"]
+    assert coverage["parameters"] == pytest.approx(inside / document["parameters"])
+    assert coverage["removable"] == pytest.approx(sum(p["removable"] for p in pieces) / document["parameters"])
+    assert (document["smallest"], document["shapes"]) == ("width 0.1", {"image": [1, 1, 8, 8]})
 
 
 def test_inspect_obeys_flags_before_the_recipe(run: Run, tmp_path: Path) -> None:

@@ -185,6 +185,18 @@ def test_the_state_that_is_kept_is_the_one_that_was_reported(tmp_path: Path) -> 
     assert train(module, samples, NeighbourhoodLoss("y"), replace(PLAN, steps=0), silent).nmse == found.nmse
 
 
+def test_with_a_time_the_steps_are_told_that_it_has_room_for(tmp_path: Path) -> None:
+    samples, module = regression(tmp_path, noise=1.0), to_torch(linear(Net()))
+    events: list[tuple[int, int]] = []
+    plan = replace(PLAN, steps=10**7, seconds=0.5)
+    found = train(module, samples, NeighbourhoodLoss("y"), plan, lambda step, steps, nmse: events.append((step, steps)))
+    parts = [step / steps for step, steps in events]
+    assert parts == sorted(parts) and parts[-1] == 1 and events[-1][0] == found.steps < plan.steps
+    assert parts[0] < 1 and all(part < 1 for part in parts[:-1])
+    # Each is told when so much of the time is over; a slow step may take more of it than one part.
+    assert all(part >= (number - 0.5) / 20 for number, part in enumerate(parts, start=1))
+
+
 def test_the_seed_decides_every_bit(tmp_path: Path) -> None:
     samples = regression(tmp_path, noise=0.3)
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import math
 import os
 import resource
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,12 +16,11 @@ import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import BUILDERS, CUSTOM, Net, custom_op, floats, inputs_of, loaded, mlp, residual_cnn, run, with_if
+from models import BUILDERS, CUSTOM, Net, floats, inputs_of, loaded, mlp, residual_cnn, run, with_if
 from onnx import TensorProto, helper, numpy_helper
 
 from ndonnx.errors import ModelError, RunDirError
-from ndonnx.graph import Cost, Dataflow, Kind, cost_of, fold_constants, load, save, serialise, slice_cost
-from ndonnx.graph.costs import macs_of
+from ndonnx.graph import Dataflow, Kind, fold_constants, load, save, serialise
 from ndonnx.graph.dataflow import SINK, SOURCE
 from ndonnx.graph.load import check_writable, tensor_bytes
 
@@ -531,120 +529,3 @@ def test_initializers_among_the_inputs_are_constants() -> None:
     assert {value.name for value, kind in flow.kinds.items() if kind is Kind.CONSTANT} == {
         weight.name for weight in BUILDERS["old_style"]().graph.initializer
     }
-
-
-# Costs
-
-
-def cost(build: Callable[[Net], str], **options: int) -> Cost:
-    net = Net()
-    return slice_cost(loaded(net.proto(build(net), **options)))
-
-
-def test_cost_of_convolutions() -> None:
-    plain = cost(lambda net: net.conv(net.input("x", "N", 3, 10, 12), 3, 8, 3))
-    assert plain == Cost(3 * 8 * 9 + 8, 3 * 8 * 9 * 10 * 12)
-    strided = cost(lambda net: net.conv(net.input("x", "N", 3, 10, 12), 3, 8, 3, stride=2, bias=False))
-    assert strided == Cost(3 * 8 * 9, 3 * 8 * 9 * 5 * 6)
-    grouped = cost(lambda net: net.conv(net.input("x", "N", 6, 4, 4), 6, 9, 3, group=3, bias=False))
-    assert grouped == Cost(9 * 2 * 9, 9 * 2 * 9 * 16)
-    depthwise = cost(lambda net: net.conv(net.input("x", "N", 6, 4, 4), 6, 6, 5, group=6))
-    assert depthwise == Cost(6 * 25 + 6, 6 * 25 * 16)
-    dilated = cost(
-        lambda net: net.op("Conv", net.input("x", "N", 2, 9, 9), net.weight("w", 4, 2, 3, 3), dilations=[2, 2])
-    )
-    assert dilated == Cost(4 * 2 * 9, 4 * 2 * 9 * 5 * 5)
-    volume = cost(lambda net: net.op("Conv", net.input("x", 1, 2, 4, 5, 6), net.weight("w", 3, 2, 1, 2, 3)))
-    assert volume == Cost(3 * 2 * 6, 3 * 2 * 6 * 4 * 4 * 4)
-    transposed = cost(
-        lambda net: net.op(
-            "ConvTranspose", net.input("x", "N", 6, 5, 7), net.weight("w", 6, 4, 2, 2), group=2, strides=[2, 2]
-        )
-    )
-    assert transposed == Cost(6 * 4 * 4, 6 * 4 * 4 * 35)
-
-
-def test_cost_of_matrix_products() -> None:
-    assert cost(lambda net: net.gemm(net.input("x", "N", 10), 10, 7)) == Cost(77, 70)
-    untransposed = cost(lambda net: net.op("Gemm", net.input("x", 5, 10), net.weight("w", 10, 7)))
-    assert untransposed == Cost(70, 350)
-    both = cost(lambda net: net.op("Gemm", net.input("x", 10, 5), net.weight("w", 7, 10), transA=1, transB=1))
-    assert both == Cost(70, 350)
-    assert cost(lambda net: net.matmul(net.input("x", "N", 6, 10), 10, 7)) == Cost(70, 6 * 70)
-    batched = cost(lambda net: net.op("MatMul", net.input("q", "N", 4, 6, 8), net.input("k", "N", 4, 8, 9)))
-    assert batched == Cost(0, 4 * 6 * 8 * 9)
-    assert cost(lambda net: net.op("MatMul", net.input("q", 6, 8), net.weight("v", 8))) == Cost(8, 48)
-    assert cost(lambda net: net.op("MatMul", net.input("q", 8), net.weight("v", 8))) == Cost(8, 8)
-
-
-def test_cost_of_recurrent_layers() -> None:
-    def lstm(net: Net) -> str:
-        weights = net.weight("w", 2, 20, 3), net.weight("r", 2, 20, 5), net.weight("b", 2, 40)
-        return net.op("LSTM", net.input("x", 7, "N", 3), *weights, hidden_size=5, direction="bidirectional")
-
-    assert cost(lstm) == Cost(2 * 20 * 3 + 2 * 20 * 5 + 80, 7 * (2 * 20 * 3 + 2 * 20 * 5))
-
-
-def test_what_counts_as_a_parameter() -> None:
-    def mixed(net: Net) -> str:
-        x = net.op("Mul", net.input("x", "N", 6), net.constant("scalar", np.array(2, np.float32)))
-        x = net.op("Add", x, net.constant("half", np.ones(6, np.float16).astype(np.float32)))
-        return net.op("Gather", x, net.ints(0, 1, 2), axis=1)
-
-    assert cost(mixed) == Cost(6, 0)
-    tied = BUILDERS["tied"]()
-    shared = sum(math.prod(w.dims) for w in tied.graph.initializer)
-    assert slice_cost(loaded(tied)).parameters == shared
-    nodes = [node for node in loaded(tied).graph if "shared.first" in [value.name for value in node.inputs if value]]
-    assert len(nodes) == 2
-    assert cost_of(nodes) == Cost(8 * 8 * 9, 2 * 8 * 8 * 9 * 36)
-    before = slice_cost(loaded(BUILDERS["constant_nodes"]()))
-    assert before == slice_cost(fold_constants(loaded(BUILDERS["constant_nodes"]())))
-    assert before.parameters == 60 + 40 + 4 + 12 + 3
-
-
-def test_branches_cost_what_they_hold() -> None:
-    model = loaded(with_if())
-    chooser = next(node for node in model.graph if node.op_type == "If")
-    assert cost_of([chooser]).parameters == 8
-    matmul = helper.make_node("MatMul", ["x", "w"], ["z"])
-    weight = numpy_helper.from_array(np.ones((4, 4), np.float32), "w")
-    branch = helper.make_graph([matmul], "branch", [], [floats("z", "N", 4)], [weight])
-    net = Net()
-    net.input("x", "N", 4)
-    net.op("If", net.input("c", dtype=TensorProto.BOOL), out="y", then_branch=branch, else_branch=branch)
-    assert slice_cost(loaded(net.proto("y"))).parameters == 2 * 16
-
-
-def test_operators_of_other_domains_and_unknown_shapes_cost_no_macs() -> None:
-    magic = next(node for node in loaded(custom_op(op="Conv")).graph if node.domain == CUSTOM)
-    assert macs_of(magic) == 0
-    net = Net()
-    net.op("Magic", net.input("x", 4), domain=CUSTOM, out="unknown")
-    net.op("MatMul", "unknown", net.weight("w", 4, 3), out="y")
-    model = loaded(net.proto("y", domains={CUSTOM: 1}, types={"y": onnx.ValueInfoProto(name="y")}))
-    assert slice_cost(model).macs == 0
-
-
-def resnet20() -> onnx.ModelProto:
-    """Three stages of three units, shortcuts without weights (He et al. 2015, option A), for 32x32 pixels."""
-    net = Net()
-    x, width = net.relu(net.conv(net.input("x", "N", 3, 32, 32), 3, 16)), 16
-    for stage in range(3):
-        for unit in range(3):
-            stride, to = (2, 2 * width) if stage and not unit else (1, width)
-            y = net.conv(net.relu(net.conv(x, width, to, stride=stride)), to, to)
-            if stride == 2:
-                x = net.op("Slice", x, net.ints(0, 0), net.ints(99, 99), net.ints(2, 3), net.ints(2, 2))
-                x = net.op("Pad", x, net.ints(0, width // 2, 0, 0, 0, width // 2, 0, 0))
-            x, width = net.relu(net.op("Add", y, x)), to
-    return net.proto(net.pooled_classifier(x, width, classes=10))
-
-
-def test_cost_of_a_resnet20() -> None:
-    layers = [(3, 16, 32)] + [(16, 16, 32)] * 6
-    layers += [(16, 32, 16)] + [(32, 32, 16)] * 5 + [(32, 64, 8)] + [(64, 64, 8)] * 5
-    parameters = sum(9 * a * b + b for a, b, _ in layers) + 64 * 10 + 10
-    macs = sum(9 * a * b * size**2 for a, b, size in layers) + 64 * 10
-    assert (parameters, macs) == (269_034, 40_551_040)
-    assert slice_cost(loaded(resnet20())) == Cost(parameters, macs)

@@ -117,9 +117,7 @@ def test_a_unet_is_opened() -> None:
     _, parts = parted(unet())
     assert len(parts.distillable) == 5
     assert {width for n in parts.distillable for width in n.widths} == {6, 8, 12}
-    assert max(n.cost.parameters for n in parts.distillable) < 0.5 * sum(
-        n.cost.parameters for n in parts.neighbourhoods
-    )
+    assert max(n.parameters for n in parts.distillable) < 0.5 * sum(n.parameters for n in parts.neighbourhoods)
     assert parts.coverage()[0] == 1
 
 

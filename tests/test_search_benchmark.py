@@ -15,8 +15,8 @@ from benchmarks import search
 from benchmarks.search_bench import MULTIPLIERS, UniformCosts
 from ndonnx import demo
 from ndonnx.errors import UsageError
+from ndonnx.graph import slice_cost
 from ndonnx.partition import partition
-from ndonnx.pipeline.composing import costs_of
 from tests.models import inputs_of, residual_cnn, run
 
 RECIPE = """
@@ -103,7 +103,7 @@ def test_budgets_compare_like_with_like_and_go_on(folder: Path, capsys: pytest.C
     assert document["recipe"]["finetune_steps"] == 0
     first, second = document["rows"]
     assert (first["searched"]["trained"], second["searched"]["trained"]) == (6, 0), "the library is trained once"
-    whole = costs_of(ndonnx.load(folder / "teacher.onnx"))[0]
+    whole = slice_cost(ndonnx.load(folder / "teacher.onnx")).parameters
     parts = ndonnx.partition(folder / "teacher.onnx")
     for row in (first, second):
         searched, uniform = row["searched"], row["uniform"]
@@ -111,7 +111,7 @@ def test_budgets_compare_like_with_like_and_go_on(folder: Path, capsys: pytest.C
         assert uniform["share"] == pytest.approx(UniformCosts(parts, "params").share(uniform["keep"], None), rel=1e-12)
         assert row["gain"] == pytest.approx(100 * (searched["quality"] - uniform["quality"]))
         student = folder / "run" / "students" / f"params-{row['budget']}.onnx"
-        assert costs_of(ndonnx.load(student))[0] == pytest.approx(searched["share"] * whole)
+        assert slice_cost(ndonnx.load(student)).parameters == pytest.approx(searched["share"] * whole)
         assert ndonnx.evaluate(student, str(folder / "labelled.npz")).accuracy == searched["quality"]
     printed = capsys.readouterr().out
     assert "search 1 (0.5): trains 6 students" in printed and "search 2 (0.8): trains nothing" in printed

@@ -21,7 +21,7 @@ from ndonnx.distil.losses import NeighbourhoodLoss
 from ndonnx.distil.samples import SliceSamples, Source
 from ndonnx.errors import ShrinkError
 from ndonnx.graph import save
-from ndonnx.graph.costs import compressed_bytes
+from ndonnx.graph.files import compressed_bytes
 from ndonnx.graph.load import infer_shapes
 from ndonnx.partition import ChannelGroups
 from ndonnx.recipe import Recipe

@@ -18,8 +18,9 @@ from ndonnx.errors import ShrinkError
 from ndonnx.graph import slice_cost
 from ndonnx.graph.load import infer_shapes, serialise
 from ndonnx.partition import ChannelGroups, WeightAxis, find_groups
+from ndonnx.partition.removable import kept_width
 from ndonnx.students import Candidate, StudentMethod, TeacherSlice, Width
-from ndonnx.students.width import choose_units, kept_width
+from ndonnx.students.width import choose_units
 from tests.models import Array, Net, inputs_of, run
 
 

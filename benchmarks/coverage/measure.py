@@ -167,7 +167,7 @@ def _student(
         found.student_runs = False
         if done is None:
             return
-        before = {n.name: n.cost.parameters for n in parts.distillable}
+        before = {n.name: n.parameters for n in parts.distillable}
         reports = [n for n in done.report.neighbourhoods if n.name in before]
         found.ratio = sum(n.parameters for n in reports) / max(1, sum(before.values()))
         found.distilled = sum(n.status == "distilled" for n in reports)

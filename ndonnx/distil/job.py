@@ -45,7 +45,8 @@ class DistilResult:
     best_step: int
     seconds: float
     parameters: int
-    macs: int
+    macs: int | None
+    """Multiply-accumulates for one sample; None where they cannot be told."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,16 @@ class DistilJob:
         module, _ = pass_gate(candidate.model, probe, self.parity, self.threads)
         heads = self._heads()
         objective = self._objective(samples, heads)
-        cost = slice_cost(candidate.model)
+        cost = slice_cost(candidate.model, samples.shapes(self.inputs))
         training = train(
-            module, samples, objective, self.plan, on_step, candidate.constraint, threads=self.threads, macs=cost.macs
+            module,
+            samples,
+            objective,
+            self.plan,
+            on_step,
+            candidate.constraint,
+            threads=self.threads,
+            macs=cost.macs or 0,
         )
         student = write_back(candidate.model, module.trained_weights())
         check_answer(module, student, probe, self.parity, self.threads)

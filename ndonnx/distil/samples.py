@@ -94,6 +94,11 @@ class SliceSamples:
         """Whether one array serves all samples."""
         return name in self._constant
 
+    def shapes(self, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
+        """The shapes that values have for one sample."""
+        whole = {name: self._maps[name].shape for name in names}
+        return {name: shape if self.is_constant(name) else (1, *shape[1:]) for name, shape in whole.items()}
+
     def batch(self, rows: np.ndarray) -> dict[str, Tensor]:
         """All values of these rows, in the types in which they are stored."""
         tensors = {name: torch.from_numpy(np.ascontiguousarray(self._rows(name, rows))) for name in self._maps}

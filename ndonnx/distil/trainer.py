@@ -152,13 +152,22 @@ def _train(
                 errors = judge.errors()
                 if errors.loss < best.loss:
                     best, best_step, state = errors, step, _copy(module)
-            on_step(step, plan.steps, best.nmse)
+            on_step(step, _expected_steps(step, done, plan), best.nmse)
             if _is_enough(best, plan):
                 break
     _restore(module, state)
     module.to("cpu")
     seconds = time.perf_counter() - began
     return Training(start.nmse, best.nmse, start.loss, best.loss, best_step, step, seconds)
+
+
+def _expected_steps(step: int, done: float, plan: Plan) -> int:
+    """Steps that a training will have had: the plan's, or as many as its time has room for at the pace so far."""
+    if done >= 1:
+        return step
+    if plan.seconds is None:
+        return plan.steps
+    return min(plan.steps, max(step + 1, round(step / done)))
 
 
 def _is_enough(best: _Errors, plan: Plan) -> bool:

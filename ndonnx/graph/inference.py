@@ -19,6 +19,15 @@ _LARGEST_BYTES = 1000
 """Bytes of an initializer up to which inference may read its numbers."""
 
 
+def open_negative_sizes(graph: onnx.GraphProto) -> None:
+    """Leave sizes below 0 open, in place: some exporters write -1 for any size, and inference would reckon with it."""
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        if value.type.HasField("tensor_type") and value.type.tensor_type.HasField("shape"):
+            for size in value.type.tensor_type.shape.dim:
+                if size.dim_value < 0:
+                    size.ClearField("dim_value")
+
+
 def weightless(proto: onnx.ModelProto) -> onnx.ModelProto:
     """A copy of a model without functions, less the data of its large initializers."""
     graph = proto.graph

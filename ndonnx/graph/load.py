@@ -17,7 +17,7 @@ from ndonnx.errors import ModelError, RunDirError, first_line
 from ndonnx.graph.collector import collector_paused
 from ndonnx.graph.dataflow import reads, sub_graphs
 from ndonnx.graph.external import external_tensors, resolve_external_data
-from ndonnx.graph.inference import take_inferred, weightless
+from ndonnx.graph.inference import open_negative_sizes, take_inferred, weightless
 from ndonnx.graph.opsets import ONNX, let_functions_follow, remember_opsets, settle_opsets, write_opsets
 from ndonnx.graph.sparse import remember, unfold, write_sparse
 
@@ -47,6 +47,7 @@ def load(path: str | Path) -> ir.Model:
         raise ModelError(f"{path}: not an ONNX file, or a truncated one: export or copy it again") from error
     if not proto.graph.output:
         raise ModelError(f"{path}: not an ONNX model: it has no graph with an output")
+    open_negative_sizes(proto.graph)
     opsets = settle_opsets(proto)
     if not any(entry.domain == ONNX for entry in proto.opset_import):
         raise ModelError(f"{path}: the model states no opset for the ONNX operators; export it again")

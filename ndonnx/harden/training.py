@@ -78,7 +78,8 @@ def harden_whole(
     module.body = body = NoisyBody(module.body, len(inputs), noises, plan.seed)
     train_only(module, teacher)
     objective = objective_of(output, temperature, label_weight if labels is not None else 0.0)
-    training = train(module, samples, objective, plan, on_step, zeros_of(whole), macs=macs_of(teacher))
+    macs = macs_of(interface.applied(teacher), samples.shapes(inputs))
+    training = train(module, samples, objective, plan, on_step, zeros_of(whole), macs=macs)
     hardened = write_back(teacher, _trained(module, teacher))
     body.quiet = True
     clean = answer(free_batch(interface.applied(hardened).clone(), inputs), rows)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
-from ndonnx.graph.costs import cost_of
+from ndonnx.graph.costs import parameters_of
 from ndonnx.graph.dataflow import Dataflow
 from ndonnx.partition.regions import Atom, Chain
 from ndonnx.partition.rules.linear import LINEAR
@@ -107,7 +107,7 @@ class Chooser:
         self._chains = chains
         self._runs = Runs(flow, chains, cuts)
         self._frozen = frozenset(frozen)
-        self._total = max(1, cost_of(flow.graph).parameters)
+        self._total = max(1, parameters_of(flow.graph))
 
     def best(self) -> Choice:
         """The best choice of runs along all chains and inside their atoms."""

@@ -6,17 +6,19 @@ worth taking.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import onnx_ir as ir
 
 from ndonnx.errors import UsageError
+from ndonnx.graph.bound import BoundShapes, bind
 from ndonnx.graph.collector import collector_paused
-from ndonnx.graph.costs import Cost, cost_of, is_weight
+from ndonnx.graph.costs import Cost, is_weight, parameters_of
 from ndonnx.graph.dataflow import Dataflow, Kind, reads, real_inputs
 from ndonnx.graph.interface import NOWHERE, Interface, sample_axis, samples_back
+from ndonnx.graph.macs import sample_cost
 from ndonnx.partition.choice import Choice, Chooser
 from ndonnx.partition.groups import ChannelGroups, FrozenWidth, find_groups, frozen_widths
 from ndonnx.partition.layers import layer_runs, why_left_out
@@ -40,9 +42,9 @@ class Neighbourhood:
     """Why it is kept; None when it can be distilled."""
 
     @cached_property
-    def cost(self) -> Cost:
-        """Parameters and MACs."""
-        return cost_of(self.nodes)
+    def parameters(self) -> int:
+        """Elements of the weights inside."""
+        return parameters_of(self.nodes)
 
     @property
     def distillable(self) -> bool:
@@ -70,17 +72,47 @@ class Partition:
     neighbourhoods: tuple[Neighbourhood, ...]
     interface: Interface = field(default_factory=Interface)
     """How the teacher and its students are fed, and where the samples lie in what they answer."""
+    stated: Mapping[str, Sequence[int]] | None = None
+    """Shape of each input that MACs are told for; None for one sample of the sizes that the model states."""
+
+    @cached_property
+    def shapes(self) -> BoundShapes:
+        """The shapes of all values in numbers, for the stated ones of the inputs."""
+        return bind(self.model, self.stated)
+
+    @cached_property
+    def whole(self) -> Cost:
+        """Cost of the whole model, MACs for one sample."""
+        return sample_cost(self.model.graph, self.shapes)
+
+    @property
+    def why_no_macs(self) -> str | None:
+        """Why MACs cannot be told, in one line; None where they can."""
+        if self.whole.macs is not None:
+            return None
+        if self.shapes.open:
+            return f"MACs depend on sizes that nothing states: {', '.join(self.shapes.open)}"
+        return "MACs cannot be told: shapes inside the model do not follow from those of its inputs"
+
+    def cost(self, neighbourhood: Neighbourhood) -> Cost:
+        """Cost of one neighbourhood, MACs for one sample."""
+        return sample_cost(neighbourhood.nodes, self.shapes)
 
     @property
     def distillable(self) -> list[Neighbourhood]:
         """Those that can be shrunk."""
         return [n for n in self.neighbourhoods if n.distillable]
 
-    def coverage(self) -> tuple[float, float]:
-        """Part of all parameters and of all MACs that lies in distillable neighbourhoods, 0 to 1."""
-        whole = cost_of(self.model.graph)
-        inside = cost_of([node for n in self.distillable for node in n.nodes])
-        return inside.parameters / max(1, whole.parameters), inside.macs / max(1, whole.macs)
+    def coverage(self) -> tuple[float, float | None]:
+        """Part of all parameters and of all MACs that lies in distillable neighbourhoods, 0 to 1.
+
+        Weights that several of them read count once. None where the MACs cannot be told.
+        """
+        inside = sample_cost([node for n in self.distillable for node in n.nodes], self.shapes)
+        parameters = inside.parameters / max(1, self.whole.parameters)
+        if inside.macs is None or self.whole.macs is None:
+            return parameters, None
+        return parameters, inside.macs / max(1, self.whole.macs)
 
     def slice_of(self, neighbourhood: Neighbourhood) -> ir.Model:
         """The neighbourhood as a runnable model: inputs are the entry and the context, one output, samples first."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 
-from ndonnx.graph.costs import cost_of
+from ndonnx.graph.costs import parameters_of
 from ndonnx.partition.groups import UNREAD, FrozenWidth, frozen_widths
 from ndonnx.partition.slices import is_opaque
 
@@ -27,7 +27,7 @@ def why_kept(nodes: list[ir.Node], why: Why) -> str:
     if opaque is not None:
         domain = f"{opaque.domain}::" if opaque.domain else ""
         return f"holds {domain}{opaque.op_type}, which cannot be trained"
-    if cost_of(nodes).parameters == 0:
+    if parameters_of(nodes) == 0:
         return "quantised: stays as it is" if any(map(_is_quantised, nodes)) else "holds no weights"
     return why(nodes)
 

@@ -10,8 +10,11 @@ import onnx_ir as ir
 from ndonnx.data import DataSource
 from ndonnx.distil import load_student
 from ndonnx.errors import VerificationError
-from ndonnx.graph import fold_constants, slice_cost
+from ndonnx.graph import Cost
+from ndonnx.graph.bound import bind
 from ndonnx.graph.load import declared_values, forget_inferred, infer_shapes
+from ndonnx.graph.macs import sample_cost
+from ndonnx.graph.working_copy import working_copy
 from ndonnx.partition import Partition
 from ndonnx.pipeline.batches import probe
 from ndonnx.pipeline.clock import Clock
@@ -121,7 +124,7 @@ class Composition:
         return {name: student for name, student in trained.items() if is_changed(student, slices[name])}
 
 
-def costs_of(model: ir.Model) -> tuple[int, int]:
-    """Parameters and MACs of a whole model."""
-    cost = slice_cost(fold_constants(infer_shapes(model.clone())))
-    return cost.parameters, cost.macs
+def costs_of(model: ir.Model, parts: Partition) -> Cost:
+    """Cost of the teacher or a whole student, MACs for one sample as the partition tells them of the teacher."""
+    working = working_copy(infer_shapes(model.clone()), parts.interface)
+    return sample_cost(working.graph, bind(working, parts.stated))

@@ -17,7 +17,7 @@ from ndonnx.pipeline.clock import Clock
 from ndonnx.pipeline.composing import Composition
 from ndonnx.pipeline.distilling import Distillation, Outcome
 from ndonnx.pipeline.finishing import Finishing
-from ndonnx.pipeline.opening import Given, open_all, partition_model
+from ndonnx.pipeline.opening import Given, open_all, partition_model, priced_for
 from ndonnx.pipeline.results import CompressResult, Student, compare, summaries
 from ndonnx.pipeline.schedule import Schedule
 from ndonnx.pipeline.tolerating import Tolerances, study_of
@@ -75,7 +75,7 @@ def compress(
     with RunDir(folder) as run:
         with clock.measure("partition"):
             progress.stage("partition")
-            parts = partition_model(teacher, recipe)
+            parts = priced_for(given.split.source, partition_model(teacher, recipe))
             tolerances = None if study is None else Tolerances(study, parts)
         if recipe.time_budget is not None:
             schedule = replace(schedule, rate=_rate(run, given))
@@ -95,12 +95,13 @@ def compress(
                 save(student, output)
         with clock.measure("evaluate"):
             metrics = compare(given.path, student, given.judge, progress)
-            before, after = summaries(teacher, given.path, student, Path(output) if output is not None else None)
+            written = Path(output) if output is not None else None
+            before, after = summaries(teacher, given.path, student, written, parts)
         report = CompressReport(
             teacher=before,
             student=after,
             metrics=metrics,
-            neighbourhoods=[outcomes[n.name].report(n) for n in parts.neighbourhoods],
+            neighbourhoods=[outcomes[n.name].report(n, parts) for n in parts.neighbourhoods],
             finetune=tuned,
             seconds=clock.seconds(),
             peak_rss_bytes=peak_rss_bytes() + max(distillation.workers_rss, finishing.workers_rss),

@@ -48,7 +48,8 @@ class Outcome:
     steps_saved: int | None = None
     warning: str | None = None
 
-    def report(self, neighbourhood: Neighbourhood) -> NeighbourhoodReport:
+    def report(self, neighbourhood: Neighbourhood, parts: Partition) -> NeighbourhoodReport:
+        """What a run tells of it; MACs are those of the student, or of the teacher's own slice."""
         result = self.result
         return NeighbourhoodReport(
             name=neighbourhood.name,
@@ -58,8 +59,8 @@ class Outcome:
             nmse_start=result.nmse_start if result else None,
             steps=result.steps if result else 0,
             seconds=round(result.seconds, 3) if result else 0.0,
-            parameters=result.parameters if result else neighbourhood.cost.parameters,
-            macs=result.macs if result else neighbourhood.cost.macs,
+            parameters=result.parameters if result else neighbourhood.parameters,
+            macs=result.macs if result else parts.cost(neighbourhood).macs,
             reason=self.reason,
             tolerance=self.tolerance,
             steps_saved=self.steps_saved,

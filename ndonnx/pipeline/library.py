@@ -11,12 +11,12 @@ from importlib.metadata import version
 import onnx_ir as ir
 
 from ndonnx.distil import load_student
+from ndonnx.graph import Cost
+from ndonnx.graph.files import file_bytes
 from ndonnx.partition import Neighbourhood, Partition
-from ndonnx.pipeline.composing import costs_of
 from ndonnx.pipeline.distilling import Distillation, Outcome
 from ndonnx.pipeline.jobs import Task
 from ndonnx.pipeline.measuring import Loss, Measures
-from ndonnx.pipeline.results import file_bytes
 from ndonnx.recipe import Recipe
 from ndonnx.report.search import OptionReport
 from ndonnx.rundir import Entry, RunDir, fingerprint
@@ -134,18 +134,17 @@ class Library:
 
     def table(self, *, latency: bool) -> Table:
         """All options that there are. With `latency`, each slice is timed."""
-        params, macs = costs_of(self.parts.model)
-        whole = {"params": float(params), "macs": float(macs), "size": float(file_bytes(self.measures.teacher))}
+        whole = self._costed(self.parts.whole, file_bytes(self.measures.teacher))
         if latency:
             whole["latency"] = self.measures.time_of_whole()[0]
         options = []
         fixed = dict(whole)
         for n in self.parts.distillable:
             slice_ = self.parts.slice_of(n)
-            own = {"params": n.cost.parameters, "macs": n.cost.macs, "size": weight_bytes(slice_)}
+            own = self._costed(self.parts.cost(n), weight_bytes(slice_))
             students = {c.spec: e for c in self.candidates if (e := self.entry(n.name, c.spec)) is not None}
             times = self.measures.times_of(n, students) if latency else {}
-            costs = {name: float(cost) for name, cost in own.items()} | _timed(times, TEACHER)
+            costs = own | _timed(times, TEACHER)
             fixed = {name: fixed[name] - costs[name] for name in fixed}
             options.append(Option(n.name, TEACHER, costs, 0.0))
             for spec in students:
@@ -202,7 +201,7 @@ class Library:
             ladders[n.name, candidate.method].insert(0, task)
         while ladders:
             these = [ladder[0] for ladder in ladders.values()]
-            yield sorted(these, key=lambda task: self._tasks[task.label][0].cost.macs)
+            yield sorted(these, key=lambda task: self.parts.cost(self._tasks[task.label][0]).macs or 0)
             for key, ladder in list(ladders.items()):
                 reason = self._beyond(ladder.pop(0), max_drop)
                 if reason is not None:
@@ -248,8 +247,18 @@ class Library:
     def _costs(self, name: str, spec: str) -> dict[str, float]:
         ended = self.outcome(name, spec)
         assert ended is not None and ended.result is not None and ended.entry is not None
-        size = weight_bytes(load_student(ended.entry))
-        return {"params": float(ended.result.parameters), "macs": float(ended.result.macs), "size": float(size)}
+        cost = Cost(ended.result.parameters, ended.result.macs)
+        return self._costed(cost, weight_bytes(load_student(ended.entry)))
+
+    def _costed(self, cost: Cost, size: int) -> dict[str, float]:
+        """Costs by name; MACs only where those of every option and of the whole can be told."""
+        named = {"params": float(cost.parameters), "size": float(size)}
+        return named | {"macs": float(cost.macs or 0)} if self._tells_macs else named
+
+    @property
+    def _tells_macs(self) -> bool:
+        results = (ended.result for ended in self.distillation.outcomes.values() if ended.result is not None)
+        return self.parts.whole.macs is not None and all(result.macs is not None for result in results)
 
     def _failure(self, task: Task) -> Entry:
         """Where it is kept that a candidate cannot be had, by this version."""

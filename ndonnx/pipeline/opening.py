@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from ndonnx.data.split import Split, compared_of, draw
 from ndonnx.data.subset import Joined, Subset
 from ndonnx.errors import DataError, ModelError
 from ndonnx.graph import load
+from ndonnx.graph.bound import one_sample
 from ndonnx.graph.load import check_writable
 from ndonnx.graph.working_copy import working_copy
 from ndonnx.partition import Partition, partition
@@ -150,3 +151,10 @@ def partition_model(teacher: ir.Model, recipe: Recipe) -> Partition:
     """Partition a loaded teacher as a recipe says; the teacher is not changed."""
     working = working_copy(teacher)
     return partition(working, granularity=recipe.granularity, cut=recipe.cut, freeze=recipe.freeze)
+
+
+def priced_for(source: DataSource, parts: Partition) -> Partition:
+    """The same partition, with MACs told for the shapes that a sample of the data has."""
+    first = next(iter(source.batches(1, samples=1)), None)
+    arrays = {} if first is None else {name: array.shape for name, array in first.inputs.items()}
+    return replace(parts, stated=one_sample(parts.model, arrays, parts.interface))

@@ -12,7 +12,8 @@ import onnx_ir as ir
 from ndonnx.data import DataSource
 from ndonnx.evaluate import Evaluation, evaluate
 from ndonnx.graph import save
-from ndonnx.graph.costs import compressed_bytes
+from ndonnx.graph.files import compressed_bytes, file_bytes
+from ndonnx.partition import Partition
 from ndonnx.pipeline.composing import costs_of
 from ndonnx.progress import Progress
 from ndonnx.report import CompressReport, ModelSummary
@@ -50,16 +51,30 @@ def compare(teacher: Path, student: ir.Model, judge: DataSource, progress: Progr
     return {"teacher": theirs, "student": ours}
 
 
-def summaries(teacher: ir.Model, given: Path, student: ir.Model, written: Path | None) -> list[ModelSummary]:
-    """Teacher and student in numbers; compressed sizes only where the student has zeros that the teacher has not."""
+def summaries(
+    teacher: ir.Model,
+    given: Path,
+    student: ir.Model,
+    written: Path | None,
+    parts: Partition,
+) -> list[ModelSummary]:
+    """Teacher and student in numbers; compressed sizes only where the student has zeros that the teacher has not.
+
+    Args:
+        teacher: as loaded.
+        given: its file.
+        student: the compressed model.
+        written: its file; None if there is none.
+        parts: partition of the teacher, which says what MACs are told for.
+    """
     zeros = [zero_weights(model) for model in (teacher, student)]
-    packed = zeros[1] > zeros[0] + _MANY_ZEROS * costs_of(student)[0]
+    packed = zeros[1] > zeros[0] + _MANY_ZEROS * costs_of(student, parts).parameters
     found = []
     for model, path, none in ((teacher, given, zeros[0]), (student, written, zeros[1])):
-        parameters, macs = costs_of(model)
+        cost = costs_of(model, parts)
         size = file_bytes(path) if path is not None else None
         small = compressed_bytes(path) if path is not None and packed else None
-        found.append(ModelSummary(str(path) if path else None, parameters, macs, size, none, small))
+        found.append(ModelSummary(str(path) if path else None, cost.parameters, cost.macs, size, none, small))
     return found
 
 
@@ -71,11 +86,6 @@ def zero_weights(model: ir.Model) -> int:
         for tensor in tensors
         if tensor is not None and tensor.dtype in _FLOATS
     )
-
-
-def file_bytes(path: Path) -> int:
-    """Of a model's file and of the weights beside it."""
-    return sum(part.stat().st_size for part in (path, path.with_name(f"{path.name}.data")) if part.exists())
 
 
 def drop_of(student: Evaluation, teacher: Evaluation) -> tuple[float, float]:

@@ -97,6 +97,10 @@ def search(
     return SearchResult(report, missed, where)
 
 
+def _rounded(cost: float | None) -> int | None:
+    return None if cost is None else round(cost)
+
+
 @dataclass
 class _Run:
     bench: Workbench
@@ -150,7 +154,7 @@ class _Run:
             name=name,
             source=source,
             params=round(whole.costs["params"]),
-            macs=round(whole.costs["macs"]),
+            macs=_rounded(whole.costs.get("macs")),
             bytes=round(whole.costs["size"]),
             latency=latency * time if latency is not None and time is not None else choice.totals.get("latency"),
             shares=whole.shares
@@ -169,7 +173,7 @@ class _Run:
             name=TEACHER,
             source="teacher",
             params=round(whole["params"]),
-            macs=round(whole["macs"]),
+            macs=_rounded(whole.get("macs")),
             bytes=round(whole["size"]),
             latency=table.teacher.totals.get("latency"),
             shares=dict.fromkeys(table.costs, 1.0),

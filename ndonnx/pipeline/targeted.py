@@ -57,7 +57,7 @@ def compress_to_target(
         if missed is None and max_drop is not None and eval_data is not None:
             missed = _broken(metrics, max_drop, eval_data)
         path = Path(output) if output is not None else None
-        before, after = summaries(given.teacher, given.path, student, path)
+        before, after = summaries(given.teacher, given.path, student, path, bench.parts)
         report = CompressReport(
             teacher=before,
             student=after,
@@ -85,7 +85,7 @@ def compress_to_target(
 def _neighbourhoods(bench: Workbench, best: Whole) -> list[NeighbourhoodReport]:
     kept = Outcome("kept", reason="the search keeps the teacher's own slice")
     return [
-        (best.outcomes.get(n.name) or bench.distillation.outcomes.get(n.name) or kept).report(n)
+        (best.outcomes.get(n.name) or bench.distillation.outcomes.get(n.name) or kept).report(n, bench.parts)
         for n in bench.parts.neighbourhoods
     ]
 

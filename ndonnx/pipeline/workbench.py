@@ -12,8 +12,10 @@ from typing import Self
 import onnx_ir as ir
 
 from ndonnx.data.split import Split
-from ndonnx.errors import RecipeError
+from ndonnx.errors import RecipeError, UsageError
 from ndonnx.graph import load, save
+from ndonnx.graph.files import file_bytes
+from ndonnx.graph.load import declared_values, forget_inferred
 from ndonnx.partition import Neighbourhood, Partition
 from ndonnx.pipeline.clock import Clock
 from ndonnx.pipeline.composing import Composition, costs_of
@@ -21,15 +23,14 @@ from ndonnx.pipeline.distilling import Distillation, Outcome
 from ndonnx.pipeline.finishing import Finishing
 from ndonnx.pipeline.library import Library, label
 from ndonnx.pipeline.measuring import Measures, WholeLoss
-from ndonnx.pipeline.opening import Given, HeldOut, partition_model
-from ndonnx.pipeline.results import file_bytes
+from ndonnx.pipeline.opening import Given, HeldOut, partition_model, priced_for
 from ndonnx.pipeline.schedule import Schedule
 from ndonnx.pipeline.tolerating import Need, Tolerances, allowed_divergence, measured_need, study_of
 from ndonnx.progress import Progress
 from ndonnx.recipe import Recipe
 from ndonnx.report import FinetuneReport
 from ndonnx.rundir import Entry, RunDir, fingerprint
-from ndonnx.search import DEFAULT_CANDIDATES, TEACHER, parse_candidates, parse_drop
+from ndonnx.search import DEFAULT_CANDIDATES, TEACHER, parse_candidates, parse_drop, parse_target
 from ndonnx.students import method_of
 
 STUDENT_FILE = "student.onnx"
@@ -72,8 +73,9 @@ class Whole:
         return self.entry.path / STUDENT_FILE
 
     def model(self) -> ir.Model:
-        """The student itself."""
-        return load(self.path)
+        """The student itself, with the types that its file states: what is written must be what was made."""
+        model = load(self.path)
+        return forget_inferred(model, declared_values(model))
 
 
 class Workbench:
@@ -116,7 +118,7 @@ class Workbench:
     def parts(self) -> Partition:
         with self.clock.measure("partition"):
             self.progress.stage("partition")
-            return partition_model(self.given.teacher, self.recipe)
+            return priced_for(self.given.split.source, partition_model(self.given.teacher, self.recipe))
 
     @property
     def split(self) -> Split:
@@ -169,7 +171,7 @@ class Workbench:
     @cached_property
     def whole(self) -> dict[str, float]:
         """Costs of the teacher: `params`, `macs`, `size`."""
-        return _costs(self.given.teacher, self.given.path)
+        return _costs(self.given.teacher, self.given.path, self.parts)
 
     @property
     def workers_rss(self) -> int:
@@ -180,8 +182,11 @@ class Workbench:
         """Fill the library.
 
         Raises:
-            UsageError: the threshold study of the recipe is of another model.
+            UsageError: the threshold study of the recipe is of another model, or MACs are to be reached that cannot be
+                told.
         """
+        if "macs" in parse_target(self.recipe.target or ()) and "macs" not in self.whole:
+            raise UsageError(f"{self.given.path}: {self.parts.why_no_macs}; give another target than macs")
         _ = self.tolerances
         self.distillation.keep_the_rest()
         self.library.train(max_drop)
@@ -212,12 +217,12 @@ class Workbench:
                 loss = self.measures.judging.loss_of(student)
             folder = entry.begin()
             save(student, folder / STUDENT_FILE)
-            costs = _costs(student, folder / STUDENT_FILE)
+            costs = _costs(student, folder / STUDENT_FILE, self.parts)
             made = {"loss": loss.to_json(), "tuned": None if tuned is None else asdict(tuned), "costs": costs}
             entry.commit(made | {"refused": composed.refused})
         meta = entry.meta()
         costs = {str(name): float(cost) for name, cost in meta["costs"].items()}
-        shares = {name: cost / (self.whole[name] or 1.0) for name, cost in costs.items()}
+        shares = {name: cost / (self.whole[name] or 1.0) for name, cost in costs.items() if name in self.whole}
         outcomes |= {name: Outcome("kept", reason=reason) for name, reason in meta["refused"].items()}
         return Whole(
             candidates=dict(choice),
@@ -283,6 +288,8 @@ class Workbench:
         return replace(whole, outcomes=outcomes)
 
 
-def _costs(model: ir.Model, path: Path) -> dict[str, float]:
-    params, macs = costs_of(model)
-    return {"params": params, "macs": macs, "size": file_bytes(path)}
+def _costs(model: ir.Model, path: Path, parts: Partition) -> dict[str, float]:
+    """Costs by name; no MACs where they cannot be told."""
+    cost = costs_of(model, parts)
+    named = {"params": float(cost.parameters), "size": float(file_bytes(path))}
+    return named if cost.macs is None else named | {"macs": float(cost.macs)}

@@ -16,7 +16,8 @@ class ModelSummary:
 
     path: str | None
     parameters: int
-    macs: int
+    macs: int | None
+    """Multiply-accumulates for one sample; None where they depend on a size that nothing states."""
     bytes: int | None
     zeros: int = 0
     """Weights that are exactly 0."""
@@ -36,7 +37,7 @@ class NeighbourhoodReport:
     steps: int
     seconds: float
     parameters: int
-    macs: int
+    macs: int | None
     reason: str | None
     tolerance: float | None = None
     """The NMSE that it bears alone, as far as that is known: see `ndonnx threshold`."""

@@ -71,8 +71,9 @@ def _boxes(pieces: list[Piece]) -> Iterator[str]:
         colour = _COLOURS[piece.status]
         yield f'<rect x="{_LEFT}" y="{y}" width="{width:.1f}" height="{_ROW}" rx="2" fill="{colour}"/>'
         x = _LEFT + _BOX + 16
+        macs = "" if piece.macs is None else f", {piece.macs:,} MACs"
         yield _text(x, y + 16, f"{piece.name}  {shorten(piece.output or '-')}", "bold")
-        yield _text(x, y + 32, f"{piece.nodes} nodes, {piece.parameters:,} parameters, {piece.macs:,} MACs")
+        yield _text(x, y + 32, f"{piece.nodes} nodes, {piece.parameters:,} parameters{macs}")
         yield "</g>"
 
 

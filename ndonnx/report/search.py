@@ -40,8 +40,8 @@ class SearchedStudent:
     name: str
     source: Source
     params: int
-    macs: int
-    """Multiply-accumulates a sample."""
+    macs: int | None
+    """Multiply-accumulates a sample; None where they depend on a size that nothing states."""
     bytes: int | None
     """Of the file; None where it was not written."""
     latency: float | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from ndonnx.benchmark import ProviderSpeed
 from ndonnx.errors import UsageError
 from ndonnx.evaluate import Evaluation
 from ndonnx.graph import fold_constants
-from ndonnx.graph.costs import compressed_bytes, slice_cost
-from ndonnx.graph.external import external_tensors
+from ndonnx.graph.bound import bind
+from ndonnx.graph.files import compressed_bytes, file_bytes
+from ndonnx.graph.macs import sample_cost
 
 QUANTITIES = ("parameters", "macs", "bytes", "compressed_bytes")
 """What a model has without being run, in the order in which it is told."""
@@ -26,20 +28,25 @@ class ModelSize:
 
     path: str
     parameters: int
-    macs: int
-    """Multiply-accumulates for one sample."""
+    macs: int | None
+    """Multiply-accumulates for one sample; None where they depend on a size that nothing states."""
     bytes: int
     """Of the file and the weights kept beside it."""
     compressed_bytes: int
     """The same after zlib: what is sent to a device."""
 
     @classmethod
-    def of(cls, path: Path, model: ir.Model) -> ModelSize:
-        """Weigh the file of a loaded model, and the files that hold its weights."""
-        beside = sorted({Path(tensor.path) for tensor in external_tensors(model)})
-        cost = slice_cost(fold_constants(model))
-        size = sum(part.stat().st_size for part in (path, *beside))
-        return cls(str(path), cost.parameters, cost.macs, size, compressed_bytes(path, beside))
+    def of(cls, path: Path, model: ir.Model, shapes: Mapping[str, Sequence[int]] | None = None) -> ModelSize:
+        """Weigh the file of a loaded model, and the files that hold its weights.
+
+        Args:
+            path: of the file.
+            model: as loaded from it; its constants are folded.
+            shapes: of the inputs, that MACs are told for (see `ndonnx.graph.bound`).
+        """
+        working = fold_constants(model)
+        cost = sample_cost(working.graph, bind(working, shapes))
+        return cls(str(path), cost.parameters, cost.macs, file_bytes(path), compressed_bytes(path))
 
 
 @dataclass(frozen=True)
@@ -59,9 +66,8 @@ class Speed:
 
     def share(self, quantity: str) -> float | None:
         """What the model has of one of `QUANTITIES`, as a part of what the other one has."""
-        if self.against is None or not getattr(self.against, quantity):
-            return None
-        return float(getattr(self.model, quantity) / getattr(self.against, quantity))
+        mine, other = getattr(self.model, quantity), getattr(self.against, quantity, None)
+        return None if mine is None or not other else float(mine / other)
 
     def to_json(self) -> dict[str, Any]:
         """As one JSON document."""

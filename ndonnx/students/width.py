@@ -16,6 +16,7 @@ from ndonnx.graph.interface import is_inside, name_inside
 from ndonnx.graph.load import infer_shapes
 from ndonnx.graph.shapes import resolve_shapes
 from ndonnx.partition import ChannelGroups, DimensionEdit, stays
+from ndonnx.partition.removable import kept_width
 from ndonnx.partition.sizes import write_number
 from ndonnx.students.base import WHOLE, Candidate, StudentMethod, TeacherSlice
 from ndonnx.students.importance import rank_units
@@ -23,10 +24,6 @@ from ndonnx.students.refit import refit_consumers
 from ndonnx.students.zeroing import check_by_zeroing
 
 Init = Literal["teacher", "least-squares", "random"]
-
-_ROUNDED_FROM = 64
-"""Widths from which a kept width is rounded by default."""
-_ROUND_TO = 8
 
 
 @dataclass(frozen=True)
@@ -58,13 +55,6 @@ class Width(StudentMethod):
             return None
         kept = tuple(kept_width(group.width, self.keep, self.round_to) for group in groups.groups)
         return WHOLE if kept == tuple(group.width for group in groups.groups) else (self.init, kept)
-
-
-def kept_width(width: int, keep: float, round_to: int | None) -> int:
-    """How many of `width` units are kept: `keep * width`, rounded to a multiple of `round_to`, at least one."""
-    multiple = round_to if round_to is not None else (_ROUND_TO if width >= _ROUNDED_FROM else 1)
-    multiple = min(multiple, width)
-    return min(width, max(multiple, round(keep * width / multiple) * multiple))
 
 
 def choose_units(teacher: TeacherSlice, keep: float, round_to: int | None) -> npt.NDArray[np.bool_]:

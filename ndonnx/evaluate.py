@@ -15,9 +15,11 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ndonnx.data import Batch, DataSource, input_specs
-from ndonnx.errors import DataError, ModelError, first_line
+from ndonnx.errors import DataError, ModelError, UsageError, first_line
+from ndonnx.graph import load
 from ndonnx.progress import Progress, Silent
 from ndonnx.teacher.sessions import OrtError, make_session
+from ndonnx.teacher.sizes import rows_at_once
 
 Model = str | Path | ir.Model
 Array = NDArray[np.generic]
@@ -25,6 +27,12 @@ Float = NDArray[np.float64]
 
 CLASS_RANK = 2
 """Rank of class scores: (samples, classes)."""
+_FEW = 2
+"""Samples by which sizes are found."""
+_COPIES = 8
+"""Times that answers are in memory while they are compared: several in double precision."""
+_UNKNOWN = 16
+"""Samples run at a time where sizes cannot be found."""
 
 
 @dataclass(frozen=True)
@@ -90,14 +98,27 @@ def evaluate(
     total = data.length if samples is None or data.length is None else min(samples, data.length)
     progress.stage("evaluate", total=total, unit="samples")
     fixed = student.batch_size or (reference.batch_size if reference is not None else None)
-    for batch in data.batches(batch_size, samples=samples):
-        for part in _parts(batch, fixed):
+    size = fixed or _rows_at_once(model if teacher is None else teacher, student.outputs, data, batch_size)
+    for batch in data.batches(size, samples=samples):
+        for part in _parts(batch, size):
             expected = None if reference is None else reference.run(part, fixed)
             tally.add(student.run(part, fixed), expected, part.labels, len(part))
         progress.advance(len(batch))
     found = tally.result()
     worst = None if found.worst_sample is None else data.row_number(found.worst_sample)
     return replace(found, worst_sample=worst)
+
+
+def _rows_at_once(model: Model, outputs: list[str], data: DataSource, most: int) -> int:
+    """Samples that are run at a time: as many as bounded memory holds, and what is made of their answers."""
+    few = next(iter(data.batches(_FEW, samples=_FEW)), None)
+    if few is None:
+        return most
+    try:
+        graph = model if isinstance(model, ir.Model) else load(model)
+        return rows_at_once(graph, outputs, few.inputs, most, copies=_COPIES)
+    except UsageError:  # onnxruntime runs it all the same, or says what is wrong
+        return min(most, _UNKNOWN)
 
 
 class _Runner:

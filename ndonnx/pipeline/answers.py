@@ -19,7 +19,7 @@ from ndonnx.executor import Job, Outcome, make_executor
 from ndonnx.graph.dataflow import real_inputs
 from ndonnx.machine import pick_device
 from ndonnx.partition import Partition
-from ndonnx.pipeline.batches import CAPTURE_BATCH, fixed_batch, whole_batches
+from ndonnx.pipeline.batches import fixed_batch, read_batch, whole_batches
 from ndonnx.progress import Progress
 from ndonnx.recipe import Recipe
 from ndonnx.teacher import ActivationStore, capture, make_session
@@ -28,8 +28,8 @@ from ndonnx.teacher import ActivationStore, capture, make_session
 def answers_a_second(model: Path, source: DataSource) -> float:
     """Samples that are read and answered by a model in a second, roughly: by a few batches, the first not counted."""
     session = make_session(model)
-    began, samples = time.perf_counter(), 0
-    for number, batch in enumerate(whole_batches(source, CAPTURE_BATCH, samples=_TIMED * CAPTURE_BATCH)):
+    began, samples, size = time.perf_counter(), 0, min(_TIMED_BATCH, read_batch(source))
+    for number, batch in enumerate(whole_batches(source, size, samples=_TIMED * size)):
         session.run(None, dict(batch))
         if number == 0:
             began = time.perf_counter()
@@ -38,8 +38,10 @@ def answers_a_second(model: Path, source: DataSource) -> float:
     return samples / (time.perf_counter() - began) if samples else math.inf
 
 
-_TIMED = 4
+_TIMED = 16
 """Batches."""
+_TIMED_BATCH = 16
+"""Samples of one."""
 
 
 @dataclass(frozen=True)
@@ -120,13 +122,13 @@ class _Copies:
     @classmethod
     def of(cls, split: Split, samples: int, recipe: Recipe, views: int) -> _Copies:
         samples = min(samples, split.available)
-        wanted = split.held(samples)
-        once = cls({}, CAPTURE_BATCH, samples, wanted, 1, wanted / samples)
+        wanted, size = split.held(samples), read_batch(split.source)
+        once = cls({}, size, samples, wanted, 1, wanted / samples)
         axes = image_axes(split.source.inputs, split.source.recipe)
         if views == 1 or not recipe.augment or not axes:
             return once
         fixed = fixed_batch(split.source)
-        batch = fixed or min(CAPTURE_BATCH, wanted)
+        batch = fixed or min(size, wanted)
         held = max(1, wanted // batch) * batch  # whole batches, since copies come batch by batch
         samples = split.to_train(samples, held).length
         samples -= samples % fixed if fixed else 0  # a batch that is filled up has no copies

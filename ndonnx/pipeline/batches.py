@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -10,9 +11,14 @@ import onnx_ir as ir
 
 from ndonnx.data import DataSource
 from ndonnx.errors import ModelError
-from ndonnx.teacher import capture_bytes
+from ndonnx.teacher.sizes import layouts_of
 
 CAPTURE_BATCH = 64
+"""Samples read at a time, fewer where they are large."""
+_READ_BYTES = 64 * 2**20
+"""Bytes of inputs read at a time."""
+_FEW = 2
+"""Samples by which sizes are found."""
 PROBE = 8
 """Samples on which the finished student is checked."""
 
@@ -21,6 +27,18 @@ def fixed_batch(source: DataSource) -> int | None:
     """Samples in a batch where the model fixes them."""
     fixed = (spec.shape[0] for spec in source.inputs if spec.shape)
     return next((size for size in fixed if isinstance(size, int)), None)
+
+
+def read_batch(source: DataSource) -> int:
+    """Samples read at a time: `CAPTURE_BATCH`, fewer where they are large, or as many as the model fixes."""
+    each = 0
+    for spec in source.inputs:
+        sizes = [size for size in spec.shape[1:] if isinstance(size, int)]
+        if len(sizes) < len(spec.shape[1:]):  # open sizes: a sample tells
+            each = sum(array.nbytes for array in next(iter(source.batches(1, samples=1))).inputs.values())
+            break
+        each += math.prod(sizes) * spec.dtype.itemsize
+    return fixed_batch(source) or max(1, min(CAPTURE_BATCH, _READ_BYTES // max(1, each)))
 
 
 def whole_batches(
@@ -52,7 +70,24 @@ def probe(source: DataSource) -> Mapping[str, np.ndarray]:
 
 def sample_bytes(model: ir.Model, names: Sequence[str], source: DataSource, dtype: npt.DTypeLike = np.float16) -> int:
     """Bytes that one sample of these values takes in a store; see `capture_bytes`."""
+    return sum(value_bytes(model, names, source, dtype).values())
+
+
+def value_bytes(
+    model: ir.Model, names: Iterable[str], source: DataSource, dtype: npt.DTypeLike = np.float16
+) -> dict[str, int]:
+    """Bytes that one sample of each of these values takes in a store. Ask for all at once: a run may be needed.
+
+    Args:
+        model: a working copy.
+        names: of values of its main graph.
+        source: data to run where the graph does not tell all shapes.
+        dtype: what computed float32 values are stored as.
+    """
+    wanted = list(dict.fromkeys(names))
     try:
-        return capture_bytes(model, names, 1, dtype)
-    except ModelError:  # a shape is not in the graph: run one batch and look
-        return capture_bytes(model, names, 1, dtype, batch=probe(source))
+        layouts = layouts_of(model, wanted)
+    except ModelError:  # a shape is not in the graph: run a few samples and look
+        layouts = layouts_of(model, wanted, next(whole_batches(source, _FEW, samples=_FEW)))
+    inputs = {value.name for value in model.graph.inputs}
+    return {name: layout.sample_bytes(None if name in inputs else dtype) for name, layout in layouts.items()}

@@ -15,7 +15,7 @@ from ndonnx.errors import RecipeError, RunDirError, SliceError
 from ndonnx.executor import make_executor
 from ndonnx.machine import pick_device, usable_cores
 from ndonnx.partition import Neighbourhood, Partition
-from ndonnx.pipeline.batches import CAPTURE_BATCH, sample_bytes, whole_batches
+from ndonnx.pipeline.batches import read_batch, value_bytes, whole_batches
 from ndonnx.pipeline.clock import Clock
 from ndonnx.pipeline.jobs import Jobs, Task
 from ndonnx.pipeline.schedule import Schedule
@@ -101,8 +101,8 @@ class Distillation:
     def _beside(self) -> int:
         """Bytes of one sample that a walk down the chain holds at most."""
         held = held_values(self.parts, self.parts.distillable)
-        sizes = {name: sample_bytes(self.parts.model, [name], self.split.source) for name in set().union(*held)}
-        return max((sum(sizes[name] for name in names) for names in held), default=0)
+        sizes = value_bytes(self.parts.model, sorted(set().union(*held)), self.split.source)
+        return max((sum(sizes.get(name, 0) for name in names) for names in held), default=0)
 
     @property
     def data(self) -> tuple[str, ...]:
@@ -168,7 +168,10 @@ class Distillation:
             ordered: start them as they come; otherwise those with the largest activations first.
         """
         samples, waves = self.planned()
-        of_wave = [[t for n in wave for t in tasks if t.neighbourhood is n] for wave in waves]
+        of_each: dict[str, list[Task]] = {}
+        for task in tasks:
+            of_each.setdefault(task.neighbourhood.name, []).append(task)
+        of_wave = [[task for n in wave for task in of_each.get(n.name, ())] for wave in waves]
         open_ = [[t for t in several if t.label not in self.outcomes and not self._reuse(t)] for several in of_wave]
         self._waves.estimate([wave for wave, todo in zip(waves, open_, strict=True) if todo], samples)
         total = sum(map(len, open_))
@@ -282,7 +285,7 @@ class Distillation:
 
     def _batches(self, samples: int) -> Callable[[], Iterator[Mapping[str, np.ndarray]]]:
         source = self.split.to_train(samples)
-        return lambda: whole_batches(source, CAPTURE_BATCH)
+        return lambda: whole_batches(source, read_batch(source))
 
     def _capture(self, entry: Entry, values: list[str], samples: int) -> ActivationStore:
         folder = entry.path / "store"

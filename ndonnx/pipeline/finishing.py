@@ -19,7 +19,7 @@ from ndonnx.graph.dataflow import reads, real_inputs
 from ndonnx.machine import usable_cores
 from ndonnx.partition import Partition
 from ndonnx.pipeline.answers import capture_answers, run_alone
-from ndonnx.pipeline.batches import CAPTURE_BATCH, sample_bytes, whole_batches
+from ndonnx.pipeline.batches import read_batch, sample_bytes, value_bytes, whole_batches
 from ndonnx.pipeline.schedule import Schedule
 from ndonnx.progress import Progress
 from ndonnx.recipe import Recipe
@@ -69,7 +69,7 @@ class Finishing:
                 refitted = refit_walk(
                     self.parts,
                     students,
-                    lambda: whole_batches(source, CAPTURE_BATCH),
+                    lambda: whole_batches(source, read_batch(source)),
                     scratch,
                     source.length,
                     threads=usable_cores(),
@@ -87,12 +87,14 @@ class Finishing:
 
     def _refit_samples(self) -> int:
         """As many as the cache budget holds of the largest neighbourhood, on both sides, in full precision."""
-        most = 1
-        for neighbourhood in self.parts.distillable:
-            values = (neighbourhood.entry, *neighbourhood.context, neighbourhood.exit)
-            names = [value.name or "" for value in values if value is not None]
-            most = max(most, sample_bytes(self.parts.model, names, self.split.source, np.float32))
-        return max(2, min(_REFIT_SAMPLES, self.samples, self.recipe.cache_budget // (2 * most)))
+        ends = [
+            [value.name or "" for value in (n.entry, *n.context, n.exit) if value is not None]
+            for n in self.parts.distillable
+        ]
+        wanted = (name for names in ends for name in names)
+        sizes = value_bytes(self.parts.model, wanted, self.split.source, np.float32)
+        most = max((sum(sizes.get(name, 0) for name in names) for names in ends), default=0)
+        return max(2, min(_REFIT_SAMPLES, self.samples, self.recipe.cache_budget // (2 * max(1, most))))
 
     def finetune(
         self, student: ir.Model, replaced: Collection[str], key: tuple[str, ...]

@@ -25,13 +25,14 @@ from ndonnx.graph.interface import samples_first
 from ndonnx.machine import usable_cores
 from ndonnx.partial import PartialModels, Quality
 from ndonnx.partition import Neighbourhood, Partition
-from ndonnx.pipeline.batches import CAPTURE_BATCH, whole_batches
+from ndonnx.pipeline.batches import read_batch, whole_batches
 from ndonnx.progress import Progress
 from ndonnx.recipe import Recipe
 from ndonnx.rundir import Entry, Fingerprintable, RunDir, fingerprint
 from ndonnx.search import TEACHER
 from ndonnx.teacher import make_session
 from ndonnx.teacher.sessions import OrtError
+from ndonnx.teacher.sizes import BoundedBatches
 from ndonnx.threshold import tolerances
 
 _AMPLITUDE = 0.1
@@ -90,12 +91,12 @@ class Rows:
         """Classes, int64 (samples,); None where the data have none."""
         if not self._source.has_labels:
             return None
-        found = [batch.labels for batch in self._source.batches(CAPTURE_BATCH) if batch.labels is not None]
+        found = [batch.labels for batch in self._source.batches(read_batch(self._source)) if batch.labels is not None]
         return np.concatenate(found)
 
     def batches(self) -> Iterator[Mapping[str, np.ndarray]]:
         """Inputs by name."""
-        return whole_batches(self._source, CAPTURE_BATCH)
+        return whole_batches(self._source, read_batch(self._source))
 
     def loss_of(self, student: ir.Model) -> WholeLoss:
         """The loss of a whole student."""
@@ -108,7 +109,7 @@ class Rows:
         session = make_session(self._parts.interface.applied(model))
         names = [output.name for output in session.get_outputs()]
         rows, parts = [], []
-        for batch in self.batches():
+        for batch in BoundedBatches.of(model, names, self.batches)():
             rows.append(len(next(iter(batch.values()))))
             try:
                 parts.append(session.run(names, dict(batch)))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from ndonnx.data import DataSource
 from ndonnx.partition import Neighbourhood, Partition
-from ndonnx.pipeline.batches import sample_bytes
+from ndonnx.pipeline.batches import value_bytes
 from ndonnx.progress import Progress
 
 
@@ -28,11 +28,12 @@ class Waves:
     beside: int = 0
     """Bytes of one sample that lie on the disk in any wave."""
     sizes: dict[str, int] = field(default_factory=dict)
-    """Bytes of one sample of a value in the store, as far as it was asked for."""
+    """Bytes of one sample of each value in the store, known once there is a plan."""
 
     def plan(self, samples: int) -> tuple[int, list[list[Neighbourhood]]]:
         """As many of the samples as the budget holds, and the waves."""
         open_ = self.parts.distillable
+        self.sizes |= value_bytes(self.parts.model, self.wanted(open_), self.source)
         one = [self._bytes([n]) + self.beside for n in open_]
         if open_ and max(one) * samples > self.budget:
             held = max(2, self.budget // max(one))
@@ -65,23 +66,22 @@ class Waves:
         """Runs of neighbours whose boundaries take at most `limit` bytes a sample."""
         waves: list[list[Neighbourhood]] = []
         held: set[str] = set()
+        total = 0
         for neighbourhood in neighbourhoods:
-            wanted = held | set(self.wanted([neighbourhood]))
-            if waves and sum(self.sizes[name] for name in wanted) + self.beside <= limit:
+            wanted = set(self.wanted([neighbourhood]))
+            further = sum(self.sizes.get(name, 0) for name in wanted - held)
+            if waves and total + further + self.beside <= limit:
                 waves[-1].append(neighbourhood)
-                held = wanted
+                held |= wanted
+                total += further
             else:
                 waves.append([neighbourhood])
-                held = set(self.wanted([neighbourhood]))
+                held, total = wanted, sum(self.sizes.get(name, 0) for name in wanted)
         return waves
 
     def _bytes(self, neighbourhoods: Sequence[Neighbourhood]) -> int:
         """Bytes that one sample of these neighbourhoods' boundaries takes in the store."""
-        names = self.wanted(neighbourhoods)
-        for name in names:
-            if name not in self.sizes:
-                self.sizes[name] = sample_bytes(self.parts.model, [name], self.source)
-        return sum(self.sizes[name] for name in names)
+        return sum(self.sizes.get(name, 0) for name in self.wanted(neighbourhoods))
 
 
 def gigabytes(count: float) -> str:

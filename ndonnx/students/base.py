@@ -15,6 +15,7 @@ import onnx_ir as ir
 from torch import Tensor
 
 from ndonnx.errors import ShrinkError, first_line
+from ndonnx.graph.working_copy import batch_size
 from ndonnx.partition import ChannelGroups
 from ndonnx.teacher.probe import Arrays, Probe, run_batches, sample_count
 from ndonnx.teacher.sessions import REFUSALS
@@ -65,7 +66,8 @@ class TeacherSlice:
             ShrinkError: onnxruntime does not run a model.
         """
         probes = [self._probe(model, values) for model, values in wanted]
-        yield from run_batches([(probe, self.samples) for probe in probes], self.constants)
+        fixed = batch_size(self.model.graph)
+        yield from run_batches([(probe, self.samples) for probe in probes], self.constants, size=fixed)
 
     @property
     def count(self) -> int:

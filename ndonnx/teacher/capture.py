@@ -11,63 +11,29 @@ what shows later costs a further sweep for those values alone.
 
 from __future__ import annotations
 
-import math
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from ndonnx.errors import DataError, ModelError, first_line
-from ndonnx.graph.interface import first_sizes, sample_axis, samples_first, set_sample_axis
+from ndonnx.graph.interface import sample_axis, samples_first, set_sample_axis
 from ndonnx.machine import usable_cores
 from ndonnx.teacher.blocks import Array, is_finite
 from ndonnx.teacher.sessions import OrtError, make_session
+from ndonnx.teacher.sizes import Batch, BoundedBatches, find_values
 from ndonnx.teacher.store import STORABLE, ActivationStore, StoreWriter
-
-Batch = Mapping[str, npt.NDArray[Any]]
 
 QUEUE_DEPTH = 1
 """Batches that may wait for the writer. A second one was 3% slower: its memory is cold again when written."""
 
 _CAST_OPSET = 13
-
-
-def capture_bytes(
-    model: ir.Model,
-    values: Sequence[str],
-    samples: int,
-    dtype: npt.DTypeLike = np.float16,
-    *,
-    batch: Batch | None = None,
-) -> int:
-    """Bytes that `capture` will take on disk, values that overflow float16 not counted double.
-
-    Args:
-        model: the teacher.
-        values: names of the values to be captured.
-        samples: number of samples.
-        dtype: what float32 values are stored as; graph inputs keep their own type.
-        batch: one batch to run; needed when the graph does not tell every type and shape.
-
-    Raises:
-        ModelError: a value is not in the graph, or its shape is unknown and no batch was given.
-    """
-    found = _find(model, values)
-    inputs = {value.name for value in model.graph.inputs}
-    total = 0
-    layouts = _declared(model, found) if batch is None else _measured(model, found, batch)
-    for name, (kind, shape, rows) in layouts.items():
-        size = np.dtype(dtype).itemsize if kind == np.float32 and name not in inputs else kind.itemsize
-        total += math.prod(shape[1:]) * size * samples if rows else math.prod(shape) * size
-    return total
 
 
 def capture(
@@ -94,7 +60,8 @@ def capture(
         values: names of graph inputs, inner values or outputs of the main graph.
         batches: called for each sweep, must give the same batches again: arrays by input
             name, the first axis the sample, wherever the model has it (`ndonnx.graph.interface`).
-            Batches of 64 are fastest for small images. Rows beyond `samples` are not stored, so a fixed
+            Batches of 64 are fastest for small images; larger ones are split where their activations would
+            take much memory and the model takes any number. Rows beyond `samples` are not stored, so a fixed
             batch size may overshoot.
         directory: where the store goes; an older store there is replaced.
         samples: how many samples are stored.
@@ -110,16 +77,17 @@ def capture(
     """
     names = tuple(dict.fromkeys(values))
     halved = _float_values(model, names) if half else set()
+    split = BoundedBatches.of(model, names, batches)
     writer = StoreWriter(directory, samples)
     sweep = _Sweep(writer, samples)
     try:
         while names:
             tap = _Tap(model, names, halved, threads=threads, device=device)
-            overflown = _overflown(tap, batches())
+            overflown = _overflown(tap, split())
             if overflown:
                 halved -= overflown
                 tap = _Tap(model, names, halved, threads=threads, device=device)
-            again = sweep.run(tap, batches(), on_batch)
+            again = sweep.run(tap, split(), on_batch)
             halved -= sweep.wide
             names = tuple(name for name in names if name in again)
             on_batch = _silent
@@ -313,7 +281,7 @@ def _overflown(tap: _Tap, batches: Iterable[Batch]) -> set[str]:
 def _cut(model: ir.Model, names: Sequence[str], halved: Collection[str]) -> ir.Model:
     """A copy of the model whose outputs are exactly the named values, samples first, some cast to float16."""
     copy = model.clone()
-    values = _find(copy, names)
+    values = find_values(copy, names)
     taken = {value.name for node in copy.graph.all_nodes() for value in node.outputs}
     taken.update(copy.graph.initializers, (value.name for value in copy.graph.inputs))
     outputs = []
@@ -340,19 +308,9 @@ def _fresh(name: str, taken: set[str | None]) -> str:
     return name
 
 
-def _find(model: ir.Model, names: Collection[str]) -> dict[str, ir.Value]:
-    inputs = (value for value in model.graph.inputs if value.name not in model.graph.initializers)
-    inner = (value for node in model.graph for value in node.outputs)
-    values = {value.name or "": value for value in (*inputs, *inner)}
-    for name in names:
-        if name not in values:
-            raise ModelError(f"graph '{model.graph.name or ''}': no activation named '{name}' to capture")
-    return {name: values[name] for name in names}
-
-
 def _float_values(model: ir.Model, names: Collection[str]) -> set[str]:
     """The wanted float32 values that are computed; where the graph tells no type, onnxruntime does."""
-    found = _find(model, names)
+    found = find_values(model, names)
     computed = {name: value for name, value in found.items() if value not in model.graph.inputs}
     floats = {name for name, value in computed.items() if value.dtype == ir.DataType.FLOAT}
     untyped = [name for name, value in computed.items() if value.type is None]
@@ -360,35 +318,6 @@ def _float_values(model: ir.Model, names: Collection[str]) -> set[str]:
         session = make_session(_cut(model, untyped, ()), threads=1, optimise=False)
         floats |= {node.name for node in session.get_outputs() if node.type == "tensor(float)"}
     return floats
-
-
-_Layout = tuple[np.dtype[Any], tuple[int, ...], bool]
-"""Element type, shape, and whether the first axis is the sample."""
-
-
-def _declared(model: ir.Model, values: Mapping[str, ir.Value]) -> dict[str, _Layout]:
-    first = next((first_sizes(value.shape, sample_axis(value))[0] for value in model.graph.inputs if value.shape), None)
-    layouts = {}
-    for name, value in values.items():
-        shape = None if value.shape is None else first_sizes(value.shape, sample_axis(value))
-        if value.dtype is None or shape is None or any(not isinstance(size, int) for size in shape[1:]):
-            raise ModelError(
-                f"value '{name}': the graph does not tell its shape; a batch is needed to estimate its size"
-            )
-        rows = bool(shape) and (not isinstance(shape[0], int) or shape[0] == first)
-        sizes = tuple(size if isinstance(size, int) else 1 for size in shape)
-        layouts[name] = (value.dtype.numpy(), sizes, rows)
-    return layouts
-
-
-def _measured(model: ir.Model, values: Mapping[str, ir.Value], batch: Batch) -> dict[str, _Layout]:
-    tap = _Tap(model, values, (), threads=None, device="cpu")
-    rows = tap.count(batch)
-    return {
-        name: (value.dtype, value.shape, _has_rows(value, rows))
-        for name, value in tap.run(batch, 0).items()
-        if isinstance(value, np.ndarray)
-    }
 
 
 def _has_rows(value: Array, rows: int) -> bool:

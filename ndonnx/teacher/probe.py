@@ -61,6 +61,7 @@ def run_batches(
     runs: Sequence[tuple[Callable[[Arrays], dict[str, npt.NDArray[Any]]], Arrays]],
     constants: Collection[str] = (),
     samples: range | None = None,
+    size: int | None = None,
 ) -> Iterator[tuple[range, list[dict[str, npt.NDArray[Any]]]]]:
     """Run several probes side by side over their samples; floats are fed as float32.
 
@@ -68,20 +69,21 @@ def run_batches(
         runs: what takes feeds and gives values, and what it is fed with.
         constants: names of feeds that all samples share.
         samples: which samples; all by default.
+        size: samples of every batch where the models fix it. None: as many as a bounded number of bytes holds.
 
     Yields:
         The samples of each batch, and the values that each probe gives.
     """
     if samples is None:
         samples = range(min(sample_count(feeds, constants) for _, feeds in runs))
-    start, size = samples.start, _FIRST_BATCH
+    start, step = samples.start, size or _FIRST_BATCH
     while start < samples.stop:
-        stop = min(start + size, samples.stop)
+        stop = min(start + step, samples.stop)
         found = [run(_part(feeds, constants, slice(start, stop))) for run, feeds in runs]
         yield range(start, stop), found
         bytes_ = sum(array.nbytes for values in found for array in values.values())
-        if start == samples.start:
-            size = max(1, BATCH_BYTES * (stop - start) // max(1, bytes_))
+        if start == samples.start and size is None:
+            step = max(1, BATCH_BYTES * (stop - start) // max(1, bytes_))
         del found
         start = stop
 

@@ -271,3 +271,47 @@ def interface(model: onnx.ModelProto) -> list[tuple[str, int, list[str | int]]]:
         tensor = value.type.tensor_type
         found.append((value.name, tensor.elem_type, [dim.dim_param or dim.dim_value for dim in tensor.shape.dim]))
     return found
+
+
+def encoder(*, opset: int = 14, layers: int = 2, width: int = 16, heads: int = 2) -> onnx.ModelProto:
+    """A BERT in small, in operators that every exporter knows: what onnxruntime's optimiser finds to fuse."""
+    net = Net(21)
+    ids, mask = (net.input(name, "N", "S", dtype=TensorProto.INT64) for name in ("ids", "mask"))
+    one = net.constant("one", np.array(1, np.float32))
+    hidden = net.op("Sub", one, net.op("Cast", net.op("Unsqueeze", mask, net.ints(1, 2)), to=TensorProto.FLOAT))
+    hidden = net.op("Mul", hidden, net.constant("low", np.array(-1e4, np.float32)), out="hidden")
+    x = _norm(net, net.op("Gather", net.weight("table", 256, width), ids), width)
+    for _ in range(layers):
+        q, k, v = (_heads(net, _dense(net, x, width, width), width, heads, turn) for turn in ("q", "k", "v"))
+        scores = net.op("Div", net.op("MatMul", q, k), net.constant("root", np.sqrt(np.float32(width / heads))))
+        z = net.op("MatMul", net.op("Softmax", net.op("Add", scores, hidden), axis=-1), v)
+        z = net.op("Reshape", net.op("Transpose", z, perm=[0, 2, 1, 3]), net.ints(0, 0, width))
+        x = _norm(net, net.op("Add", _dense(net, z, width, width), x), width)
+        x = _norm(net, net.op("Add", _dense(net, _gelu(net, _dense(net, x, width, 40)), 40, width), x), width)
+    first = net.op("Gather", x, net.constant("first", np.array(0)), axis=1)
+    return net.proto(net.gemm(first, width, 3, out="logits"), opset=opset)
+
+
+def _dense(net: Net, x: str, before: int, after: int) -> str:
+    y = net.matmul(x, before, after)
+    return net.op("Add", y, net.weight(f"{y}.bias", after))
+
+
+def _heads(net: Net, x: str, width: int, heads: int, turn: str) -> str:
+    parts = net.op("Reshape", x, net.ints(0, 0, heads, width // heads))
+    return net.op("Transpose", parts, perm=[0, 2, 3, 1] if turn == "k" else [0, 2, 1, 3])
+
+
+def _norm(net: Net, x: str, width: int) -> str:
+    """A layer normalisation as exporters wrote it before there was one."""
+    two, small = net.constant("two", np.array(2, np.float32)), net.constant("small", np.array(1e-5, np.float32))
+    centred = net.op("Sub", x, net.op("ReduceMean", x, axes=[-1]))
+    root = net.op("Sqrt", net.op("Add", net.op("ReduceMean", net.op("Pow", centred, two), axes=[-1]), small))
+    y = net.op("Mul", net.op("Div", centred, root), net.weight(f"scale{len(net.nodes)}", width))
+    return net.op("Add", y, net.weight(f"shift{len(net.nodes)}", width))
+
+
+def _gelu(net: Net, x: str) -> str:
+    root, one = net.constant("sqrt2", np.sqrt(np.float32(2))), net.constant("one", np.array(1, np.float32))
+    y = net.op("Mul", x, net.op("Add", net.op("Erf", net.op("Div", x, root)), one))
+    return net.op("Mul", y, net.constant("half", np.array(0.5, np.float32)))

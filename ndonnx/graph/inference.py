@@ -17,6 +17,8 @@ from ndonnx.graph.dataflow import sub_graphs
 
 _LARGEST_BYTES = 1000
 """Bytes of an initializer up to which inference may read its numbers."""
+_LIKE_THEIR_INPUT = {"LayerNormalization", "SimplifiedLayerNormalization"}
+"""Operators whose output has the type of their first input, and which onnxruntime has at opsets where ONNX has not."""
 
 
 def open_negative_sizes(graph: onnx.GraphProto) -> None:
@@ -44,7 +46,17 @@ def weightless(proto: onnx.ModelProto) -> onnx.ModelProto:
             copy.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
         if _bytes(ir.DataType(tensor.data_type), math.prod(tensor.dims)) <= _LARGEST_BYTES:
             copy.initializer.append(tensor)
-    return slim
+    return _known_to_onnx(slim)
+
+
+def _known_to_onnx(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Let ONNX infer what it has no definition of at this opset: an `Identity` stands in for such operators."""
+    opset = max((entry.version for entry in proto.opset_import if entry.domain == ""), default=1)
+    unknown = {operator for operator in _LIKE_THEIR_INPUT if not onnx.defs.has(operator, opset, "")}
+    for node in proto.graph.node:
+        if node.op_type in unknown and node.domain == "" and node.input and node.output:
+            node.CopyFrom(onnx.helper.make_node("Identity", node.input[:1], node.output[:1], node.name))
+    return proto
 
 
 def weightless_of(model: ir.Model) -> onnx.ModelProto:
@@ -63,11 +75,13 @@ def weightless_of(model: ir.Model) -> onnx.ModelProto:
         initializers=[value for value in held if _is_small(value.const_value)],
         name=graph.name,
     )
-    return onnx.ModelProto(
-        ir_version=model.ir_version,
-        opset_import=[onnx.helper.make_opsetid(*entry) for entry in model.opset_imports.items()],
-        graph=ir.serde.serialize_graph(view),  # type: ignore[arg-type]  # stricter than its own classes
-        functions=[ir.serde.serialize_function(function) for function in model.functions.values()],
+    return _known_to_onnx(
+        onnx.ModelProto(
+            ir_version=model.ir_version,
+            opset_import=[onnx.helper.make_opsetid(*entry) for entry in model.opset_imports.items()],
+            graph=ir.serde.serialize_graph(view),  # type: ignore[arg-type]  # stricter than its own classes
+            functions=[ir.serde.serialize_function(function) for function in model.functions.values()],
+        )
     )
 
 

@@ -36,12 +36,18 @@ def axes_measured(node: ir.Node) -> Axes:
     return axes
 
 
+def is_whole_shape(node: ir.Node) -> bool:
+    """Whether a node is a `Shape` of all axes: onnxruntime writes down that it starts with the first."""
+    start = node.attributes.get("start")
+    return node.op_type == "Shape" and "end" not in node.attributes and (start is None or start.as_int() == 0)
+
+
 def _picked_from(node: ir.Node) -> ir.Node | None:
     """The whole `Shape` that a `Gather` or a `Slice` picks numbers from."""
     if node.op_type not in ("Gather", "Slice") or node.inputs[0] is None:
         return None
     source = node.inputs[0].producer()
-    return source if source is not None and source.op_type == "Shape" and not source.attributes else None
+    return source if source is not None and is_whole_shape(source) else None
 
 
 def _positions(node: ir.Node, rank: int) -> range | list[int]:

@@ -18,7 +18,8 @@ from ndonnx.graph.collector import collector_paused
 from ndonnx.graph.dataflow import reads, sub_graphs
 from ndonnx.graph.external import external_tensors, resolve_external_data
 from ndonnx.graph.inference import open_negative_sizes, take_inferred, weightless
-from ndonnx.graph.opsets import ONNX, let_functions_follow, remember_opsets, settle_opsets, write_opsets
+from ndonnx.graph.opsets import ONNX_NAMES, let_functions_follow, remember_opsets, settle_opsets, write_opsets
+from ndonnx.graph.runtime_types import ask_onnxruntime, believe, undefined_outputs
 from ndonnx.graph.sparse import remember, unfold, write_sparse
 
 _DECLARED = "ndonnx.declared"
@@ -31,7 +32,8 @@ PROTOBUF_LIMIT = 1_900_000_000
 def load(path: str | Path) -> ir.Model:
     """Read a model as `onnx_ir` sees it: external data stays on disk, functions are inlined, shapes are inferred.
 
-    Names, nodes, opset, initializers among the inputs and metadata are kept as they are.
+    Types that ONNX cannot infer come from onnxruntime. Names, nodes, opset, initializers among the inputs and metadata
+    are kept as they are.
 
     Raises:
         ModelError: the file is missing, empty, not ONNX, or names external data outside its folder.
@@ -48,10 +50,10 @@ def load(path: str | Path) -> ir.Model:
     if not proto.graph.output:
         raise ModelError(f"{path}: not an ONNX model: it has no graph with an output")
     open_negative_sizes(proto.graph)
-    opsets = settle_opsets(proto)
-    if not any(entry.domain == ONNX for entry in proto.opset_import):
+    if not any(entry.domain in ONNX_NAMES for entry in proto.opset_import):
         raise ModelError(f"{path}: the model states no opset for the ONNX operators; export it again")
     try:
+        opsets = settle_opsets(proto)
         model = _read(proto)
         in_order = _sort(model.graph)
     except Exception as error:  # whatever a hostile graph provokes in the deserialiser is the file's fault
@@ -62,7 +64,7 @@ def load(path: str | Path) -> ir.Model:
     is_same = in_order and not brought_in and not proto.functions
     slim = weightless(proto) if is_same else None
     declared = frozenset(value.name for value in _inner_values(model) if value.type is not None)
-    infer_shapes(model, slim)
+    _infer_types(model, slim)
     model.meta[_DECLARED] = declared
     return model
 
@@ -159,6 +161,16 @@ def infer_shapes(model: ir.Model, proto: onnx.ModelProto | None = None) -> ir.Mo
         if shape is None or (value.shape is not None and len(value.shape) == len(shape)):
             value.shape = shape
     return model
+
+
+def _infer_types(model: ir.Model, proto: onnx.ModelProto | None) -> None:
+    """As `infer_shapes`; what ONNX has no definition of is asked of onnxruntime."""
+    infer_shapes(model, proto)
+    types = ask_onnxruntime(model)
+    if types:
+        believe(undefined_outputs(model), types)
+        infer_shapes(model)  # what lies behind them
+        believe((value for node in model.graph for value in node.outputs), types)
 
 
 def serialise(model: ir.Model) -> bytes:

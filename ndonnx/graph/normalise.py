@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime as ort
 
 from ndonnx.errors import ModelError, first_line
 from ndonnx.graph.collector import collector_paused
@@ -15,6 +14,7 @@ from ndonnx.graph.dataflow import Kind, kinds_of
 from ndonnx.graph.fused import take_apart
 from ndonnx.graph.initial_states import drop_zero_states
 from ndonnx.graph.load import infer_shapes, serialise, tensor_bytes
+from ndonnx.graph.runtime_types import open_quietly
 from ndonnx.graph.shapes import resolve_shapes
 from ndonnx.graph.targets import write_targets
 
@@ -106,11 +106,8 @@ def evaluate_constants(model: ir.Model, wanted: list[ir.Value]) -> list[np.ndarr
     if rest:
         part = ir.Model(ir.convenience.extract(model.graph, [], rest), ir_version=model.ir_version)
         _check_sizes(part.graph, max(FOLD_LIMIT, tensor_bytes(model)))
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = 1
         try:
-            session = ort.InferenceSession(serialise(part), options, providers=["CPUExecutionProvider"])
+            session = open_quietly(serialise(part))
             ready |= dict(zip(rest, session.run([value.name for value in rest], {}), strict=True))
         except Exception as error:  # onnxruntime's errors share no base class; all mean that the graph is at fault
             raise ModelError(

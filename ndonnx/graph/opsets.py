@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 import onnx
 import onnx_ir as ir
 
-ONNX = ""
-_ALIAS = "ai.onnx"
+_ONNX, _ALIAS = "", "ai.onnx"
+ONNX_NAMES = (_ONNX, _ALIAS)
+"""The names of the domain of ONNX's own operators."""
 _MICROSOFT = "com.microsoft"
 _FROM_FILE = "ndonnx.opsets"
 """Key of a graph's metadata, which copies of the graph share."""
@@ -38,7 +39,7 @@ def settle_opsets(proto: onnx.ModelProto) -> FileOpsets:
     for function in proto.functions:
         used |= {_settle_node(node) for node in _nodes(function.node)}
         _import(function, {_usual(entry.domain): entry.version for entry in function.opset_import})
-    missing = used.difference(imports, {function.domain for function in proto.functions}, {ONNX})
+    missing = used.difference(imports, {function.domain for function in proto.functions}, {_ONNX})
     newest = {domain: version for domain in sorted(missing) if (version := _newest(domain)) is not None}
     _import(proto, imports | newest)
     return FileOpsets(written, frozenset(newest))
@@ -69,13 +70,13 @@ def let_functions_follow(model: ir.Model) -> None:
 
 
 def _usual(domain: str) -> str:
-    return ONNX if domain == _ALIAS else domain
+    return _ONNX if domain == _ALIAS else domain
 
 
 def _settle_node(node: onnx.NodeProto) -> str:
     """The node's domain, under its usual name from now on."""
     if node.domain == _ALIAS:
-        node.domain = ONNX
+        node.domain = _ONNX
     return str(node.domain)
 
 

@@ -257,7 +257,8 @@ def _range(walk: _Walk, node: ir.Node) -> Shape | None:
 
 def _resize(walk: _Walk, node: ir.Node) -> Shape | None:
     target = walk.integers(node.inputs[3]) if len(node.inputs) > 3 else None
-    plain = not {"axes", "keep_aspect_ratio_policy"} & set(node.attributes)
+    policy = node.attributes.get("keep_aspect_ratio_policy")
+    plain = "axes" not in node.attributes and (policy is None or policy.as_string() == "stretch")
     return target.tolist() if target is not None and plain else None
 
 
@@ -300,9 +301,11 @@ _SHAPES: dict[str, Callable[[_Walk, ir.Node], Shape | None]] = {
     "Expand": _expand,
     "Flatten": _flatten,
     "GroupNormalization": _as_first_input,
+    "LayerNormalization": _as_first_input,
     "Range": _range,
     "Reshape": _reshape,
     "Resize": _resize,
+    "SimplifiedLayerNormalization": _as_first_input,
     "Slice": _slice,
 }
 

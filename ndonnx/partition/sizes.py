@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ndonnx.graph.costs import constant_of, dims
+from ndonnx.graph.lengths import is_whole_shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +80,7 @@ def _traced(value: ir.Value, index: int) -> tuple[ir.Value, int]:
 
 def _length_of(value: ir.Value, index: int) -> tuple[ir.Value, int] | None:
     node = value.producer()
-    data = node.inputs[0] if node is not None and node.op_type == "Shape" and not node.attributes else None
+    data = node.inputs[0] if node is not None and is_whole_shape(node) else None
     if data is None or data.shape is None or not -len(data.shape) <= index < len(data.shape):
         return None
     return data, index % len(data.shape)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import typer
+
 import ndonnx
 from ndonnx.errors import UsageError
 
@@ -10,23 +12,26 @@ from .outcome import DONE, job
 
 
 def benchmark(
+    context: typer.Context,
     model: options.Model,
     against: options.Against = None,
     data: options.Data = None,
     recipe: options.RecipeFile = None,
+    input_settings: options.InputSettings = None,
+    shapes: options.Shapes = None,
     batch_sizes: options.BatchSizes = "1,8,32",
     provider: options.Provider = None,
     threads: options.Threads = None,
     processes: options.Processes = 8,
     rounds: options.Rounds = None,
-    samples: options.FidelitySamples = None,
+    compared: options.FidelitySamples = None,
     picture: options.Picture = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> int:
     """Measure in onnxruntime how fast MODEL loads and answers, and how much memory it takes; with data how well."""
-    settings = ndonnx.load_recipe(recipe)
+    settings = ndonnx.load_recipe(recipe, **options.given(context))
     sizes = _whole_numbers(batch_sizes)
 
     from .speed import print_speed  # noqa: PLC0415 - rich is not for `--help`
@@ -43,7 +48,7 @@ def benchmark(
             threads=threads,
             processes=processes,
             rounds=rounds,
-            samples=samples,
+            samples=compared,
             picture=picture,
             progress=progress,
         )

@@ -22,6 +22,8 @@ def compress(
     eval_data: options.Eval = None,
     output: Annotated[str | None, options.output("MODEL-student.onnx in this folder")] = None,
     recipe: options.RecipeFile = None,
+    input_settings: options.InputSettings = None,
+    shapes: options.Shapes = None,
     method: options.Method = None,
     keep: options.Keep = None,
     sparsity: options.Sparsity = None,

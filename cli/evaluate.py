@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import typer
+
 import ndonnx
 from ndonnx.errors import UsageError
 
@@ -10,16 +12,19 @@ from .outcome import DONE, job
 
 
 def evaluate(
+    context: typer.Context,
     model: options.Model,
     data: options.Data = None,
     teacher: options.Teacher = None,
     recipe: options.RecipeFile = None,
+    input_settings: options.InputSettings = None,
+    shapes: options.Shapes = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> int:
     """Measure the accuracy of MODEL on labelled data, or how far it is from a teacher on any data."""
-    settings = ndonnx.load_recipe(recipe)
+    settings = ndonnx.load_recipe(recipe, **options.given(context))
     if data is None:
         raise UsageError(
             f"--data is missing: give {options.SOURCES}; --data leaves with a --teacher works without data"

@@ -24,6 +24,8 @@ def harden(
     eval_data: options.Eval = None,
     output: Annotated[str | None, options.output("MODEL-hardened.onnx in this folder")] = None,
     recipe: options.RecipeFile = None,
+    input_settings: options.InputSettings = None,
+    shapes: options.Shapes = None,
     granularity: options.Granularity = None,
     cut: options.Cut = None,
     freeze: options.Freeze = None,

@@ -27,10 +27,12 @@ def given(context: typer.Context) -> dict[str, Any]:
     A command says by the name of a parameter that it is a recipe's key; where a flag of the same name means
     something else there, its parameter has another name.
     """
-    from ndonnx.recipe import KEYS  # noqa: PLC0415 - pydantic is not for `--help`
+    from ndonnx.recipe import KEYS, parse_inputs  # noqa: PLC0415 - pydantic is not for `--help`
 
     said = {name: value for name, value in context.params.items() if name in KEYS}
-    return {name: value for name, value in said.items() if value not in (None, [], ()) and value is not False}
+    kept = {name: value for name, value in said.items() if value not in (None, [], ()) and value is not False}
+    of_inputs = parse_inputs(context.params.get("input_settings") or (), context.params.get("shapes") or ())
+    return kept | ({"model_inputs": of_inputs} if of_inputs else {})
 
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="The ONNX file; never modified.", show_default=False)]
@@ -55,6 +57,26 @@ RecipeFile = Annotated[
     str | None, typer.Option("--recipe", metavar="FILE.toml", help="Recipe; a flag goes before what it says.")
 ]
 Svg = Annotated[str | None, typer.Option("--svg", metavar="FILE.svg", help="Also draw it, from top to bottom.")]
+
+InputSettings = Annotated[
+    list[str] | None,
+    _flag(
+        "--input",
+        "NAME=VALUE",
+        "One value that an input has for all samples (sr=16000, scales=0.6,1,0.8), or with NAME:axis=1 where its "
+        "samples lie; repeatable.",
+        "as the data have it",
+    ),
+]
+Shapes = Annotated[
+    list[str] | None,
+    _flag(
+        "--shape",
+        "NAME=N,N",
+        "Sizes of an input that the model leaves open, for made-up data, costs and timings; repeatable.",
+        "found by trying",
+    ),
+]
 
 # What to build
 Method = Annotated[

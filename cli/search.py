@@ -21,6 +21,8 @@ def search(
     eval_data: options.Eval = None,
     output: options.SearchFolder = None,
     recipe: options.RecipeFile = None,
+    input_settings: options.InputSettings = None,
+    shapes: options.Shapes = None,
     candidates: options.Candidates = None,
     target: options.Target = None,
     max_drop: options.MaxDrop = None,

@@ -23,6 +23,8 @@ def threshold(
     data: options.Data = None,
     output: options.StudyFolder = None,
     recipe: options.RecipeFile = None,
+    input_settings: options.InputSettings = None,
+    shapes: options.Shapes = None,
     granularity: options.Granularity = None,
     cut: options.Cut = None,
     freeze: options.Freeze = None,

@@ -19,12 +19,15 @@ from numpy.typing import NDArray
 from ndonnx.benchmark import AGAINST, MODEL, PROCESSES, Plan, common_batch_size, feeds_for, made_up_feeds
 from ndonnx.benchmark import measure as measure_speed
 from ndonnx.data import DataSource, InputSpec, input_specs, open_source
+from ndonnx.data.inputs import interface_of, settle
+from ndonnx.data.specs import declared_specs
 from ndonnx.data.split import draw
 from ndonnx.errors import DataError, ModelError
 from ndonnx.evaluate import Evaluation
 from ndonnx.evaluate import evaluate as measure
 from ndonnx.graph import load
 from ndonnx.graph.bound import one_sample
+from ndonnx.graph.branches import open_branches
 from ndonnx.graph.working_copy import working_copy
 from ndonnx.machine import usable_cores
 from ndonnx.partition import Partition
@@ -46,7 +49,10 @@ def partition(model: str | Path, recipe: Recipe | None = None) -> Partition:
         UsageError: the model cannot be read, or the recipe names values that it does not have.
     """
     recipe = recipe or Recipe()
-    working = working_copy(load(model))
+    teacher = load(model)
+    inputs, fixed = settle(declared_specs(teacher.graph), recipe.model_inputs)
+    interface = interface_of(inputs, fixed)
+    working = working_copy(open_branches(teacher, fixed), interface)
     return partition_graph(working, granularity=recipe.granularity, cut=recipe.cut, freeze=recipe.freeze)
 
 
@@ -95,7 +101,8 @@ def evaluate(
         UsageError: a model or the data cannot be read, or they do not fit each other.
     """
     recipe = recipe or Recipe()
-    source = open_source(data, input_specs(make_session(Path(model))), recipe.data, seed=recipe.seed)
+    specs = input_specs(make_session(Path(model)))
+    source = open_source(data, specs, recipe.data, seed=recipe.seed, settings=recipe.model_inputs)
     return measure(model, source, teacher=teacher, progress=progress)
 
 
@@ -152,20 +159,28 @@ def benchmark(
     models = {MODEL: Path(model)} | ({} if against is None else {AGAINST: Path(against)})
     graphs = {name: load(path) for name, path in models.items()}
     specs = {name: _specs_on(models[name], plan.providers) for name in models}
-    notes = []
-    fixed = common_batch_size({str(models[name]): entry for name, entry in specs.items()})
-    if fixed is not None:
-        if plan.batch_sizes != (fixed,):
-            notes.append(f"the batch size is fixed in the model: timed at {fixed} only")
-        plan = replace(plan, batch_sizes=(fixed,))
-    source = None
+    source, settings = None, recipe.model_inputs
     if data is not None:
-        source = open_source(data, specs[MODEL], recipe.data, seed=recipe.seed, graph=graphs[MODEL].graph)
-    batch = _one_batch(specs[MODEL], source, max(plan.batch_sizes))
+        graph = graphs[MODEL].graph
+        source = open_source(data, specs[MODEL], recipe.data, seed=recipe.seed, graph=graph, settings=settings)
+        inputs, fixed = list(source.inputs), source.fixed
+    else:
+        inputs, fixed = settle(specs[MODEL], settings)
+    plan = replace(plan, interface=interface_of(inputs, fixed))
+    notes = []
+    size = common_batch_size({str(models[name]): _sampled(entry, recipe, fixed) for name, entry in specs.items()})
+    if size is not None:
+        if plan.batch_sizes != (size,):
+            notes.append(f"the batch size is fixed in the model: timed at {size} only")
+        plan = replace(plan, batch_sizes=(size,))
+    batch = _one_batch(inputs, source, max(plan.batch_sizes))
     arrays = {name: array.shape for name, array in batch.items()}
-    sizes = {name: ModelSize.of(models[name], graph, one_sample(graph, arrays)) for name, graph in graphs.items()}
+    sizes = {
+        name: ModelSize.of(models[name], graph, one_sample(graph, arrays, plan.interface))
+        for name, graph in graphs.items()
+    }
     for name, entry in specs.items():
-        feeds_for(str(models[name]), entry, batch)
+        feeds_for(str(models[name]), entry, plan.interface.feeds(batch))
     found = measure_speed(models, batch, plan, progress)
     if not all(timing.is_steady for entry in found for timing in entry.batches):
         notes.append("runs took very unequal times: other work on these cores? the intervals hold for it, too")
@@ -233,7 +248,8 @@ def threshold(
     check_study(samples, amplitudes, repeats, keep)
     progress.stage("load")
     path, teacher = Path(model), load(model)
-    source = open_source(data, input_specs(make_session(path)), recipe.data, seed=recipe.seed, graph=teacher.graph)
+    specs, settings = input_specs(make_session(path)), recipe.model_inputs
+    source = open_source(data, specs, recipe.data, seed=recipe.seed, graph=teacher.graph, settings=settings)
     split = draw(
         source,
         round(samples / STUDIED),
@@ -242,7 +258,8 @@ def threshold(
         confirming=held_out(recipe, data).choosing,  # what a run with `--max-drop` will test its promise on
     )
     progress.stage("partition")
-    parts = partition_model(teacher, recipe)
+    interface = interface_of(source.inputs, source.fixed)
+    parts = partition_model(open_branches(teacher, interface.fixed), recipe, interface)
     if not parts.distillable:
         raise ModelError(f"{path}: no neighbourhood can be distilled; `ndonnx inspect {path}` says why")
     folder = None if output is None else make_folder(Path(output))
@@ -293,6 +310,11 @@ def _specs_on(model: Path, providers: Sequence[str]) -> list[InputSpec]:
     """The inputs of a model, after it was opened on every provider: what cannot be, is told before any timing."""
     sessions = [make_session(model, device=provider) for provider in providers]
     return input_specs(sessions[0])
+
+
+def _sampled(specs: Sequence[InputSpec], recipe: Recipe, fixed: Mapping[str, object]) -> list[InputSpec]:
+    """The inputs of a model that have samples."""
+    return [spec for spec in settle(specs, recipe.model_inputs)[0] if spec.name not in fixed]
 
 
 def _one_batch(specs: Sequence[InputSpec], source: DataSource | None, size: int) -> dict[str, NDArray[np.generic]]:

@@ -15,8 +15,12 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ndonnx.data import Batch, DataSource, input_specs
+from ndonnx.data.inputs import interface_of
 from ndonnx.errors import DataError, ModelError, UsageError, first_line
 from ndonnx.graph import load
+from ndonnx.graph.branches import open_branches
+from ndonnx.graph.interface import Interface
+from ndonnx.graph.working_copy import working_copy
 from ndonnx.progress import Progress, Silent
 from ndonnx.teacher.sessions import OrtError, make_session
 from ndonnx.teacher.sizes import rows_at_once
@@ -90,14 +94,14 @@ def evaluate(
         DataError: a sample is corrupt or does not fit, or a label is no class of the model.
     """
     progress = Silent() if progress is None else progress
-    student = _Runner(model, threads)
-    reference = None if teacher is None else _Runner(teacher, threads)
+    student = _Runner(model, data, threads)
+    reference = None if teacher is None else _Runner(teacher, data, threads)
     if reference is not None:
         _check_match(student, reference)
     tally = _Tally(student.name)
     total = data.length if samples is None or data.length is None else min(samples, data.length)
     progress.stage("evaluate", total=total, unit="samples")
-    fixed = student.batch_size or (reference.batch_size if reference is not None else None)
+    fixed = data.fixed_batch or student.batch_size or (reference.batch_size if reference is not None else None)
     size = fixed or _rows_at_once(model if teacher is None else teacher, student.outputs, data, batch_size)
     for batch in data.batches(size, samples=samples):
         for part in _parts(batch, size):
@@ -115,7 +119,8 @@ def _rows_at_once(model: Model, outputs: list[str], data: DataSource, most: int)
     if few is None:
         return most
     try:
-        graph = model if isinstance(model, ir.Model) else load(model)
+        fed = _fed(model, interface_of(data.inputs, data.fixed))
+        graph = fed if isinstance(fed, ir.Model) else load(fed)
         return rows_at_once(graph, outputs, few.inputs, most, copies=_COPIES)
     except UsageError:  # onnxruntime runs it all the same, or says what is wrong
         return min(most, _UNKNOWN)
@@ -124,9 +129,9 @@ def _rows_at_once(model: Model, outputs: list[str], data: DataSource, most: int)
 class _Runner:
     """A session that knows its name for messages, its outputs and its batch size."""
 
-    def __init__(self, model: Model, threads: int | None) -> None:
+    def __init__(self, model: Model, data: DataSource, threads: int | None) -> None:
         self.name = f"graph '{model.graph.name or ''}'" if isinstance(model, ir.Model) else str(model)
-        self._session = make_session(model, threads=threads)
+        self._session = make_session(_fed(model, interface_of(data.inputs, data.fixed)), threads=threads)
         self.inputs = input_specs(self._session)
         self.outputs = [output.name for output in self._session.get_outputs()]
         sizes = {spec.shape[0] for spec in self.inputs if spec.shape and isinstance(spec.shape[0], int)}
@@ -150,6 +155,14 @@ class _Runner:
             for name, value in zip(self.outputs, values, strict=True)
             if isinstance(value, np.ndarray)
         }
+
+
+def _fed(model: Model, interface: Interface) -> Model:
+    """The model as something that takes and gives arrays with the samples first."""
+    if interface.is_plain:
+        return model
+    loaded = model if isinstance(model, ir.Model) else load(model)
+    return Interface.of(working_copy(open_branches(loaded, interface.fixed), interface)).applied(loaded)
 
 
 class _Tally:

@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from ndonnx.data import input_specs
 from ndonnx.errors import ModelError
 from ndonnx.executor import Job, OnStep, ProcessExecutor
 from ndonnx.executor.worker import peak_rss
+from ndonnx.graph.interface import Interface
 from ndonnx.teacher.sessions import make_session
 
 WARMUP = 3
@@ -40,6 +41,8 @@ class Setting:
 
     provider: str
     threads: int
+    interface: Interface = field(default_factory=Interface)
+    """How the models are fed."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ class _TimeBlock:
         return Block(load_ms, {size: self._times(sessions, size) for size in self.sizes})
 
     def _times(self, sessions: Mapping[str, ort.InferenceSession], size: int) -> dict[str, list[float]]:
-        batch = batch_of(self.samples, size)
+        batch = self.setting.interface.feeds(batch_of(self.samples, size))
         runs = {
             name: runner(f"{self.models[name]}, batch of {size}", session, feeds_for(name, input_specs(session), batch))
             for name, session in sessions.items()

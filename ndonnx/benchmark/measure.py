@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from ndonnx.benchmark.feeds import Feeds, batch_of
 from ndonnx.benchmark.fresh import Block, Setting, load_time, peak_memory, time_block
 from ndonnx.benchmark.statistics import Latency, Ratio, latency, ratio_over_blocks
 from ndonnx.errors import UsageError
+from ndonnx.graph.interface import Interface
 from ndonnx.progress import Progress, Silent
 
 MODEL, AGAINST = "model", "against"
@@ -32,6 +33,8 @@ class Plan:
     rounds: int | None = None
     """Timed runs of each model in each process; None: what a second has room for."""
     memory: bool = True
+    interface: Interface = field(default_factory=Interface)
+    """How the models are fed."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured.
@@ -127,7 +130,7 @@ def measure(
 def _on_provider(
     provider: str, models: Mapping[str, Path], samples: Feeds, plan: Plan, progress: Progress
 ) -> ProviderSpeed:
-    setting = Setting(provider, plan.threads)
+    setting = Setting(provider, plan.threads, plan.interface)
     total = plan.processes + (len(models) if plan.memory else 0)
     progress.stage(f"benchmark on {provider}", total=total, unit="processes")
     blocks = _blocks(models, samples, plan, setting, progress)
@@ -136,7 +139,7 @@ def _on_provider(
     for name, path in models.items():
         memory = None
         if plan.memory:
-            memory = peak_memory(path, batch_of(samples, largest), setting)
+            memory = peak_memory(path, plan.interface.feeds(batch_of(samples, largest)), setting)
             progress.advance()
         starts[name] = Start(load_time(blocks, name), memory)
     timings = [_timing(blocks, size) for size in plan.batch_sizes]

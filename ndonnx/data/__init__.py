@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from ndonnx.data.arrays import ArraySource
 from ndonnx.data.folder import FolderSource
 from ndonnx.data.function import FunctionSource
+from ndonnx.data.inputs import refuse_scalars, settle
 from ndonnx.data.noise import NOISES, NoiseSource
 from ndonnx.data.parquet import ParquetSource
 from ndonnx.data.preprocess import resolve
 from ndonnx.data.source import DataSource
 from ndonnx.data.specs import Batch, InputSpec, input_specs
 from ndonnx.errors import DataError
-from ndonnx.recipe import DataRecipe
+from ndonnx.recipe import DataRecipe, InputRecipe
 
 __all__ = ["DATA_FREE", "Batch", "DataSource", "InputSpec", "input_specs", "open_source"]
 
@@ -34,30 +37,54 @@ _KINDS = (
 
 
 def open_source(
-    spec: str, inputs: Sequence[InputSpec], recipe: DataRecipe, *, seed: int = 0, graph: ir.Graph | None = None
+    spec: str,
+    inputs: Sequence[InputSpec],
+    recipe: DataRecipe,
+    *,
+    seed: int = 0,
+    graph: ir.Graph | None = None,
+    settings: Mapping[str, InputRecipe] | None = None,
+    fixed: Mapping[str, NDArray[Any]] | None = None,
 ) -> DataSource:
     """Open a source for a model with these inputs; what can be checked without reading it all is.
 
+    Inputs that have one value for all samples are `fixed` in the source: those that `settings`, the recipe's
+    `[inputs]`, give one, and those of which the source holds one value.
+
     `module:function` runs the user's own code: pass it on only where the user asked for it.
-    `seed` and `graph`, the model's, are for made-up samples: the graph tells which whole numbers an input can take.
+    `fixed` are inputs whose one value is known already; the source need not hold it. `seed` and `graph`, the
+    model's, are for made-up samples: the graph tells which whole numbers an input can take.
 
     Raises:
         DataError: the source is missing, corrupt, of an unknown kind, or does not fit the model.
     """
     if not spec:
         raise DataError(f"the data source is empty; expected {_KINDS}")
-    inputs = resolve(inputs, recipe)
+    settled, given = settle(inputs, settings or {})
+    settled = [entry for entry in settled if entry.name not in (fixed or {})]
+    if not settled:
+        raise DataError(f"{spec}: every input of the model has one value for all samples, so that there are none")
+    source = _opened(spec, resolve(settled, recipe), recipe, seed, graph)
+    source.fixed |= given | dict(fixed or {})
+    return source
+
+
+def _opened(
+    spec: str, inputs: Sequence[InputSpec], recipe: DataRecipe, seed: int, graph: ir.Graph | None
+) -> DataSource:
     name = spec.partition(":")[0]
     path = Path(spec)
     if name in NOISES:
         if spec == name and path.exists():
             raise DataError(f"{spec!r}: made-up samples or the path here? write {spec}:20000 or .{os.sep}{spec}")
+        refuse_scalars(inputs)
         return NoiseSource(spec, inputs, recipe, seed, graph)
     try:
         is_directory, size = path.is_dir(), path.stat().st_size if path.is_file() else None
     except (OSError, ValueError) as error:
         raise DataError(f"{spec!r}: cannot be read: {error}") from error
     if is_directory:
+        refuse_scalars(inputs)
         return FolderSource(spec, inputs, recipe)
     if size is None and _FUNCTION.fullmatch(spec):
         return FunctionSource(spec, inputs, recipe)
@@ -67,4 +94,6 @@ def open_source(
         raise DataError(f"{spec}: no such file")
     if size == 0:
         raise DataError(f"{spec}: the file is empty (0 bytes)")
+    if path.suffix.lower() == ".parquet":
+        refuse_scalars(inputs)
     return _FILES[path.suffix.lower()](spec, inputs, recipe)

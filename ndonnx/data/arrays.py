@@ -18,6 +18,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from ndonnx.data.inputs import one_value, samples_first
 from ndonnx.data.preprocess import check_array, prepare_array
 from ndonnx.data.source import CHUNK, RowSource, file_bytes
 from ndonnx.data.specs import Batch, InputSpec, check_labels
@@ -45,7 +46,10 @@ class _Header(NamedTuple):
 
 
 class ArraySource(RowSource):
-    """Arrays named as the model's inputs; the first axis is the sample."""
+    """Arrays named as the model's inputs; the samples lie where the model has them, mostly along the first axis.
+
+    A scalar, or an array of its input's own fixed shape beside others with samples, is one value for all samples.
+    """
 
     def __init__(self, spec: str, inputs: Sequence[InputSpec], recipe: DataRecipe) -> None:
         """Open the file and check every array's shape and element type.
@@ -57,7 +61,11 @@ class ArraySource(RowSource):
         self._path = Path(spec)
         arrays = self._open()
         labels = arrays.pop(LABEL, None) if LABEL not in {entry.name for entry in self.inputs} else None
-        self._arrays = {entry.name: arrays[entry.name] for entry in self.inputs}
+        self.fixed = one_value(self.inputs, arrays, spec)
+        self.inputs = tuple(entry for entry in self.inputs if entry.name not in self.fixed)
+        if not self.inputs:
+            raise DataError(f"{spec}: holds one value for all samples and nothing else, so that there are no samples")
+        self._arrays = {entry.name: samples_first(arrays[entry.name], entry) for entry in self.inputs}
         for entry in self.inputs:
             array = self._arrays[entry.name]
             check_array(array.shape, array.dtype, entry, recipe, self._where(entry))
@@ -67,7 +75,8 @@ class ArraySource(RowSource):
 
     def _open(self) -> dict[str, NDArray[np.generic]]:
         if self._path.suffix.lower() == ".npz":
-            return open_npz(self._path, [entry.name for entry in self.inputs])
+            alone = [entry.name for entry in self.inputs if all(isinstance(size, int) for size in entry.shape)]
+            return open_npz(self._path, [entry.name for entry in self.inputs], alone)
         if len(self.inputs) != 1:
             names = ", ".join(f"'{entry.name}'" for entry in self.inputs)
             raise DataError(f"{self.spec}: holds one array, but the model has the inputs {names}; give an .npz")
@@ -105,13 +114,20 @@ def open_npy(path: Path) -> NDArray[np.generic]:
     try:
         with path.open("rb") as file:
             header = _read_header(file, str(path))
+            if not header.shape:
+                raise DataError(f"{path}: expected a shape with the samples as first axis, found []")
             return _map(path, file.tell(), header, str(path))
     except OSError as error:
         raise DataError(f"{path}: cannot read the file: {error.strerror}") from error
 
 
-def open_npz(path: Path, names: Sequence[str]) -> dict[str, NDArray[np.generic]]:
+def open_npz(path: Path, names: Sequence[str], alone: Sequence[str] = ()) -> dict[str, NDArray[np.generic]]:
     """The arrays `names`, and `label` if it is there, out of a `.npz` file.
+
+    Args:
+        path: of the file.
+        names: inputs of the model.
+        alone: those of them that could have one value for all samples, for the message when one is missing.
 
     Raises:
         DataError: it is no such file, a key is missing, or an array is corrupt.
@@ -122,7 +138,7 @@ def open_npz(path: Path, names: Sequence[str]) -> dict[str, NDArray[np.generic]]
             if missing := [name for name in names if name not in members]:
                 raise DataError(
                     f"{path}: expected the keys {_quoted(names)} (and '{LABEL}' if there are labels), "
-                    f"found {_quoted(members) or 'none'}; missing {_quoted(missing)}"
+                    f"found {_quoted(members) or 'none'}; missing {_quoted(missing)}{_way_out(alone, missing)}"
                 )
             wanted = {name: members[name] for name in (*names, LABEL) if name in members}
             unpacked = sum(info.file_size for info in wanted.values() if info.compress_type != zipfile.ZIP_STORED)
@@ -175,7 +191,7 @@ def _read_header(file: IO[bytes], where: str) -> _Header:
         raise DataError(f"{where}: not a numpy array: {reason}; save it with np.save or np.savez") from error
     if dtype.hasobject:
         raise DataError(f"{where}: holds pickled objects, which are never read; expected a plain numeric array")
-    if not shape or min(shape) < 0:
+    if min(shape, default=0) < 0:
         raise DataError(f"{where}: expected a shape with the samples as first axis, found {list(shape)}")
     header = _Header(shape, "F" if fortran else "C", dtype)
     if header.size == 0:
@@ -192,6 +208,12 @@ def _check_size(header: _Header, found: int, where: str) -> None:
     if header.size > found:
         declared = f"{header.dtype.name} {list(header.shape)}, {header.size:,} bytes"
         raise DataError(f"{where}: declares {declared}, found {found:,} bytes; it is cut off or corrupt, save it again")
+
+
+def _way_out(alone: Sequence[str], missing: Sequence[str]) -> str:
+    """What to do about a missing input that could have one value for all samples."""
+    found = next((name for name in missing if name in alone), None)
+    return "" if found is None else f"; if it has one value for all samples, give it by --input {found}=VALUE"
 
 
 def _quoted(names: Sequence[str] | dict[str, zipfile.ZipInfo]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ndonnx.data.inputs import samples_first, single_value
 from ndonnx.data.preprocess import prepare_array
 from ndonnx.data.source import DataSource, file_bytes, first_line
 from ndonnx.data.specs import Batch, InputSpec, check_labels
@@ -35,10 +36,29 @@ class FunctionSource(DataSource):
         """
         super().__init__(spec, inputs, recipe)
         self._function = import_function(spec, os.getcwd(), DataError)
+        self._find_fixed()
         first = next(self._items(), None)
         if first is None:
             raise DataError(f"{spec}: gives no samples; expected at least one")
         self.has_labels = first.labels is not None
+
+    def _find_fixed(self) -> None:
+        """Set apart the inputs of which the first item holds one value for all samples."""
+        raw = next(self._raw_items(), None)
+        if raw is None:
+            return
+        where = f"{self.spec}: item 0"
+        found = self._named(_split(raw, where)[0], where)
+        whole = [e for e in self.inputs if e.shape and not e.sampled and found[e.name].shape == e.native]
+        sampled = [e for e in self.inputs if e.shape and e not in whole]
+        single = all(found[e.name].ndim < len(e.shape) for e in sampled)
+        counts = {found[e.name].shape[e.axis] for e in sampled if found[e.name].ndim > e.axis}
+        alone = [e for e in whole if sampled and (single or e.native[e.axis] not in counts)]
+        alone += [e for e in self.inputs if not e.shape]
+        self.fixed = {e.name: single_value(e, found[e.name], f"{where}: '{e.name}'") for e in alone}
+        self.inputs = tuple(entry for entry in self.inputs if entry.name not in self.fixed)
+        if not self.inputs:
+            raise DataError(f"{self.spec}: gives one value for all samples and nothing else, so that there are none")
 
     def batches(self, batch_size: int, *, samples: int | None = None) -> Iterator[Batch]:
         return _regroup(self._limited(samples), batch_size)
@@ -95,15 +115,23 @@ class FunctionSource(DataSource):
         except Exception as error:
             raise DataError(f"{self.spec}: raised {first_line(error)}") from error
 
-    def _read(self, raw: object, where: str, start: int) -> Batch:
-        arrays, label = _split(raw, where)
-        names = [entry.name for entry in self.inputs]
+    def _named(self, arrays: Mapping[str, ArrayLike], where: str) -> dict[str, NDArray[np.generic]]:
+        names = [*self.fixed, *(entry.name for entry in self.inputs)]
         if missing := [name for name in names if name not in arrays]:
             raise DataError(f"{where}: expected the inputs {names}, found {list(arrays)}; missing {missing}")
-        found = {name: _array(arrays[name], f"{where}: '{name}'") for name in names}
+        return {name: _array(arrays[name], f"{where}: '{name}'") for name in names}
+
+    def _read(self, raw: object, where: str, start: int) -> Batch:
+        arrays, label = _split(raw, where)
+        found = self._named(arrays, where)
+        for name, value in self.fixed.items():
+            if not np.array_equal(found.pop(name), value):
+                raise DataError(f"{where}: '{name}' has one value for all samples, and another one here than in item 0")
         single = all(found[entry.name].ndim == len(entry.shape) - 1 for entry in self.inputs)
         if single:
             found = {name: array[None] for name, array in found.items()}
+        else:
+            found = {entry.name: samples_first(found[entry.name], entry) for entry in self.inputs}
         counts = {name: len(array) if array.ndim else 0 for name, array in found.items()}
         if len(set(counts.values())) != 1:
             raise DataError(f"{where}: expected as many samples in each array, found {counts}")

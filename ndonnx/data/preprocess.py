@@ -31,11 +31,8 @@ def resolve(inputs: Sequence[InputSpec], recipe: DataRecipe) -> tuple[InputSpec,
     """The inputs with the recipe's `size` in place of dynamic heights and widths.
 
     Raises:
-        DataError: an input has no sample axis, or `size` or `dtype` contradicts the model.
+        DataError: `size` or `dtype` contradicts the model.
     """
-    for spec in inputs:
-        if not spec.shape:
-            raise DataError(f"input {spec}: has no axis for the samples; give it a fixed value in the model")
     if recipe.dtype is not None and _dtype(recipe.dtype) not in [spec.dtype for spec in inputs]:
         found = ", ".join(map(str, inputs))
         raise DataError(f"[data] dtype = {recipe.dtype!r}: the model's inputs are {found}; remove or change the key")
@@ -76,7 +73,8 @@ def check_array(
     Raises:
         DataError: it does not fit; says what was expected, what was found and the way out.
     """
-    found = f"{where}: expected {describe(spec.dtype, spec.shape)}, found {describe(dtype, shape)}"
+    native = (*shape[1 : spec.axis + 1], *shape[:1], *shape[spec.axis + 1 :])
+    found = f"{where}: expected {describe(spec.dtype, spec.native)}, found {describe(dtype, native)}"
     asked = recipe.dtype is not None and _dtype(recipe.dtype) == spec.dtype
     converts = asked or (spec.is_float and _normalises(recipe))
     if not castable(dtype, spec) and not (converts and dtype.kind in "biuf"):

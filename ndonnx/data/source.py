@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,15 +22,30 @@ CHUNK = 2**20
 class DataSource(ABC):
     """Samples for a model, in batches of named arrays."""
 
-    def __init__(self, spec: str, inputs: Sequence[InputSpec], recipe: DataRecipe) -> None:
+    def __init__(
+        self,
+        spec: str,
+        inputs: Sequence[InputSpec],
+        recipe: DataRecipe,
+        fixed: Mapping[str, NDArray[Any]] | None = None,
+    ) -> None:
         self.spec = spec
         """The source as the user wrote it."""
         self.inputs = tuple(inputs)
+        """Inputs of the model that have samples."""
+        self.fixed = dict(fixed or {})
+        """Inputs of the model that have one value for all samples; batches do not hold them."""
         self.recipe = recipe
         self.length: int | None = None
         """Number of samples; None when only running through them would tell."""
         self.has_labels = False
         self._fingerprint: str | None = None
+
+    @property
+    def fixed_batch(self) -> int | None:
+        """Samples in a batch where the model, or what is known of it, fixes them."""
+        fixed = (spec.shape[0] for spec in self.inputs if spec.shape)
+        return next((size for size in fixed if isinstance(size, int)), None)
 
     @abstractmethod
     def batches(self, batch_size: int, *, samples: int | None = None) -> Iterator[Batch]:
@@ -63,6 +79,8 @@ class DataSource(ABC):
             digest = hashlib.blake2b(digest_size=16)
             digest.update(self.recipe.model_dump_json().encode())
             digest.update("; ".join(map(str, self.inputs)).encode())
+            for name, array in sorted(self.fixed.items()):
+                digest.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
             for part in self._content():
                 digest.update(part)
             self._fingerprint = digest.hexdigest()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ndonnx.errors import DataError, ModelError
+from ndonnx.graph.dataflow import real_inputs
 
 ELEMENT_TYPES: dict[str, type[np.generic]] = {
     "tensor(float16)": np.float16, "tensor(float)": np.float32, "tensor(double)": np.float64,
@@ -24,18 +26,44 @@ _FAMILIES = {"f": "float", "i": "integer", "u": "integer"}
 
 @dataclass(frozen=True)
 class InputSpec:
-    """An input of the model. The first axis is the sample; an int is fixed, a str or None dynamic."""
+    """An input of the model, with the samples along the first axis, wherever the model has them."""
 
     name: str
     dtype: np.dtype[np.generic]
     shape: tuple[int | str | None, ...]
+    """Sizes with the samples first: an int is fixed, a str or None dynamic."""
+    axis: int = 0
+    """Axis along which the model has the samples."""
+    sampled: bool = False
+    """Whether the user says that there are samples along that axis."""
+    sizes: tuple[int, ...] | None = None
+    """Sizes of made-up values with the samples first, where the user binds them."""
+    low: float | None = None
+    """Smallest made-up value."""
+    high: float | None = None
+    """Largest made-up value."""
 
     @property
     def is_float(self) -> bool:
         return self.dtype.kind == "f"
 
+    @property
+    def native(self) -> tuple[int | str | None, ...]:
+        """Sizes as the model declares them."""
+        return (*self.shape[1 : self.axis + 1], *self.shape[:1], *self.shape[self.axis + 1 :])
+
+    def along(self, axis: int) -> InputSpec:
+        """The same input, as the model declares it, with the samples along this axis."""
+
+        def first(sizes: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (*sizes[axis : axis + 1], *sizes[:axis], *sizes[axis + 1 :])
+
+        bound = None if self.sizes is None else first(self.sizes)
+        return replace(self, shape=first(self.shape), axis=axis, sizes=bound)
+
     def __str__(self) -> str:
-        return f"'{self.name}' {describe(self.dtype, self.shape)}"
+        where = f" (samples along axis {self.axis})" if self.axis else ""
+        return f"'{self.name}' {describe(self.dtype, self.native)}{where}"
 
 
 @dataclass(frozen=True)
@@ -71,6 +99,18 @@ def input_specs(session: Session) -> list[InputSpec]:
         # Exporters write 0 or -1 for a dimension they do not know.
         shape = tuple(size if not isinstance(size, int) or size > 0 else None for size in entry.shape)
         specs.append(InputSpec(entry.name, np.dtype(ELEMENT_TYPES[entry.type]), shape))
+    return specs
+
+
+def declared_specs(graph: ir.Graph) -> list[InputSpec]:
+    """The inputs of a loaded model, but for those that hold no numbers."""
+    specs = []
+    for value in real_inputs(graph):
+        if value.shape is None or value.dtype is None or value.dtype is ir.DataType.STRING:
+            continue
+        sizes = (size if isinstance(size, int) else size.value for size in value.shape)
+        shape = tuple(size if not isinstance(size, int) or size > 0 else None for size in sizes)
+        specs.append(InputSpec(value.name or "", np.dtype(value.dtype.numpy()), shape))
     return specs
 
 

@@ -18,7 +18,7 @@ class Subset(DataSource):
 
     def __init__(self, source: DataSource, rows: NDArray[np.int64]) -> None:
         """Take int64 (n,) numbers of samples; a number may come twice where the source gives samples by number."""
-        super().__init__(source.spec, source.inputs, source.recipe)
+        super().__init__(source.spec, source.inputs, source.recipe, source.fixed)
         self._source = source
         self._rows = rows
         self.length = len(rows)
@@ -44,7 +44,7 @@ class Joined(DataSource):
     length: int
 
     def __init__(self, first: RowSource | Subset, second: RowSource | Subset) -> None:
-        super().__init__(first.spec, first.inputs, first.recipe)
+        super().__init__(first.spec, first.inputs, first.recipe, first.fixed)
         self._first, self._second = first, second
         self.length = first.length + second.length
         self.has_labels = first.has_labels and second.has_labels

@@ -126,7 +126,7 @@ def harden(
             f"{path}: has {len(given.teacher.graph.outputs)} outputs; only a model with one can be hardened"
         )
     progress.stage("partition")
-    parts = partition_model(given.teacher, recipe)
+    parts = partition_model(given.teacher, recipe, given.interface)
     try:
         noises = measure_noises(parts, given.split.to_fit(_SPREAD_SAMPLES), noise)
         with tempfile.TemporaryDirectory(prefix="ndonnx-") as folder:

@@ -19,6 +19,7 @@ from ndonnx.distil.samples import SliceSamples, Source
 from ndonnx.distil.trainer import OnStep
 from ndonnx.finetune import holds, macs_of, objective_of, train_only
 from ndonnx.graph import load, save
+from ndonnx.graph.branches import open_branches
 from ndonnx.graph.dataflow import real_inputs
 from ndonnx.graph.interface import Interface, samples_first
 from ndonnx.graph.working_copy import working_copy
@@ -130,7 +131,7 @@ class HardenJob:
         torch.set_num_threads(self.threads)
         folder = self.entry.begin()
         hardened, training = harden_whole(
-            load(self.teacher_path),
+            open_branches(load(self.teacher_path), self.interface.fixed),
             ActivationStore.open(self.store_path),
             self.noises,
             self.plan,

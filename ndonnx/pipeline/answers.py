@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 
 from ndonnx.data import DataSource
 from ndonnx.data.split import Split
@@ -19,13 +20,13 @@ from ndonnx.executor import Job, Outcome, make_executor
 from ndonnx.graph.dataflow import real_inputs
 from ndonnx.machine import pick_device
 from ndonnx.partition import Partition
-from ndonnx.pipeline.batches import fixed_batch, read_batch, whole_batches
+from ndonnx.pipeline.batches import read_batch, whole_batches
 from ndonnx.progress import Progress
 from ndonnx.recipe import Recipe
 from ndonnx.teacher import ActivationStore, capture, make_session
 
 
-def answers_a_second(model: Path, source: DataSource) -> float:
+def answers_a_second(model: Path | ir.Model, source: DataSource) -> float:
     """Samples that are read and answered by a model in a second, roughly: by a few batches, the first not counted."""
     session = make_session(model)
     began, samples, size = time.perf_counter(), 0, min(_TIMED_BATCH, read_batch(source))
@@ -127,7 +128,7 @@ class _Copies:
         axes = image_axes(split.source.inputs, split.source.recipe)
         if views == 1 or not recipe.augment or not axes:
             return once
-        fixed = fixed_batch(split.source)
+        fixed = split.source.fixed_batch
         batch = fixed or min(size, wanted)
         held = max(1, wanted // batch) * batch  # whole batches, since copies come batch by batch
         samples = split.to_train(samples, held).length

@@ -23,12 +23,6 @@ PROBE = 8
 """Samples on which the finished student is checked."""
 
 
-def fixed_batch(source: DataSource) -> int | None:
-    """Samples in a batch where the model fixes them."""
-    fixed = (spec.shape[0] for spec in source.inputs if spec.shape)
-    return next((size for size in fixed if isinstance(size, int)), None)
-
-
 def read_batch(source: DataSource) -> int:
     """Samples read at a time: `CAPTURE_BATCH`, fewer where they are large, or as many as the model fixes."""
     each = 0
@@ -38,7 +32,7 @@ def read_batch(source: DataSource) -> int:
             each = sum(array.nbytes for array in next(iter(source.batches(1, samples=1))).inputs.values())
             break
         each += math.prod(sizes) * spec.dtype.itemsize
-    return fixed_batch(source) or max(1, min(CAPTURE_BATCH, _READ_BYTES // max(1, each)))
+    return source.fixed_batch or max(1, min(CAPTURE_BATCH, _READ_BYTES // max(1, each)))
 
 
 def whole_batches(
@@ -52,7 +46,7 @@ def whole_batches(
 
     `on_labels` is told the labels of each batch that has any, without the filling.
     """
-    fixed = fixed_batch(source)
+    fixed = source.fixed_batch
     for batch in source.batches(fixed or size, samples=samples):
         if batch.labels is not None:
             on_labels(batch.labels)

@@ -12,7 +12,7 @@ from ndonnx.distil import load_student
 from ndonnx.errors import VerificationError
 from ndonnx.graph import Cost
 from ndonnx.graph.bound import bind
-from ndonnx.graph.load import declared_values, forget_inferred, infer_shapes
+from ndonnx.graph.load import copy_of, declared_values, forget_inferred, infer_shapes
 from ndonnx.graph.macs import sample_cost
 from ndonnx.graph.working_copy import working_copy
 from ndonnx.partition import Partition
@@ -43,7 +43,10 @@ class Composed:
 class Composition:
     """Puts students together, the same way whoever chose them."""
 
+    original: ir.Model
+    """The teacher as its file has it: what is written where no student is."""
     teacher: ir.Model
+    """Where students go, see `ndonnx.pipeline.opening.Given`."""
     parts: Partition
     source: DataSource
     recipe: Recipe
@@ -115,7 +118,7 @@ class Composition:
 
     def _in_place(self, students: Mapping[str, ir.Model]) -> ir.Model:
         if not students:
-            return self.teacher.clone()
+            return copy_of(self.original)
         return splice(self.teacher, {name: self.parts.as_in_teacher(student) for name, student in students.items()})
 
     def _students(self, entries: Mapping[str, Entry]) -> dict[str, ir.Model]:

@@ -10,6 +10,8 @@ import platform
 from dataclasses import replace
 from pathlib import Path
 
+import onnx_ir as ir
+
 from ndonnx.graph import save
 from ndonnx.machine import peak_rss_bytes, usable_cores
 from ndonnx.pipeline.answers import answers_a_second
@@ -75,7 +77,7 @@ def compress(
     with RunDir(folder) as run:
         with clock.measure("partition"):
             progress.stage("partition")
-            parts = priced_for(given.split.source, partition_model(teacher, recipe))
+            parts = priced_for(given.split.source, partition_model(teacher, recipe, given.interface))
             tolerances = None if study is None else Tolerances(study, parts)
         if recipe.time_budget is not None:
             schedule = replace(schedule, rate=_rate(run, given))
@@ -84,7 +86,9 @@ def compress(
             run, given.path, parts, given.split, samples, recipe, schedule, progress, clock, tolerances
         )
         finishing = Finishing(run, parts, given.split, samples, recipe, schedule, progress)
-        composition = Composition(teacher, parts, given.split.source, recipe, schedule, finishing, progress, clock)
+        composition = Composition(
+            given.original, teacher, parts, given.split.source, recipe, schedule, finishing, progress, clock
+        )
         outcomes = distillation.distil()
         entries = {n.name: entry for n in parts.neighbourhoods if (entry := outcomes[n.name].entry)}
         composed = composition.compose(entries, distillation.data)
@@ -117,8 +121,13 @@ def _rate(run: RunDir, given: Given) -> float:
     entry = run.entry("rates", fingerprint(fingerprint_file(str(given.path)), given.split.source.fingerprint(), *where))
     if not entry.done:
         entry.begin()
-        entry.commit({"samples_a_second": min(answers_a_second(given.path, given.split.source), _FASTEST)})
+        entry.commit({"samples_a_second": min(answers_a_second(_fed(given), given.split.source), _FASTEST)})
     return float(entry.meta()["samples_a_second"])
+
+
+def _fed(given: Given) -> Path | ir.Model:
+    """The teacher as something that takes the batches of the source."""
+    return given.path if given.interface.is_plain else given.interface.applied(given.teacher)
 
 
 _FASTEST = 1e9

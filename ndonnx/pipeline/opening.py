@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from ndonnx.data import DATA_FREE, DataSource, input_specs, open_source
+from ndonnx.data.inputs import interface_of
 from ndonnx.data.source import RowSource
 from ndonnx.data.split import Split, compared_of, draw
 from ndonnx.data.subset import Joined, Subset
 from ndonnx.errors import DataError, ModelError
 from ndonnx.graph import load
 from ndonnx.graph.bound import one_sample
+from ndonnx.graph.branches import open_branches
+from ndonnx.graph.interface import Interface
 from ndonnx.graph.load import check_writable
 from ndonnx.graph.working_copy import working_copy
 from ndonnx.partition import Partition, partition
@@ -29,7 +34,12 @@ class Given:
     """What a run starts from."""
 
     path: Path
+    original: ir.Model
+    """The teacher as its file has it."""
     teacher: ir.Model
+    """The same with the branches that are always taken in the place of their `If`: where students go."""
+    interface: Interface
+    """How it is fed."""
     split: Split
     """The data, and which of its rows do what."""
     judge: DataSource
@@ -84,8 +94,9 @@ def open_all(
     teacher = load(model)
     specs = input_specs(make_session(model))
 
-    def source_of(spec: str, seed: int = recipe.seed) -> DataSource:
-        return open_source(spec, specs, recipe.data, seed=seed, graph=teacher.graph)
+    def source_of(spec: str, seed: int = recipe.seed, fixed: Mapping[str, NDArray[Any]] | None = None) -> DataSource:
+        settings = recipe.model_inputs
+        return open_source(spec, specs, recipe.data, seed=seed, graph=teacher.graph, settings=settings, fixed=fixed)
 
     wanted = recipe.samples if samples is None else samples
     if data is None and not recipe.data_free and recipe.inputs != "noise":
@@ -104,9 +115,11 @@ def open_all(
         confirming=confirming,
         made_up=trained,
     )
-    judge = source_of(eval_data) if eval_data is not None else split.to_compare()
+    judge = source_of(eval_data, fixed=source.fixed) if eval_data is not None else split.to_compare()
     remarks = () if eval_data is not None else _remarks(split)
-    return Given(model, teacher, split, judge, min(wanted, split.available), remarks)
+    interface = interface_of(source.inputs, source.fixed)
+    opened = open_branches(teacher, interface.fixed)
+    return Given(model, teacher, opened, interface, split, judge, min(wanted, split.available), remarks)
 
 
 def _remarks(split: Split) -> tuple[str, ...]:
@@ -144,12 +157,19 @@ def _all_classes(
     pool = source_of(f"{DATA_FREE}:{POOL * samples}", seed)
     assert isinstance(pool, RowSource)
     # One thread: another last bit could choose other samples, and nothing of an earlier run would be found again.
-    return balanced(pool, teacher, samples, threads=1)
+    fed = interface_of(pool.inputs, pool.fixed).applied(teacher)
+    return balanced(pool, fed, samples, threads=1)
 
 
-def partition_model(teacher: ir.Model, recipe: Recipe) -> Partition:
-    """Partition a loaded teacher as a recipe says; the teacher is not changed."""
-    working = working_copy(teacher)
+def partition_model(teacher: ir.Model, recipe: Recipe, interface: Interface | None = None) -> Partition:
+    """Partition a loaded teacher as a recipe says; the teacher is not changed.
+
+    Args:
+        teacher: with the branches that are always taken open (`open_branches`).
+        recipe: granularity, cuts, and what is frozen.
+        interface: how the teacher is fed. None: samples along the first axis of every input.
+    """
+    working = working_copy(teacher, interface)
     return partition(working, granularity=recipe.granularity, cut=recipe.cut, freeze=recipe.freeze)
 
 

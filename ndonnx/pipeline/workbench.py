@@ -118,7 +118,8 @@ class Workbench:
     def parts(self) -> Partition:
         with self.clock.measure("partition"):
             self.progress.stage("partition")
-            return priced_for(self.given.split.source, partition_model(self.given.teacher, self.recipe))
+            parts = partition_model(self.given.teacher, self.recipe, self.given.interface)
+            return priced_for(self.given.split.source, parts)
 
     @property
     def split(self) -> Split:
@@ -160,7 +161,15 @@ class Workbench:
     def composition(self) -> Composition:
         given, source = self.given, self.split.source
         return Composition(
-            given.teacher, self.parts, source, self.recipe, self.schedule, self.finishing, self.progress, self.clock
+            given.original,
+            given.teacher,
+            self.parts,
+            source,
+            self.recipe,
+            self.schedule,
+            self.finishing,
+            self.progress,
+            self.clock,
         )
 
     @cached_property

@@ -22,6 +22,7 @@ from ndonnx.graph.branches import open_branches
 from ndonnx.graph.interface import Interface
 from ndonnx.graph.working_copy import working_copy
 from ndonnx.progress import Progress, Silent
+from ndonnx.task import are_probabilities, class_scores, doubt, has_shape_of_scores
 from ndonnx.teacher.sessions import OrtError, make_session
 from ndonnx.teacher.sizes import rows_at_once
 
@@ -29,8 +30,6 @@ Model = str | Path | ir.Model
 Array = NDArray[np.generic]
 Float = NDArray[np.float64]
 
-CLASS_RANK = 2
-"""Rank of class scores: (samples, classes)."""
 _FEW = 2
 """Samples by which sizes are found."""
 _COPIES = 8
@@ -43,7 +42,7 @@ _UNKNOWN = 16
 class Evaluation:
     """What was measured; None where labels, a teacher or class scores were missing.
 
-    Class scores are the first float output of shape (samples, classes) with at least 2 classes.
+    Class scores are the first output that is known to hold any, see `ndonnx.task`.
     """
 
     samples: int
@@ -109,6 +108,8 @@ def evaluate(
             tally.add(student.run(part, fixed), expected, part.labels, len(part))
         progress.advance(len(batch))
     found = tally.result()
+    if reference is not None and tally.doubt is not None:
+        progress.note(tally.doubt)
     worst = None if found.worst_sample is None else data.row_number(found.worst_sample)
     return replace(found, worst_sample=worst)
 
@@ -177,6 +178,9 @@ class _Tally:
         self._agreed = 0
         self._divergence = 0.0
         self._probabilities: bool | None = None
+        self._scores: str | None = None
+        self.doubt: str | None = None
+        """One line about an output that might hold class scores."""
         self._fidelity: dict[str, _Fidelity] = {}
         self._worst: tuple[int, float] | None = None
 
@@ -190,8 +194,8 @@ class _Tally:
         """Take in the outputs for `count` samples."""
         if expected is not None:
             self._compare(outputs, expected, count)
-        scores = next((name for name, value in outputs.items() if is_scores(value, count)), None)
-        if scores is not None:
+        scores = self._class_scores(outputs if expected is None else expected, labels, count)
+        if scores is not None and has_shape_of_scores(outputs[scores], count):
             predicted = top_class(outputs[scores])
             if labels is not None:
                 self._check(labels, outputs[scores].shape[1])
@@ -202,6 +206,13 @@ class _Tally:
                 self._agreed += int(np.sum(predicted == top_class(expected[scores])))
                 self._divergence += self._kl(outputs[scores], expected[scores])
         self._samples += count
+
+    def _class_scores(self, answers: Mapping[str, Array], labels: NDArray[np.int64] | None, count: int) -> str | None:
+        """The output with class scores; the first batch decides which it is, and whether there is one."""
+        if not self._samples:
+            self._scores = class_scores(answers, count, labelled=labels is not None)
+            self.doubt = doubt(answers, count, labelled=labels is not None)
+        return self._scores
 
     def result(self) -> Evaluation:
         """Everything so far."""
@@ -306,22 +317,11 @@ def _pad(value: Array, size: int) -> Array:
     return np.concatenate([value, np.repeat(value[-1:], missing, axis=0)]) if missing else value
 
 
-def is_scores(value: Array, count: int) -> bool:
-    """Whether an output for `count` samples holds class scores: floats, (samples, classes), at least 2 classes."""
-    return value.dtype.kind == "f" and value.ndim == CLASS_RANK and len(value) == count and value.shape[1] > 1
-
-
 def top_class(scores: Array) -> NDArray[np.int64]:
     """The class with the largest score; -1, which is no class, where a score is NaN."""
     top = np.argmax(scores, axis=1).astype(np.int64)
     top[np.isnan(scores).any(axis=1)] = -1
     return np.asarray(top)
-
-
-def are_probabilities(scores: Array) -> bool:
-    """Whether class scores come out of a softmax."""
-    values = scores.astype(np.float64)
-    return bool(np.all(values >= 0) and np.allclose(values.sum(axis=1), 1, atol=1e-2))
 
 
 def log_probabilities(scores: Array, probabilities: bool) -> Float:

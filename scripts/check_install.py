@@ -29,6 +29,7 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -132,20 +133,29 @@ def environment(constraints: str | None) -> Iterator[Environment]:
     with tempfile.TemporaryDirectory(prefix="ndonnx-install-") as scratch:
         new = Environment(Path(scratch), constraints)
         (new.folder / "home").mkdir()
+        copy_sources(new.folder)
         new.run(sys.executable, "-m", "venv", new.folder / "venv")
         new.install(build_wheel(new), *TOOLS)
-        shutil.copytree(ROOT / "tests", new.folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(ROOT / "pyproject.toml", new.folder)
         yield new
+
+
+def copy_sources(folder: Path) -> None:
+    """What the wheel is built from, and the tests beside it, all at once: somebody may go on working meanwhile.
+
+    The tests do not lie beside the sources, which they would import instead of the wheel.
+    """
+    unread = shutil.ignore_patterns("__pycache__")
+    (folder / "sources").mkdir()
+    for name in BUILT_FROM:
+        copy = partial(shutil.copytree, ignore=unread) if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, folder / "sources" / name)
+    shutil.copytree(ROOT / "tests", folder / "tests", ignore=unread)
+    shutil.copy(ROOT / "pyproject.toml", folder)
 
 
 def build_wheel(new: Environment) -> Path:
     """The wheel, built from copies: a build leaves its outputs beside its sources."""
     sources = new.folder / "sources"
-    sources.mkdir()
-    for name in BUILT_FROM:
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, sources / name)
     new.pip("wheel", "--no-deps", "--wheel-dir", new.folder / "wheel", sources)
     (wheel,) = (new.folder / "wheel").glob("*.whl")
     return wheel

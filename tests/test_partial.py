@@ -180,7 +180,7 @@ def test_paths() -> None:
 
 
 def scores_of(classes: list[int], count: int = 3) -> dict[str, Array]:
-    return {"y": np.eye(count, dtype=np.float32)[classes] * 4}
+    return {"logits": np.eye(count, dtype=np.float32)[classes] * 4}
 
 
 def test_accuracy_and_agreement_by_hand() -> None:
@@ -204,11 +204,11 @@ def test_divergence_by_hand() -> None:
     p, q = np.array([0.5, 0.25, 0.25]), np.array([0.25, 0.5, 0.25])
     expected = 0.5 * math.log(2) + 0.25 * math.log(0.5)
     for form in (np.log, lambda x: np.log(x) + 7, lambda x: x):  # logits, shifted ones, probabilities
-        teacher, student = ({"y": np.stack([form(v), form(p)]).astype(np.float32)} for v in (p, q))
+        teacher, student = ({"logits": np.stack([form(v), form(p)]).astype(np.float32)} for v in (p, q))
         quality = Quality(teacher)
         assert quality.divergence(student) == pytest.approx(expected / 2, rel=1e-5)
         assert quality.divergence(teacher) == 0
-    broken = {"y": np.full((2, 3), np.nan, np.float32)}
+    broken = {"logits": np.full((2, 3), np.nan, np.float32)}
     assert Quality(teacher).divergence(broken) == math.inf
     assert Quality(teacher).drop(broken) == 1
 

@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ndonnx.errors import DataError, ModelError
-from ndonnx.evaluate import are_probabilities, is_scores, log_probabilities, top_class
+from ndonnx.evaluate import log_probabilities, top_class
+from ndonnx.task import are_probabilities, class_scores
 
 Array = npt.NDArray[Any]
 Outputs = Mapping[str, Array]
@@ -33,7 +34,7 @@ class Quality:
         """Take the teacher's answers as the measure.
 
         Args:
-            outputs: the teacher's, all samples. Class scores are the first output (samples, classes).
+            outputs: the teacher's, all samples; `ndonnx.task` says which of them holds class scores.
             labels: whole numbers (samples,), the classes; None where they are not known.
             samples: how many; None takes the length of the first float output.
 
@@ -45,7 +46,7 @@ class Quality:
         if not self._teacher:
             raise ModelError("the model has no float output to compare answers by")
         self.samples = samples or next(len(value) if value.ndim else 1 for value in self._teacher.values())
-        self._scores = next((name for name, value in self._teacher.items() if is_scores(value, self.samples)), None)
+        self._scores = class_scores(self._teacher, self.samples, labelled=labels is not None)
         self.kind: Literal["accuracy", "agreement", "nmse"] = "nmse"
         if self._scores is None:
             return

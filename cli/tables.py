@@ -163,7 +163,7 @@ def print_inspection(inspection: ndonnx.Inspection) -> None:
             _widths(piece.widths),
             piece.status,
             "" if piece.parity is None else f"{piece.parity:.1e}",
-            piece.reason or piece.note or "",
+            piece.reason or _together(piece.student_of) or piece.note or "",
         )
         for piece in pieces
     )
@@ -219,7 +219,7 @@ def _neighbourhoods(report: ndonnx.CompressReport) -> Table:
             str(n.steps) if n.candidate else "",
             str(n.steps_saved) if n.steps_saved else "",
             seconds_text(n.seconds) if n.candidate else "",
-            n.reason or n.warning or "",
+            n.reason or n.warning or _together(n.student_of),
         )
         for n in report.neighbourhoods
     )
@@ -284,3 +284,7 @@ def print_text(what: Table | str) -> None:
         # A column is padded even where nothing follows it, which helps nobody who reads a file.
         what = "\n".join(line.rstrip() for line in drawn.get().splitlines()) + "\n"
     console.out(what, highlight=False)
+
+
+def _together(first: str | None) -> str:
+    return f"one student with {first}" if first is not None else ""

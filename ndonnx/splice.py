@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Container, Iterable, Mapping
 from functools import cache
+from types import MappingProxyType
 
 import numpy as np
 import onnx_ir as ir
@@ -38,22 +39,43 @@ def _array(value: ir.Value) -> np.ndarray:
     return value.const_value.numpy()
 
 
-def splice(teacher: ir.Model, students: Mapping[str, ir.Model]) -> ir.Model:
+def splice(
+    teacher: ir.Model, students: Mapping[str, ir.Model], shared: Mapping[str, str] = MappingProxyType({})
+) -> ir.Model:
     """A copy of the teacher with students in it.
 
     Args:
         teacher: as loaded; not changed. Its names, opset, metadata and outer nodes survive.
         students: by the name of the neighbourhood, for unique names; each is a model whose
             inputs are values of the teacher and whose one output is the value it replaces.
+        shared: neighbourhoods whose student is that of an earlier one, by name, with the name of that one: initializers
+            of one name are one in all their places.
 
     Raises:
         KeyError: a student reads or makes a value that the teacher does not have.
     """
     model = teacher.clone()
     shapes = cache(lambda: _resolved(teacher))
+    several = set(shared.values())
+    held: dict[str, dict[str, ir.Value]] = {}
     for name, student in students.items():
-        _replace(model, name, student.clone(), shapes)
+        first = shared.get(name, name)
+        weights = held.setdefault(first, {}) if first in several else {}
+        _replace(model, name, student.clone(), shapes, weights)
+    _restore_names(model.graph, held.values())
     return infer_shapes(model)
+
+
+def _restore_names(graph: ir.Graph, held: Iterable[Mapping[str, ir.Value]]) -> None:
+    """Give weights of several places back the names that the teacher's had until the last place was replaced."""
+    renamed = [(name, value) for weights in held for name, value in weights.items() if value.name != name]
+    if not renamed:
+        return
+    taken = _names(ir.convenience.create_value_mapping(graph).values())
+    for name, value in renamed:
+        if name not in taken and graph.initializers.get(value.name or "") is value:
+            value.name = name
+            taken.add(name)
 
 
 def _resolved(teacher: ir.Model) -> _Shapes:
@@ -62,7 +84,10 @@ def _resolved(teacher: ir.Model) -> _Shapes:
     return {value.name: value.shape for node in nodes for value in node.outputs if value.shape is not None}
 
 
-def _replace(model: ir.Model, name: str, student: ir.Model, shapes: Callable[[], _Shapes]) -> None:
+def _replace(
+    model: ir.Model, name: str, student: ir.Model, shapes: Callable[[], _Shapes], held: dict[str, ir.Value]
+) -> None:
+    """Put a student in its place; `held` are the weights that it has from its other places, and gets what it brings."""
     graph = model.graph
     values = ir.convenience.create_value_mapping(graph, include_subgraphs=False)
     exit_ = values[student.graph.outputs[0].name or ""]
@@ -74,7 +99,14 @@ def _replace(model: ir.Model, name: str, student: ir.Model, shapes: Callable[[],
     for value, outer in inputs.items():
         value.replace_all_uses_with(outer)
     handed_over = _hand_lengths_over(graph, student, left, set(inputs.values()), shapes)
+    for weight in list(student.graph.initializers.values()):
+        if (there := held.get(weight.name or "")) is not None:
+            weight.replace_all_uses_with(there)
+            del student.graph.initializers[weight.name or ""]
+    brought = {weight.name or "": weight for weight in student.graph.initializers.values()}
     _rename_clashes(graph, student.graph, name)
+    own = set(student.graph.initializers.values())
+    held.update({before: weight for before, weight in brought.items() if weight in own})
     _adopt_initializers(model, student.graph)
     nodes = list(student.graph)
     output = student.graph.outputs[0]

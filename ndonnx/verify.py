@@ -13,9 +13,11 @@ import onnx_ir as ir
 from ndonnx.convert import check_parity, to_torch
 from ndonnx.errors import ParityError, VerificationError, first_line
 from ndonnx.graph import save
+from ndonnx.graph.costs import held_weights
 from ndonnx.graph.dataflow import real_inputs, sub_graphs
 from ndonnx.graph.interface import sample_axis, samples_first, set_sample_axis
 from ndonnx.partition import Partition
+from ndonnx.splice import splice
 from ndonnx.teacher import make_session
 from ndonnx.teacher.sessions import REFUSALS
 
@@ -53,6 +55,39 @@ def verify(
             raise VerificationError(
                 f"{neighbourhood.name}: in the spliced student, {error}", neighbourhood.name
             ) from error
+
+
+def check_no_larger(teacher: ir.Model, students: Mapping[str, ir.Model], shared: Mapping[str, str]) -> None:
+    """Refuse students with which the file would hold more weights than the teacher's, in number or in bytes.
+
+    A student may be smaller than its neighbourhood and the model larger all the same: where the teacher's weight has
+    to stay beside it, because something else reads it, or where the teacher keeps it in fewer bytes.
+
+    Args:
+        teacher: as loaded.
+        students: by the name of the neighbourhood, for `splice`.
+        shared: as for `splice`.
+
+    Raises:
+        VerificationError: naming the neighbourhood whose student adds most.
+    """
+    before = held_weights(teacher)
+    growth = _growth(before, held_weights(splice(teacher, students, shared)))
+    if growth <= 0:
+        return
+    alone: dict[str, float] = {}
+    for first in dict.fromkeys(shared.get(name, name) for name in students):
+        these = {name: student for name, student in students.items() if shared.get(name, name) == first}
+        alone[first] = _growth(before, held_weights(splice(teacher, these, shared)))
+    worst = max(alone, key=lambda name: alone[name])
+    raise VerificationError(
+        f"{worst}: with its student the model would be larger, by {max(growth, alone[worst]):.2g} of its weights", worst
+    )
+
+
+def _growth(before: tuple[int, int], after: tuple[int, int]) -> float:
+    """By which part of it the number of weights grows, or their bytes, whichever grows more."""
+    return max((new - old) / max(1, old) for old, new in zip(before, after, strict=True))
 
 
 def _check_interface(teacher: ir.Model, student: ir.Model) -> None:

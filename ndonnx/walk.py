@@ -149,7 +149,12 @@ def refit_walk(
         given, found = (_arrays(prefix.inputs_of(neighbourhood)) for prefix in (theirs, ours))
         constants = frozenset(name for name, store in ours.inputs_of(neighbourhood).items() if store.is_constant(name))
         try:
-            refitted = refit_exit(slice_, student, given, found, constants=constants, threads=threads)
+            # One student of several places would become several.
+            refitted = (
+                refit_exit(slice_, student, given, found, constants=constants, threads=threads, held=neighbourhood.held)
+                if len(parts.uses(neighbourhood)) == 1
+                else None
+            )
         except ShrinkError:  # the student then stays as it was trained, which is no worse than before
             refitted = None
         done[neighbourhood.name] = refitted or student

@@ -29,10 +29,32 @@ def free_batch(model: ir.Model, inputs: Sequence[str]) -> ir.Model:
     for value in fixed:
         assert value.shape is not None
         value.shape = ir.Shape(["samples", *value.shape[1:]])
+    _forget_shapes(model)
+    return infer_shapes(model)
+
+
+def free_sizes(model: ir.Model, examples: Sequence[Arrays]) -> ir.Model:
+    """Let a slice take inputs of all these sizes: an axis that is not as long in each of them becomes a free one.
+
+    Works in place and returns the slice.
+    """
+    changed = False
+    for value in model.graph.inputs:
+        shapes = [example[value.name or ""].shape[1:] for example in examples]
+        free = {axis for axis, sizes in enumerate(zip(*shapes, strict=True), 1) if len(set(sizes)) > 1}
+        if free and value.shape is not None:
+            sizes = [f"{value.name}/{axis}" if axis in free else size for axis, size in enumerate(value.shape)]
+            value.shape, changed = ir.Shape(sizes), True
+    if not changed:
+        return model
+    _forget_shapes(model)
+    return infer_shapes(model)
+
+
+def _forget_shapes(model: ir.Model) -> None:
     for node in model.graph:
         for value in node.outputs:
             value.shape = None
-    return infer_shapes(model)
 
 
 def answer(model: ir.Model, probe: Arrays, threads: int = 1) -> npt.NDArray[Any]:

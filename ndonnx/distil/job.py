@@ -12,10 +12,10 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from ndonnx.convert import to_torch, write_back
-from ndonnx.distil.gate import check_answer, free_batch, pass_gate
+from ndonnx.convert import TorchSlice, to_torch, write_back
+from ndonnx.distil.gate import Arrays, check_answer, free_batch, free_sizes, pass_gate
 from ndonnx.distil.losses import Head, LookAheadLoss, NeighbourhoodLoss, Objective, target_variance
-from ndonnx.distil.samples import SliceSamples, Source
+from ndonnx.distil.samples import Samples, SharedSamples, SliceSamples, Source
 from ndonnx.distil.trainer import OnStep, Plan, train
 from ndonnx.errors import ConversionError
 from ndonnx.graph import load, save, slice_cost
@@ -47,6 +47,8 @@ class DistilResult:
     parameters: int
     macs: int | None
     """Multiply-accumulates for one sample; None where they cannot be told."""
+    may_grow: bool = False
+    """Whether its method promises no smaller model: the user's own modules."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,10 @@ class DistilJob:
     head_weights: tuple[float, ...] = ()
     neighbourhood: str | None = None
     """What random numbers are drawn for: the same student whatever the job is called. None: its name."""
+    further: tuple[Mapping[str, tuple[Path, str]], ...] = ()
+    """Other places where the student stands: by the name of each value here, a store and the value's name in it."""
+    held: frozenset[str] = frozenset()
+    """Weights that stay as they are, because the teacher reads them elsewhere too."""
 
     def __call__(self, on_step: OnStep) -> DistilResult:
         """Shrink, convert, check, train, write back; the student and its result are on disk afterwards.
@@ -91,13 +97,15 @@ class DistilJob:
         torch.set_num_threads(self.threads)
         folder = self.entry.begin()
         samples = self._samples()
-        model = free_batch(load(self.slice_path), [name for name in self.inputs if not samples.is_constant(name)])
-        captured = samples.arrays(0, _PROBE)
-        probe = {name: captured[name] for name in self.inputs}
-        pass_gate(model, probe, self.parity, self.threads, captured[self.target].shape)
+        slice_ = free_batch(load(self.slice_path), [name for name in self.inputs if not samples.is_constant(name)])
+        captured = [rows.arrays for rows in samples.heldout(_PROBE)]
+        probes = [{name: arrays[name] for name in self.inputs} for arrays in captured]
+        model = free_sizes(slice_.clone(), probes)
+        for arrays, probe in zip(captured, probes, strict=True):
+            pass_gate(model, probe, self.parity, self.threads, arrays[self.target].shape)
         seed = zlib.crc32(self._slice_name.encode(), self.plan.seed)
         candidate = self.method.build(self._teacher(model, samples), np.random.default_rng(seed))
-        module, _ = pass_gate(candidate.model, probe, self.parity, self.threads)
+        module = self._past_gate(candidate.model, probes)
         heads = self._heads()
         objective = self._objective(samples, heads)
         cost = slice_cost(candidate.model, samples.shapes(self.inputs))
@@ -112,7 +120,8 @@ class DistilJob:
             macs=cost.macs or 0,
         )
         student = write_back(candidate.model, module.trained_weights())
-        check_answer(module, student, probe, self.parity, self.threads)
+        for probe in probes:
+            check_answer(module, student, probe, self.parity, self.threads)
         save(student, folder / STUDENT_FILE)
         result = DistilResult(
             candidate.spec + (f", look-ahead {len(heads)}" if heads else ""),
@@ -123,6 +132,7 @@ class DistilJob:
             time.perf_counter() - began,
             cost.parameters,
             cost.macs,
+            self.method.may_grow,
         )
         self.entry.commit(asdict(result))
         return result
@@ -131,10 +141,23 @@ class DistilJob:
     def _slice_name(self) -> str:
         return self.neighbourhood or self.name
 
-    def _samples(self) -> SliceSamples:
-        stores = {path: ActivationStore.open(path) for path in dict.fromkeys(self.stores.values())}
-        sources = {name: Source(stores[path], name) for name, path in self.stores.items()}
-        return SliceSamples(sources, self.inputs, self.holdout)
+    def _past_gate(self, model: ir.Model, probes: Sequence[Arrays]) -> TorchSlice:
+        """A candidate in torch, where the weights that are held do not move."""
+        module, _ = pass_gate(model, probes[0], self.parity, self.threads)
+        for probe in probes[1:]:
+            check_answer(module, model, probe, self.parity, self.threads)
+        for name, weight in zip(module.weight_names, module.weights, strict=True):
+            if name in self.held:
+                weight.requires_grad_(False)
+        return module
+
+    def _samples(self) -> Samples:
+        places = [{name: (path, name) for name, path in self.stores.items()}, *self.further]
+        paths = dict.fromkeys(path for place in places for path, _ in place.values())
+        stores = {path: ActivationStore.open(path) for path in paths}
+        sources = [{name: Source(stores[path], there) for name, (path, there) in each.items()} for each in places]
+        opened = [SliceSamples(each, self.inputs, self.holdout) for each in sources]
+        return opened[0] if len(opened) == 1 else SharedSamples(opened)
 
     def _heads(self) -> list[Head]:
         """What it looks through: the slices up to the first that does not convert."""
@@ -147,20 +170,20 @@ class DistilJob:
             found.append(Head(module, head.context, head.output))
         return found
 
-    def _objective(self, samples: SliceSamples, heads: Sequence[Head]) -> Objective:
+    def _objective(self, samples: Samples, heads: Sequence[Head]) -> Objective:
         if not heads:
             return NeighbourhoodLoss(self.target)
         loss = LookAheadLoss(self.target, heads, self.head_weights[: len(heads)])
-        rows = samples.training_rows(_PROBE)
+        rows = samples.shaping(_PROBE).arrays
         loss.scales = {name: target_variance(torch.from_numpy(rows[name])) for name in loss.values}
         return loss
 
-    def _teacher(self, model: ir.Model, samples: SliceSamples) -> TeacherSlice:
+    def _teacher(self, model: ir.Model, samples: Samples) -> TeacherSlice:
         count = min(_SHAPING_SAMPLES, max(_PROBE, _SHAPING_BYTES // max(1, samples.bytes_per_sample())))
-        rows = samples.training_rows(count)
-        constants = frozenset(name for name in self.inputs if samples.is_constant(name))
-        given = {name: rows[name] for name in self.inputs}
-        return TeacherSlice(self._slice_name, model, self.groups, given, self.threads, constants)
+        rows = samples.shaping(count)
+        given = {name: rows.arrays[name] for name in self.inputs}
+        constants = rows.constant & given.keys()
+        return TeacherSlice(self._slice_name, model, self.groups, given, self.threads, constants, self.held)
 
 
 def read_result(entry: Entry) -> DistilResult:

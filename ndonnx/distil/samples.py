@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +28,15 @@ class Blocks:
     def split(cls, samples: int, part: float) -> Blocks:
         """Set at least one sample aside, and leave at least one to train on."""
         return cls(samples, min(max(1, round(part * samples)), samples - 1))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of all values, as arrays; floats as float32."""
+
+    arrays: Mapping[str, np.ndarray]
+    constant: frozenset[str]
+    """Those that have no sample axis: one array for all samples."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +108,18 @@ class SliceSamples:
         whole = {name: self._maps[name].shape for name in names}
         return {name: shape if self.is_constant(name) else (1, *shape[1:]) for name, shape in whole.items()}
 
+    def heldout(self, count: int) -> list[Rows]:
+        """The first `count` rows; a list, since not all need have the same shape where there are several places."""
+        return [Rows(self.arrays(0, count), frozenset(self._constant))]
+
+    def shaping(self, count: int) -> Rows:
+        """The first `count` training rows, by which a candidate is shaped."""
+        return Rows(self.training_rows(count), frozenset(self._constant))
+
+    def split(self, rows: np.ndarray, parts: int) -> list[np.ndarray]:
+        """The rows in so many parts (fewer of few rows), each of which can be a batch."""
+        return [part for part in np.array_split(rows, parts) if len(part)]
+
     def batch(self, rows: np.ndarray) -> dict[str, Tensor]:
         """All values of these rows, in the types in which they are stored."""
         tensors = {name: torch.from_numpy(np.ascontiguousarray(self._rows(name, rows))) for name in self._maps}
@@ -109,6 +130,13 @@ class SliceSamples:
             self._read = 0
         return tensors
 
+    def form(self) -> Hashable:
+        """Equal where rows of two places can stand in one batch: shapes, types, and the constants themselves."""
+        return tuple(
+            (name, values.dtype.kind, values.tobytes() if self.is_constant(name) else values.shape[1:])
+            for name, values in self._maps.items()
+        )
+
     def bytes_per_sample(self) -> int:
         """Bytes of one sample of all values as float32."""
         return sum(int(np.prod(values.shape[1:])) * 4 for values in self._maps.values())
@@ -117,6 +145,85 @@ class SliceSamples:
         if self.is_constant(name):
             return np.array(self._maps[name])  # torch warns of arrays that cannot be written
         return np.asarray(self._maps[name][rows])
+
+
+class SharedSamples:
+    """The activations of several places in which one student stands, as one set of samples.
+
+    A row is a sample at one of the places. All rows of a sample are neighbours, so that what is set aside is set aside
+    at every place. Places whose values have the same shapes go into one batch.
+    """
+
+    def __init__(self, places: Sequence[SliceSamples]) -> None:
+        """Take the places' samples together: the same samples, and the same names of values, at each."""
+        self._places = list(places)
+        self.inputs = places[0].inputs
+        count = len(self._places)
+        samples, holdout = (min(getattr(p.blocks, name) for p in places) for name in ("samples", "holdout"))
+        self.blocks = Blocks(samples * count, holdout * count)
+        self._alike: dict[object, list[int]] = {}
+        for number, place in enumerate(self._places):
+            self._alike.setdefault(place.form(), []).append(number)
+
+    def is_constant(self, name: str) -> bool:
+        """Whether one array serves all samples, at every place."""
+        return all(place.is_constant(name) for place in self._places)
+
+    def bytes_per_sample(self) -> int:
+        """Most bytes of one row of all values as float32."""
+        return max(place.bytes_per_sample() for place in self._places)
+
+    def shapes(self, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
+        """The shapes that values have for one sample at the first place."""
+        return self._places[0].shapes(names)
+
+    def heldout(self, count: int) -> list[Rows]:
+        """About the first `count` rows, those of alike places together."""
+        each = max(1, count // len(self._places))
+        return [self._together(numbers, 0, each) for numbers in self._alike.values()]
+
+    def shaping(self, count: int) -> Rows:
+        """About so many of the training rows, of those alike places that have most numbers in all."""
+        numbers = max(self._alike.values(), key=lambda these: len(these) * self._places[these[0]].bytes_per_sample())
+        first = self.blocks.holdout // len(self._places)
+        last = self.blocks.samples // len(self._places)
+        return self._together(numbers, first, min(last, first + max(1, count // len(numbers))))
+
+    def split(self, rows: np.ndarray, parts: int) -> list[np.ndarray]:
+        """The rows in parts of alike places, each of which can be a batch."""
+        place = rows % len(self._places)
+        return [
+            part
+            for numbers in self._alike.values()
+            for part in np.array_split(rows[np.isin(place, numbers)], parts)
+            if len(part)
+        ]
+
+    def batch(self, rows: np.ndarray) -> dict[str, Tensor]:
+        """All values of these rows, of alike places, in the types in which they are stored."""
+        place, sample = rows % len(self._places), rows // len(self._places)
+        found = [(self._places[n], self._places[n].batch(sample[place == n])) for n in np.unique(place).tolist()]
+        first, values = found[0]
+        return {
+            name: values[name] if first.is_constant(name) else torch.cat([batch[name] for _, batch in found])
+            for name in values
+        }
+
+    def _together(self, numbers: Sequence[int], start: int, stop: int) -> Rows:
+        """Rows of these samples at alike places, those of a sample next to each other."""
+        found = [self._places[number].arrays(start, stop) for number in numbers]
+        first = self._places[numbers[0]]
+        constant = frozenset(name for name in first.names if first.is_constant(name))
+        arrays = {
+            name: found[0][name]
+            if name in constant
+            else np.stack([arrays[name] for arrays in found], axis=1).reshape(-1, *found[0][name].shape[1:])
+            for name in first.names
+        }
+        return Rows(arrays, constant)
+
+
+Samples = SliceSamples | SharedSamples
 
 
 def _check(source: Source, *, is_context: bool, is_entry: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeVar
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ndonnx.convert import TorchSlice
 from ndonnx.distil.losses import Objective, nmse, target_variance
 from ndonnx.distil.optimiser import Optimiser
-from ndonnx.distil.samples import SliceSamples
+from ndonnx.distil.samples import Rows, Samples
 from ndonnx.errors import TrainingError
 from ndonnx.students import Constraint
 
@@ -88,7 +88,7 @@ def learning_rate(done: float, plan: Plan) -> float:
 
 def train(
     module: TorchSlice,
-    samples: SliceSamples,
+    samples: Samples,
     objective: Objective,
     plan: Plan,
     on_step: OnStep,
@@ -124,7 +124,7 @@ def train(
 
 def _train(
     module: TorchSlice,
-    samples: SliceSamples,
+    samples: Samples,
     objective: Objective,
     plan: Plan,
     on_step: OnStep,
@@ -183,7 +183,7 @@ def impose(constraint: Constraint, module: TorchSlice, done: float) -> None:
 
 def _descend(
     module: TorchSlice,
-    samples: SliceSamples,
+    samples: Samples,
     objective: Objective,
     plan: Plan,
     constraint: Constraint | None,
@@ -240,7 +240,7 @@ class _Slope:
     """Gradients of a batch, each lane's from its own samples; their sum does not depend on who is faster."""
 
     def __init__(
-        self, module: TorchSlice, samples: SliceSamples, objective: Objective, plan: Plan, weights: list[nn.Parameter]
+        self, module: TorchSlice, samples: Samples, objective: Objective, plan: Plan, weights: list[nn.Parameter]
     ) -> None:
         self._module = module
         self._samples = samples
@@ -251,7 +251,7 @@ class _Slope:
 
     def descend(self, rows: np.ndarray, lanes: _Lanes) -> float:
         """Put the gradients into the weights; the loss."""
-        parts = [part for part in np.array_split(rows, lanes.count) if len(part)]
+        parts = self._samples.split(rows, lanes.count)
         found = lanes.map(self._of, parts)
         shares = [len(part) / len(rows) for part in parts]
         for number, weight in enumerate(self._weights):
@@ -294,7 +294,7 @@ class _Clock:
         self.done = min(1.0, self.done)
 
 
-def _batches(samples: SliceSamples, plan: Plan) -> Iterator[np.ndarray]:
+def _batches(samples: Samples, plan: Plan) -> Iterator[np.ndarray]:
     """Rows of each step: every epoch a new order, sorted inside a batch so that the disk is read forwards."""
     rng = np.random.default_rng(plan.seed)
     first, last = samples.blocks.holdout, samples.blocks.samples
@@ -313,11 +313,34 @@ class _Errors:
     nmse: float
 
 
+@dataclass(frozen=True, eq=False)
+class _Held:
+    """Held-out rows of one shape."""
+
+    values: Mapping[str, Tensor]
+    constant: frozenset[str]
+    count: int
+
+    @classmethod
+    def of(cls, rows: Rows, target: str) -> _Held:
+        values = {name: torch.from_numpy(array) for name, array in rows.arrays.items()}
+        return cls(values, rows.constant, len(values[target]))
+
+
+def _variance(targets: Sequence[Tensor]) -> float:
+    """Variance of a target over samples; of several, the mean that counts every element alike."""
+    found = [target_variance(target if len(target) > 1 else target.reshape(-1, 1)) for target in targets]
+    if len(found) == 1:
+        return found[0]
+    sizes = [target.numel() for target in targets]
+    return sum(size * variance for size, variance in zip(sizes, found, strict=True)) / sum(sizes)
+
+
 class _Judge:
     """The held-out errors of a module, in float32 whatever it is trained in."""
 
     def __init__(
-        self, module: TorchSlice, samples: SliceSamples, objective: Objective, device: torch.device, lanes: _Lanes
+        self, module: TorchSlice, samples: Samples, objective: Objective, device: torch.device, lanes: _Lanes
     ) -> None:
         self._module = module
         self._inputs = samples.inputs
@@ -325,24 +348,25 @@ class _Judge:
         self._device = device
         self._lanes = lanes
         most = max(1, _HOLDOUT_BYTES // max(1, samples.bytes_per_sample()))
-        self._count = min(samples.blocks.holdout, _HOLDOUT_SAMPLES, most)
-        self._values = {name: torch.from_numpy(array) for name, array in samples.arrays(0, self._count).items()}
-        self._constant = {name for name in self._values if samples.is_constant(name)}
-        target = self._values[objective.target]
-        self._variance = target_variance(target if len(target) > 1 else target.reshape(-1, 1))
+        rows = samples.heldout(min(samples.blocks.holdout, _HOLDOUT_SAMPLES, most))
+        self._sets = [_Held.of(each, objective.target) for each in rows]
+        self._count = sum(held.count for held in self._sets)
+        self._variance = _variance([held.values[objective.target] for held in self._sets])
+        self._batches = [(h, start) for h in self._sets for start in range(0, h.count, _EVALUATION_BATCH)]
 
     def errors(self) -> _Errors:
         """The objective, and the NMSE of the target, on the held-out samples."""
-        found = self._lanes.map(self._of, range(0, self._count, _EVALUATION_BATCH))
+        found = self._lanes.map(self._of, self._batches)
         loss, squared, elements = (sum(values) for values in zip(*found, strict=True))
         return _Errors(loss / self._count, nmse(squared / elements, self._variance))
 
-    def _of(self, start: int) -> tuple[float, float, int]:
+    def _of(self, part: tuple[_Held, int]) -> tuple[float, float, int]:
         """Loss times samples, squared error and number of elements of one batch."""
-        stop = min(start + _EVALUATION_BATCH, self._count)
+        held, start = part
+        stop = min(start + _EVALUATION_BATCH, held.count)
         batch = {
-            name: (tensor if name in self._constant else tensor[start:stop]).to(self._device)
-            for name, tensor in self._values.items()
+            name: (tensor if name in held.constant else tensor[start:stop]).to(self._device)
+            for name, tensor in held.values.items()
         }
         with torch.no_grad():
             answer = self._module(*(batch[name] for name in self._inputs))

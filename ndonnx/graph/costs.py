@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from ndonnx.graph.dataflow import reads, sub_graphs
+from ndonnx.graph.ties import origin_of
 
 _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
 
@@ -31,8 +32,14 @@ class Cost:
 
 def parameters_of(nodes: Iterable[ir.Node]) -> int:
     """Elements of the weights that nodes of one graph read; a weight that several of them share counts once."""
-    weights = {value: None for node in _with_inner(nodes) for value in reads(node) if is_weight(value)}
+    weights = {value: None for node in _with_inner(nodes) for value in weights_of(node)}
     return sum(_size(value) for value in weights)
+
+
+def weights_of(node: ir.Node) -> list[ir.Value]:
+    """The weights that a node reads, each once; of a transposed or reshaped one, what it is made from."""
+    origins = (origin_of(value) for value in reads(node))
+    return list(dict.fromkeys(origin for origin in origins if is_weight(origin)))
 
 
 def _with_inner(nodes: Iterable[ir.Node]) -> Iterator[ir.Node]:
@@ -41,6 +48,23 @@ def _with_inner(nodes: Iterable[ir.Node]) -> Iterator[ir.Node]:
         yield node
         for graph in sub_graphs(node):
             yield from _with_inner(graph)
+
+
+def held_weights(model: ir.Model) -> tuple[int, int]:
+    """What a model's file holds in weights: how many elements, and bytes, those of sub-graphs among them.
+
+    Each constant counts once, however many nodes read it.
+    """
+    graphs = [model.graph]
+    found: list[ir.TensorProtocol] = []
+    for graph in graphs:
+        found += [value.const_value for value in graph.initializers.values() if value.const_value is not None]
+        for node in graph:
+            graphs += sub_graphs(node)
+            if node.op_type == "Constant" and (tensor := constant_of(node.outputs[0])) is not None:
+                found.append(tensor)
+    weights = [tensor for tensor in found if tensor.dtype in _FLOATS and tensor.size > 1]
+    return sum(int(tensor.size) for tensor in weights), sum(tensor.nbytes for tensor in weights)
 
 
 def is_weight(value: ir.Value | None) -> bool:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import networkx as nx
 import onnx_ir as ir
 
+from ndonnx.graph.ties import is_tie
+
 _SHAPE_OPS = {"Shape", "Size"}
 _RANDOM_OPS = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"}
 _SEQUENCE_OPS = {"SequenceEmpty", "SequenceConstruct", "SplitToSequence", "Optional"}
@@ -120,8 +122,8 @@ def _kind_of(node: ir.Node, inputs: Iterable[Kind]) -> Kind:
     if not _recomputable(node):
         return Kind.STREAM if Kind.STREAM in seen else Kind.CONTEXT
     if seen <= {Kind.CONSTANT}:
-        # Folded, a quantised weight would become a float32 weight of four times its size.
-        return Kind.METADATA if node.op_type == "DequantizeLinear" else Kind.CONSTANT
+        # Folded, a quantised weight would become a float32 weight of four times its size, and a tied one two weights.
+        return Kind.METADATA if node.op_type == "DequantizeLinear" or is_tie(node) else Kind.CONSTANT
     if seen <= {Kind.CONSTANT, Kind.METADATA} or node.op_type in _SHAPE_OPS:
         return Kind.METADATA
     return Kind.STREAM if Kind.STREAM in seen else Kind.CONTEXT

@@ -17,6 +17,7 @@ from ndonnx.graph.load import infer_shapes, serialise, tensor_bytes
 from ndonnx.graph.runtime_types import open_quietly
 from ndonnx.graph.shapes import resolve_shapes
 from ndonnx.graph.targets import write_targets
+from ndonnx.graph.ties import unite_views
 
 FOLD_LIMIT = 256 * 2**20
 """Bytes that one constant may always take (a `ConstantOfShape` can ask for anything); more if the model itself does."""
@@ -27,7 +28,8 @@ def fold_constants(model: ir.Model) -> ir.Model:
     """Replace every value computed from constants alone by an initializer of the same name.
 
     Works in place on a slice and returns it. Nodes that became dead go; initializers that
-    nothing reads any more go with them. Initializers are taken off the inputs, and initial states of zeros off
+    nothing reads any more go with them. A view of a matrix that something else reads too stays a node
+    (`ndonnx.graph.ties`): both are one weight. Initializers are taken off the inputs, and initial states of zeros off
     their readers. Operators that onnxruntime fused are taken apart. Shapes that ONNX's inference left open are
     filled in where they follow from the graph, and target shapes become constants.
 
@@ -38,6 +40,7 @@ def fold_constants(model: ir.Model) -> ir.Model:
     _open_unknown_sizes(model)
     while take_apart(model):
         infer_shapes(model)
+    unite_views(model.graph)
     _fold(model)
     if drop_zero_states(model):
         _drop_dead(model.graph)

@@ -145,8 +145,7 @@ class Chooser:
         return _sum(segment.choice for segment in self._joined(atoms, _walked(came), outermost))
 
     def _worth(self, run: Run) -> Choice:
-        value = run.weights * (_PENALTY * self._total - run.weights)
-        return Choice(value, 1, run.nodes, run.touched, (run,))
+        return Choice(worth(run.weights, self._total), 1, run.nodes, run.touched, (run,))
 
     def _joined(self, atoms: list[Atom], segments: list[_Segment], outermost: bool) -> list[_Segment]:
         """Let atoms that were left out join the run behind them.
@@ -186,6 +185,11 @@ class Chooser:
             return None
         run = replace(run, weights=segment.run.weights + size)
         return _Segment(start, segment.stop, self._worth(run), run)
+
+
+def worth(weights: int, total: int) -> int:
+    """What it is worth to cover so many of all weights in one piece."""
+    return weights * (_PENALTY * total - weights)
 
 
 def _walked(came: list[_Segment]) -> list[_Segment]:

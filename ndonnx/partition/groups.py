@@ -8,13 +8,14 @@ equal standing, of which a part `k` is kept).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Hashable, Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Hashable, Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from ndonnx.graph.ties import origin_of, transposed
 from ndonnx.partition.labels import FROZEN, Labels
 from ndonnx.partition.rules import Edit, Role, Tracker, apply_rule
 
@@ -82,6 +83,18 @@ class DimensionEdit:
 
 
 @dataclass(frozen=True)
+class Copy:
+    """A vector that a node of the slice has for itself, as its channels are not those of the vector's other readers."""
+
+    initializer: str
+    """The teacher's."""
+    node: str
+    """Name of the reader's first output."""
+    name: str
+    """Of the copy; `WeightAxis.initializer` has it."""
+
+
+@dataclass(frozen=True)
 class ChannelGroup:
     """Units `start ... stop - 1`, interchangeable, of which a part is kept."""
 
@@ -104,6 +117,8 @@ class ChannelGroups:
     axes: tuple[WeightAxis, ...]
     edits: tuple[DimensionEdit, ...]
     statistics: tuple[ChannelStatistic, ...] = ()
+    copies: tuple[Copy, ...] = ()
+    """Vectors that the slice is to hold several times."""
 
     @property
     def units(self) -> int:
@@ -133,12 +148,13 @@ class FrozenWidth:
     """Name of that operator (of its first output, where it has none); empty where there is none to blame."""
 
 
-def find_groups(nodes: Iterable[ir.Node], exit_: ir.Value) -> ChannelGroups:
+def find_groups(nodes: Iterable[ir.Node], exit_: ir.Value, held: Collection[ir.Value] = ()) -> ChannelGroups:
     """Channel groups of the slice made of `nodes` (in topological order) and ending in `exit_`.
 
-    Values made outside the nodes are not followed, so their channels stay; so do the exit's.
+    Values made outside the nodes are not followed, so their channels stay; so do the exit's, and those of the `held`
+    weights, which stay as they are.
     """
-    return _best_walk(list(nodes), exit_)[1]
+    return _best_walk(list(nodes), exit_, held)[1]
 
 
 def shrinking_axes(nodes: Iterable[ir.Node], exit_: ir.Value) -> dict[ir.Value, frozenset[int]]:
@@ -181,25 +197,28 @@ def _carried(tracker: Tracker, labels: Labels) -> frozenset[int]:
     return frozenset(axis for axis, size in enumerate(labels.shape) if size > 1 and may_go)
 
 
-def _best_walk(nodes: list[ir.Node], exit_: ir.Value) -> tuple[Tracker, ChannelGroups]:
+def _best_walk(nodes: list[ir.Node], exit_: ir.Value, held: Collection[ir.Value] = ()) -> tuple[Tracker, ChannelGroups]:
     """What a walk over the slice finds out, and the groups.
 
     Where channels stand in blocks (heads, groups), whole blocks go first of all. The same part of each block goes
     where whole ones have to stay, or where that reaches as much and is finer.
     """
-    best = _walk(nodes, exit_)
+    best = _walk(nodes, exit_, held=held)
     tracker = best[0]
     stuck = {g.node for g in tracker.groupings if (tracker.sets.roots(g.labels) == FROZEN).all()}
     coarse = {g.node for g in tracker.groupings if g.is_coarse}
     for by_part in (stuck, stuck | coarse) if coarse - stuck else (stuck,):
         if by_part:
-            other = _walk(nodes, exit_, by_part=by_part)
+            other = _walk(nodes, exit_, held=held, by_part=by_part)
             best = max(best, other, key=lambda found: (_reach(nodes, found[1]), found[1].units))
     return best
 
 
 def _walk(
-    nodes: list[ir.Node], *ends: ir.Value, by_part: Collection[ir.Node] = frozenset()
+    nodes: list[ir.Node],
+    *ends: ir.Value,
+    held: Collection[ir.Value] = (),
+    by_part: Collection[ir.Node] = frozenset(),
 ) -> tuple[Tracker, ChannelGroups]:
     """What is known then, and the groups."""
     tracker = Tracker(by_part=by_part)
@@ -207,10 +226,12 @@ def _walk(
         apply_rule(tracker, node)
     for end in ends:
         tracker.freeze(end)
+    for value in held:
+        tracker.freeze_weight(value)
     _freeze_weights_read_elsewhere(tracker, nodes)
     _make_rectangular(tracker)
     _freeze_unread(tracker)
-    return tracker, _assemble(tracker)
+    return tracker, _assemble(tracker, nodes)
 
 
 def _reach(nodes: list[ir.Node], groups: ChannelGroups) -> int:
@@ -221,13 +242,15 @@ def _reach(nodes: list[ir.Node], groups: ChannelGroups) -> int:
 
 
 def _freeze_weights_read_elsewhere(tracker: Tracker, nodes: list[ir.Node]) -> None:
-    """A weight that some node of the slice reads without a rule having labelled it stays whole."""
+    """A matrix that some node of the slice reads without a rule having labelled it stays whole."""
     for node in nodes:
         for value in node.inputs:
-            if value is not None and value in tracker.weights and node not in tracker.weights[value].readers:
+            origin = origin_of(value) if value is not None else None
+            if origin is None or (origin, None) not in tracker.weights or transposed(node.outputs[0]) is not None:
+                continue  # of a transpose, what reads it tells
+            if node not in tracker.weights[origin, None].readers:
                 tracker.sets.cause = node
-                for labels in tracker.weights[value].axes.values():
-                    tracker.sets.freeze(labels)
+                tracker.freeze_weight(origin)
 
 
 def _freeze_unread(tracker: Tracker) -> None:
@@ -246,7 +269,7 @@ def _freeze_unread(tracker: Tracker) -> None:
             tracker.sets.freeze(labels[~np.isin(roots, list(read))])
 
 
-def _assemble(tracker: Tracker) -> ChannelGroups:
+def _assemble(tracker: Tracker, nodes: list[ir.Node]) -> ChannelGroups:
     unit_of: dict[int, int] = {}
     groups: list[ChannelGroup] = []
     for name, members in _components(tracker):
@@ -261,12 +284,15 @@ def _assemble(tracker: Tracker) -> ChannelGroups:
         found = found.reshape(roots.shape)
         return found[0] if found.ndim > 1 and (found == found[0]).all() else found
 
-    axes = [
-        WeightAxis(value.name or "", axis, weight.roles[axis], found)
-        for value, weight in tracker.weights.items()
-        for axis, labels in weight.axes.items()
-        if ((found := units(labels)) >= 0).any()
-    ]
+    found_axes = {
+        key: [
+            WeightAxis(key[0].name or "", axis, weight.roles[axis], found)
+            for axis, labels in weight.axes.items()
+            if ((found := units(labels)) >= 0).any()
+        ]
+        for key, weight in tracker.weights.items()
+    }
+    axes, copies = _with_copies(found_axes, nodes)
     edits = []
     for edit in tracker.edits:
         along = _varying(tracker.sets.roots(edit.labels), edit.axis)
@@ -279,7 +305,34 @@ def _assemble(tracker: Tracker) -> ChannelGroups:
         for found in tracker.statistics
     )
     changed = tuple(found for found in statistics if (found.units >= 0).any())
-    return ChannelGroups(tuple(groups), tuple(axes), tuple(edits), changed)
+    return ChannelGroups(tuple(groups), tuple(axes), tuple(edits), changed, tuple(copies))
+
+
+def _with_copies(
+    found: Mapping[tuple[ir.Value, ir.Node | None], list[WeightAxis]], nodes: list[ir.Node]
+) -> tuple[list[WeightAxis], list[Copy]]:
+    """All axes that have units, and the copies that readers of one vector need whose units are not the same.
+
+    The vector itself is left to those readers whose channels stay; where there are none, to the first one.
+    """
+    axes: list[WeightAxis] = []
+    copies: list[Copy] = []
+    names: dict[ir.Value, dict[Hashable, str]] = {}
+    inside = set(nodes)
+    for (value, reader), own in found.items():
+        name = value.name or ""
+        if reader is None or not own:
+            axes += own
+            continue
+        known = names.setdefault(value, {})
+        key = tuple((axis.axis, axis.units.tobytes()) for axis in own)
+        if key not in known:
+            whole = any(node in inside and not found.get((value, node)) for node in value.consumers())
+            known[key] = f"{name}/{reader.outputs[0].name}" if known or whole else name
+            axes += [replace(axis, initializer=known[key]) for axis in own]
+        if known[key] != name:
+            copies.append(Copy(name, reader.outputs[0].name or "", known[key]))
+    return axes, copies
 
 
 def _follows(tracker: Tracker, edit: Edit, along: Labels) -> bool:

@@ -7,7 +7,7 @@ worth taking.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import onnx_ir as ir
@@ -17,15 +17,24 @@ from ndonnx.graph.bound import BoundShapes, bind
 from ndonnx.graph.collector import collector_paused
 from ndonnx.graph.costs import Cost, is_weight, parameters_of
 from ndonnx.graph.dataflow import Dataflow, Kind, reads, real_inputs
-from ndonnx.graph.interface import NOWHERE, Interface, sample_axis, samples_back
+from ndonnx.graph.interface import NOWHERE, Interface, first_sizes, sample_axis, samples_back
 from ndonnx.graph.macs import sample_cost
-from ndonnx.partition.choice import Choice, Chooser
+from ndonnx.partition.choice import Choice, Chooser, worth
 from ndonnx.partition.groups import ChannelGroups, FrozenWidth, find_groups, frozen_widths
 from ndonnx.partition.layers import layer_runs, why_left_out
 from ndonnx.partition.reasons import Why, no_width, why_kept
-from ndonnx.partition.regions import find_chains
-from ndonnx.partition.runs import TRAILING_OPS, Run
-from ndonnx.partition.slices import extract, is_opaque, region_nodes
+from ndonnx.partition.regions import around, find_chains
+from ndonnx.partition.runs import TRAILING_OPS, Run, Runs
+from ndonnx.partition.sharing import (
+    Sharing,
+    aligning_cuts,
+    exits_before,
+    find_sharing,
+    is_matrix,
+    unlike_sharers,
+    weights_in,
+)
+from ndonnx.partition.slices import extract, is_opaque, region_nodes, renamed, with_copies
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +49,15 @@ class Neighbourhood:
     groups: ChannelGroups | None
     reason: str | None
     """Why it is kept; None when it can be distilled."""
+    first: str | None = None
+    """The neighbourhood that computes the same with the same weights and whose student stands here too; None: its own
+    student."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """From the names of that neighbourhood's values to those of the values here."""
+    elsewhere: frozenset[str] = frozenset()
+    """Weights that something else reads too, in another way."""
+    held: frozenset[str] = frozenset()
+    """Those of them that a student leaves as they are."""
 
     @cached_property
     def parameters(self) -> int:
@@ -103,6 +121,43 @@ class Partition:
         """Those that can be shrunk."""
         return [n for n in self.neighbourhoods if n.distillable]
 
+    @property
+    def trained(self) -> list[Neighbourhood]:
+        """Those that have a student of their own: of several with one set of weights the first."""
+        return [n for n in self.distillable if n.first is None]
+
+    def uses(self, neighbourhood: Neighbourhood) -> list[Neighbourhood]:
+        """All places of a neighbourhood's student, in order: itself, and those that share its weights."""
+        first = neighbourhood.first or neighbourhood.name
+        return [n for n in self.distillable if first in (n.name, n.first)]
+
+    @property
+    def shared(self) -> dict[str, str]:
+        """Neighbourhoods whose student is that of another one, by name, with the name of that one."""
+        return {n.name: n.first for n in self.distillable if n.first is not None}
+
+    @cached_property
+    def in_order(self) -> list[Neighbourhood]:
+        """Those that can be shrunk so that each comes behind all that it depends on, the places of a student together
+        where that can be."""
+        order: dict[str, Neighbourhood] = {}
+        for n in self.distillable:
+            uses = self.uses(n) if n.first is None else [n]
+            before = set(order)
+            for use in uses if n.name not in order else []:
+                if use is n or exits_before(use, self.distillable) <= before:
+                    order[use.name] = use
+        return list(order.values())
+
+    def together(self, neighbourhood: Neighbourhood) -> bool:
+        """Whether a place of a student can be reached when the first one is, without that student."""
+        order = self.in_order
+        uses = [order.index(n) for n in self.uses(neighbourhood)]
+        first, own = uses[0], order.index(neighbourhood)
+        return all(position in uses for position in range(first, own + 1)) and not (
+            exits_before(neighbourhood, self.distillable) & {n.name for n in self.uses(neighbourhood)}
+        )
+
     def coverage(self) -> tuple[float, float | None]:
         """Part of all parameters and of all MACs that lies in distillable neighbourhoods, 0 to 1.
 
@@ -119,7 +174,18 @@ class Partition:
         if neighbourhood.entry is None or neighbourhood.exit is None:
             raise ValueError(f"{neighbourhood.name} has no single entry and exit")
         inputs = [neighbourhood.entry, *neighbourhood.context]
-        return extract(self.model, neighbourhood.nodes, inputs, [neighbourhood.exit])
+        model = extract(self.model, neighbourhood.nodes, inputs, [neighbourhood.exit])
+        copies = neighbourhood.groups.copies if neighbourhood.groups is not None else ()
+        return with_copies(model, {(copy.node, copy.initializer): copy.name for copy in copies})
+
+    def at(self, neighbourhood: Neighbourhood, student: ir.Model) -> ir.Model:
+        """A student for one of its places (see `uses`), where values have other names and perhaps other sizes."""
+        if neighbourhood.first is None:
+            return student
+        assert neighbourhood.entry is not None and neighbourhood.exit is not None
+        ends = (neighbourhood.entry, *neighbourhood.context, neighbourhood.exit)
+        shapes = {e.name or "": ir.Shape(first_sizes(e.shape, sample_axis(e))) for e in ends if e.shape is not None}
+        return renamed(student, neighbourhood.names, shapes)
 
     def as_in_teacher(self, student: ir.Model) -> ir.Model:
         """A student of a slice with the samples of its ends where the teacher has them; itself if that is so."""
@@ -167,12 +233,115 @@ def partition(
     by_name = {value.name: value for value in flow.kinds}
     cuts, frozen = (frozenset(by_name[name] for name in names) for names in (cut, freeze))
     if choice is None:
-        found = _with_rest(flow, layer_runs(flow, cuts), cuts, frozen, why_left_out)
-        return Partition(model, flow, tuple(_name(found)), Interface.of(model))
+        named = _name(_with_rest(flow, layer_runs(flow, cuts), cuts, frozen, why_left_out))
+        return Partition(model, flow, tuple(_marked(named, find_sharing(flow, named))), Interface.of(model))
     if cuts or frozen:
         choice = Chooser(flow, find_chains(flow), cuts, frozen).best()
-    found = _with_rest(flow, choice.runs(), cuts, frozen, no_width)
-    return Partition(model, flow, tuple(_name(found)), Interface.of(model))
+    return Partition(model, flow, tuple(_settled(flow, choice.runs(), cuts, frozen)), Interface.of(model))
+
+
+def _settled(
+    flow: Dataflow, runs: list[Run], cuts: frozenset[ir.Value], frozen: frozenset[ir.Value]
+) -> list[Neighbourhood]:
+    """The runs as neighbourhoods, in which what shares weights is alike, or one neighbourhood, as far as possible."""
+
+    ends: frozenset[ir.Value] = frozenset()
+
+    def assembled(runs: list[Run]) -> tuple[list[Neighbourhood], Sharing]:
+        named = _name(_with_rest(flow, runs, cuts | ends, frozen, no_width))
+        return named, find_sharing(flow, named)
+
+    found, sharing = assembled(runs)
+    if not sharing.elsewhere:
+        return _marked(found, sharing)
+    chains = find_chains(flow)
+    if ends := aligning_cuts(flow, found, sharing):
+        runs = Chooser(flow, chains, cuts | ends, frozen).best().runs()
+        found, sharing = assembled(runs)
+    tool = Runs(flow, chains, cuts)
+    for _ in range(len(runs)):
+        merged = _merged(flow, tool, runs, found, sharing, frozen)
+        if merged is None:
+            break
+        runs = merged
+        found, sharing = assembled(runs)
+    return _marked(found, sharing)
+
+
+def _merged(
+    flow: Dataflow,
+    tool: Runs,
+    runs: list[Run],
+    found: list[Neighbourhood],
+    sharing: Sharing,
+    frozen: frozenset[ir.Value],
+) -> list[Run] | None:
+    """The runs with some of them put together that share a weight in different ways; None where that gains nothing.
+
+    Inside one neighbourhood the channels of a shared weight are followed through all its uses.
+    """
+    total = max(1, parameters_of(flow.graph))
+    marked = _marked(found, sharing)
+    for members in unlike_sharers(found, sharing):
+        ends = [(n.entry, n.exit) for n in members if n.entry is not None and n.exit is not None]
+        run = next((run for pair in around(flow, ends) if (run := tool.between(*pair)) is not None), None)
+        if run is None:
+            continue
+        nodes, _ = region_nodes(flow, run.entry, run.exit)
+        inside = set(nodes)
+        if any(value in frozen for node in nodes for value in node.outputs):
+            continue
+        apart = [_touched(n) for n in marked if n.distillable and n.first is None and not inside.isdisjoint(n.nodes)]
+        if worth(run.touched, total) > sum(worth(touched, total) for touched in apart):
+            others = [other for other in runs if other.exit.producer() not in inside]
+            return sorted([*others, run], key=lambda run: flow.order[run.exit.producer()])  # type: ignore[index]
+    return None
+
+
+def _touched(neighbourhood: Neighbourhood) -> int:
+    """Elements of the weights that have an axis in a channel group."""
+    reached = neighbourhood.groups.weights() if neighbourhood.groups is not None else set()
+    weights = weights_in(neighbourhood.nodes)
+    return sum(value.const_value.size for value in weights if value.name in reached and value.const_value is not None)
+
+
+def _marked(found: list[Neighbourhood], sharing: Sharing) -> list[Neighbourhood]:
+    """Neighbourhoods that know with whom they share a student, and which weights they have to leave alone."""
+    if not sharing.twins and not sharing.elsewhere:
+        return found
+    by_name = {n.name: n for n in found}
+    own = {n.name: _leaving_alone(n, sharing.elsewhere.get(n.name, {}), by_name) for n in found}
+    marked = []
+    for n in own.values():
+        first, pairs = sharing.twins.get(n.name, (n.name, {}))
+        if first == n.name:
+            marked.append(n)
+        elif (reason := own[first].reason) is not None:
+            marked.append(replace(n, reason=reason))
+        else:
+            names = {one.name or "": other.name or "" for one, other in pairs.items()}
+            marked.append(replace(n, first=first, names=names))
+    return marked
+
+
+def _leaving_alone(
+    n: Neighbourhood, elsewhere: Mapping[ir.Value, str], by_name: Mapping[str, Neighbourhood]
+) -> Neighbourhood:
+    """A neighbourhood whose student does not touch the matrices that others read, nor the vectors if it need not.
+
+    A vector whose channels go becomes two, the others' and the student's shorter one.
+    """
+    if not n.distillable or not elsewhere or n.groups is None or n.exit is None:
+        return n
+    matrices = [weight for weight in elsewhere if is_matrix(weight)]
+    groups = find_groups(n.nodes, n.exit, matrices) if matrices else n.groups
+    held = frozenset(w.name or "" for w in elsewhere if is_matrix(w) or w.name not in groups.weights())
+    reason = None
+    if n.groups.groups and not groups.groups:
+        other = elsewhere[matrices[0]]
+        how = "is kept" if other in by_name and not by_name[other].distillable else "computes something else with it"
+        reason = f"shares the weight '{matrices[0].name}' with {other}, which {how}"
+    return replace(n, groups=groups, elsewhere=frozenset(w.name or "" for w in elsewhere), held=held, reason=reason)
 
 
 def _choose_stream(model: ir.Model) -> tuple[Dataflow, Choice]:
@@ -285,7 +454,4 @@ def _kept(flow: Dataflow, nodes: list[ir.Node], why: Why) -> Neighbourhood:
 def _name(neighbourhoods: list[Neighbourhood]) -> list[Neighbourhood]:
     """Number them in order, so that the same teacher always gets the same names."""
     digits = max(2, len(str(len(neighbourhoods))))
-    return [
-        Neighbourhood(f"n{i:0{digits}d}", n.entry, n.exit, n.context, n.nodes, n.groups, n.reason)
-        for i, n in enumerate(neighbourhoods, 1)
-    ]
+    return [replace(n, name=f"n{i:0{digits}d}") for i, n in enumerate(neighbourhoods, 1)]

@@ -10,7 +10,7 @@ in it (the layers of a residual unit).
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import networkx as nx
@@ -52,12 +52,53 @@ def find_chains(flow: Dataflow) -> list[Chain]:
     """
     graph = flow.flow
     rank = _ranks(flow)
-    order = sorted((v for v in graph if isinstance(v, ir.Value)), key=rank.__getitem__)
-    dominators = DominatorTree.of(SOURCE, [*order, SINK], graph.predecessors)
-    post_dominators = DominatorTree.of(SINK, [*reversed(order), SOURCE], graph.successors)
+    order, dominators, post_dominators = _trees(flow, rank)
     atoms = _find_atoms(graph, order, dominators, post_dominators)
     chains = _link(atoms, post_dominators.parent)
     return _nest(graph, atoms, chains, rank)
+
+
+def around(flow: Dataflow, ends: Sequence[tuple[ir.Value, ir.Value]]) -> Iterator[tuple[ir.Value, ir.Value]]:
+    """Values between which several regions may lie together in one region, the nearest first.
+
+    Args:
+        flow: of the working copy.
+        ends: entry and exit of each of the regions.
+    """
+    _, dominators, post_dominators = _trees(flow, _ranks(flow))
+    entries = _upwards(dominators, [entry for entry, _ in ends])
+    exits = _upwards(post_dominators, [exit_ for _, exit_ in ends])
+    places = [(i, j) for i in range(len(entries)) for j in range(len(exits))]
+    yield from ((entries[i], exits[j]) for i, j in sorted(places, key=lambda place: (sum(place), place)))
+
+
+_NEAR = 4
+"""Dominators that are tried as an end of a common region."""
+
+
+def _upwards(tree: DominatorTree[Hashable], values: Sequence[ir.Value]) -> list[ir.Value]:
+    """What dominates all the values, the nearest first."""
+    if any(value not in tree.depth for value in values):
+        return []
+    above: Hashable = values[0]
+    for value in values[1:]:
+        above = tree.meet(above, value)
+    found: list[ir.Value] = []
+    while isinstance(above, ir.Value) and len(found) < _NEAR:
+        found.append(above)
+        above = tree.parent[above]
+    return found
+
+
+def _trees(
+    flow: Dataflow, rank: Mapping[ir.Value, int]
+) -> tuple[list[ir.Value], DominatorTree[Hashable], DominatorTree[Hashable]]:
+    """The stream values in order, and what dominates and what post-dominates them."""
+    graph = flow.flow
+    order = sorted((v for v in graph if isinstance(v, ir.Value)), key=rank.__getitem__)
+    dominators = DominatorTree.of(SOURCE, [*order, SINK], graph.predecessors)
+    post_dominators = DominatorTree.of(SINK, [*reversed(order), SOURCE], graph.successors)
+    return order, dominators, post_dominators
 
 
 def _ranks(flow: Dataflow) -> dict[ir.Value, int]:

@@ -14,15 +14,15 @@ from itertools import accumulate
 
 import onnx_ir as ir
 
-from ndonnx.graph.costs import is_weight
-from ndonnx.graph.dataflow import Dataflow, Kind, reads
+from ndonnx.graph.costs import weights_of
+from ndonnx.graph.dataflow import Dataflow, Kind
 from ndonnx.graph.fused import is_inside_fused
 from ndonnx.graph.lengths import Axes
 from ndonnx.graph.targets import shape_readers
 from ndonnx.partition.boundaries import can_be_boundary
 from ndonnx.partition.groups import ChannelGroups, find_groups, shrinking_axes
 from ndonnx.partition.regions import Atom, Chain
-from ndonnx.partition.slices import is_opaque, region_nodes
+from ndonnx.partition.slices import is_opaque, is_region, region_nodes
 
 LONGEST_RUN = 256
 """Atoms after which a run is given up."""
@@ -117,7 +117,7 @@ class Runs:
 
     def _weights(self, node: ir.Node) -> tuple[ir.Value, ...]:
         if node not in self._held:
-            self._held[node] = tuple(value for value in reads(node) if is_weight(value))
+            self._held[node] = tuple(weights_of(node))
         return self._held[node]
 
     def run(self, atoms: list[Atom], groups: ChannelGroups | None = None) -> Run | None:
@@ -127,12 +127,8 @@ class Runs:
         """
         entry, exit_ = atoms[0].entry, atoms[-1].exit
         nodes, context = region_nodes(self._flow, entry, exit_)
-        if any(map(is_opaque, nodes)) or self._leaks(nodes, exit_):
-            return None
-        if not all(map(self.is_boundary, (entry, exit_))) or any(map(is_inside_fused, context)):
-            return None
-        groups = groups or find_groups(nodes, exit_)
-        if not groups.groups:
+        groups = self._groups_of(nodes, context, entry, exit_, groups)
+        if groups is None:
             return None
         reached = groups.weights()
         weights: dict[ir.Value, None] = {}
@@ -142,6 +138,36 @@ class Runs:
                 weights.update(dict.fromkeys(held))
         touched = (value for value in weights if value.name in reached)
         return Run(entry, exit_, groups, _size(weights), _size(touched), len(nodes))
+
+    def between(self, entry: ir.Value, exit_: ir.Value) -> Run | None:
+        """All from one value to another as one run, whatever atoms there are; None where that cannot be one."""
+        if not is_region(self._flow, entry, exit_):
+            return None
+        nodes, context = region_nodes(self._flow, entry, exit_)
+        made = {value for node in nodes for value in node.outputs}
+        if not self._cuts.isdisjoint(made - {exit_}):
+            return None
+        groups = self._groups_of(nodes, context, entry, exit_, None)
+        if groups is None:
+            return None
+        touched = _size({v: None for node in nodes for v in self._weights(node) if v.name in groups.weights()})
+        return Run(entry, exit_, groups, touched, touched, len(nodes))
+
+    def _groups_of(
+        self,
+        nodes: list[ir.Node],
+        context: list[ir.Value],
+        entry: ir.Value,
+        exit_: ir.Value,
+        groups: ChannelGroups | None,
+    ) -> ChannelGroups | None:
+        """The channel groups of nodes that can be cut out as a neighbourhood with a width inside; None of others."""
+        if any(map(is_opaque, nodes)) or self._leaks(nodes, exit_):
+            return None
+        if not all(map(self.is_boundary, (entry, exit_))) or any(map(is_inside_fused, context)):
+            return None
+        groups = groups or find_groups(nodes, exit_)
+        return groups if groups.groups else None
 
     def groups(self, atoms: list[Atom]) -> ChannelGroups:
         """The channel groups of a run."""

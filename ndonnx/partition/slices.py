@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import onnx_ir as ir
 
 from ndonnx.graph.dataflow import SOURCE, STANDARD_DOMAINS, Dataflow, Kind, reads, sub_graphs
-from ndonnx.graph.interface import samples_first
+from ndonnx.graph.interface import name_inside, samples_first
+from ndonnx.graph.load import infer_shapes
 
 
 def region_nodes(flow: Dataflow, entry: ir.Value, exit_: ir.Value) -> tuple[list[ir.Node], list[ir.Value]]:
@@ -45,6 +46,14 @@ def _between(flow: Dataflow, entry: ir.Value, exit_: ir.Value) -> set[ir.Value]:
     return inside
 
 
+def is_region(flow: Dataflow, entry: ir.Value, exit_: ir.Value) -> bool:
+    """Whether the entry dominates the exit and nothing between them is read outside."""
+    inside = _between(flow, entry, exit_)
+    if any(value.producer() is None for value in inside):
+        return False
+    return all(set(flow.flow.successors(value)) <= inside for value in inside if value is not exit_)
+
+
 def is_opaque(node: ir.Node) -> bool:
     """Whether a node cannot lie inside a trained neighbourhood: control flow or a custom domain."""
     return node.domain not in STANDARD_DOMAINS or any(True for _ in sub_graphs(node))
@@ -74,3 +83,52 @@ def extract(
 def _imports(model: ir.Model, nodes: Iterable[ir.Node]) -> dict[str, int]:
     used: Collection[str] = {node.domain for node in nodes} | STANDARD_DOMAINS
     return {domain: version for domain, version in model.opset_imports.items() if domain in used}
+
+
+def with_copies(model: ir.Model, copies: Mapping[tuple[str, str], str]) -> ir.Model:
+    """Give nodes of a slice initializers of their own that they share with others. In place.
+
+    Args:
+        model: the slice.
+        copies: names of the new ones, by the name of a node's first output and that of the initializer.
+    """
+    graph = model.graph
+    by_output = {name_inside(node.outputs[0]): node for node in graph}
+    for (output, initializer), name in copies.items():
+        old, node = graph.initializers[initializer], by_output[output]
+        if name not in graph.initializers:
+            copy = ir.Value(name=name, const_value=old.const_value, shape=old.shape, type=old.type)
+            graph.register_initializer(copy)
+        for position, value in enumerate(node.inputs):
+            if value is old:
+                node.replace_input_with(position, graph.initializers[name])
+    return model
+
+
+def renamed(model: ir.Model, names: Mapping[str, str], shapes: Mapping[str, ir.Shape]) -> ir.Model:
+    """A copy of a slice for another place, where its values have other names; initializers keep theirs.
+
+    Args:
+        model: as it is for the first place.
+        names: of the values there, with those of the values here.
+        shapes: of what it reads and makes here, by name; the number of samples stays open if it is open.
+    """
+    copy = model.clone()
+    graph = copy.graph
+    ends = [*graph.inputs, *graph.outputs]
+    inner = [value for node in graph for value in node.outputs if value not in graph.outputs]
+    taken = {*graph.initializers, *(value.name for value in inner if value.name not in names)}
+    taken |= {names.get(value.name or "", value.name) for value in ends}
+    for value in inner:
+        if (name := names.get(value.name or "")) is not None and name not in taken:
+            value.name = name
+            taken.add(name)
+    for value in ends:
+        value.name = names.get(value.name or "", value.name)
+        shape = shapes.get(value.name or "")
+        if shape is not None and value.shape is not None and len(shape) == len(value.shape) > 0:
+            first = shape[0] if isinstance(value.shape[0], int) else value.shape[0]
+            value.shape = ir.Shape([first, *shape[1:]])
+    for value in inner:
+        value.shape = None
+    return infer_shapes(copy)

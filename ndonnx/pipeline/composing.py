@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from ndonnx.data import DataSource
-from ndonnx.distil import load_student
+from ndonnx.distil import load_student, read_result
 from ndonnx.errors import VerificationError
 from ndonnx.graph import Cost
 from ndonnx.graph.bound import bind
 from ndonnx.graph.load import copy_of, declared_values, forget_inferred, infer_shapes
 from ndonnx.graph.macs import sample_cost
 from ndonnx.graph.working_copy import working_copy
-from ndonnx.partition import Partition
+from ndonnx.partition import Neighbourhood, Partition
 from ndonnx.pipeline.batches import probe
 from ndonnx.pipeline.clock import Clock
 from ndonnx.pipeline.finishing import Finishing
@@ -25,7 +25,7 @@ from ndonnx.recipe import Recipe
 from ndonnx.report import FinetuneReport
 from ndonnx.rundir import Entry
 from ndonnx.splice import is_changed, splice
-from ndonnx.verify import verify
+from ndonnx.verify import check_no_larger, verify
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,14 @@ class Composition:
             except VerificationError as error:
                 if error.neighbourhood is None:
                     raise
-                refused[error.neighbourhood] = str(error)
+                uses = self.parts.uses(self._by_name(error.neighbourhood))
+                refused |= dict.fromkeys((n.name for n in uses), str(error))
                 self.progress.note(f"{error}; it stays as the teacher has it")
             else:
                 return Composed(student, tuned, refused)
+
+    def _by_name(self, name: str) -> Neighbourhood:
+        return next(n for n in self.parts.neighbourhoods if n.name == name)
 
     def _composed(self, entries: Mapping[str, Entry], data: tuple[str, ...]) -> tuple[ir.Model, FinetuneReport | None]:
         # In the teacher's order, not in that of completion: the same students are the same bytes.
@@ -88,6 +92,7 @@ class Composition:
         key: tuple[str, ...] = (*data, *(entry.path.name for entry in entries.values()))
         with self.clock.measure("splice"):
             students = self._students(entries)
+            check_no_larger(self.teacher, self._promising(students, entries), self.parts.shared)
         inputs = self.recipe.inputs
         if inputs == "refit" or (inputs is None and not self.schedule.finetunes):
             students = self._refitted(students, key)
@@ -119,12 +124,23 @@ class Composition:
     def _in_place(self, students: Mapping[str, ir.Model]) -> ir.Model:
         if not students:
             return copy_of(self.original)
-        return splice(self.teacher, {name: self.parts.as_in_teacher(student) for name, student in students.items()})
+        turned = {name: self.parts.as_in_teacher(student) for name, student in students.items()}
+        return splice(self.teacher, turned, self.parts.shared)
 
     def _students(self, entries: Mapping[str, Entry]) -> dict[str, ir.Model]:
-        trained = {name: load_student(entry) for name, entry in entries.items()}
-        slices = {n.name: self.parts.slice_of(n) for n in self.parts.neighbourhoods if n.name in trained}
-        return {name: student for name, student in trained.items() if is_changed(student, slices[name])}
+        """The students that differ from the teacher, at each of their places."""
+        found: dict[str, ir.Model] = {}
+        for n in self.parts.trained:
+            student = load_student(entries[n.name]) if n.name in entries else None
+            if student is not None and is_changed(student, self.parts.slice_of(n)):
+                found |= {use.name: self.parts.at(use, student) for use in self.parts.uses(n)}
+        return {n.name: found[n.name] for n in self.parts.neighbourhoods if n.name in found}
+
+    def _promising(self, students: Mapping[str, ir.Model], entries: Mapping[str, Entry]) -> dict[str, ir.Model]:
+        """Those that their method promises to be no larger than the teacher."""
+        larger = {name for name, entry in entries.items() if read_result(entry).may_grow}
+        promising = (name for name in students if self.parts.shared.get(name, name) not in larger)
+        return {name: self.parts.as_in_teacher(students[name]) for name in promising}
 
 
 def costs_of(model: ir.Model, parts: Partition) -> Cost:

@@ -90,7 +90,7 @@ def compress(
             given.original, teacher, parts, given.split.source, recipe, schedule, finishing, progress, clock
         )
         outcomes = distillation.distil()
-        entries = {n.name: entry for n in parts.neighbourhoods if (entry := outcomes[n.name].entry)}
+        entries = {n.name: entry for n in parts.trained if (entry := outcomes[n.name].entry)}
         composed = composition.compose(entries, distillation.data)
         student, tuned = composed.model, composed.tuned
         outcomes |= {name: Outcome("kept", reason=reason) for name, reason in composed.refused.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -65,6 +66,7 @@ class Outcome:
             tolerance=self.tolerance,
             steps_saved=self.steps_saved,
             warning=self.warning,
+            student_of=neighbourhood.first,
         )
 
 
@@ -100,7 +102,7 @@ class Distillation:
 
     def _beside(self) -> int:
         """Bytes of one sample that a walk down the chain holds at most."""
-        held = held_values(self.parts, self.parts.distillable)
+        held = held_values(self.parts, self.parts.in_order)
         sizes = value_bytes(self.parts.model, sorted(set().union(*held)), self.split.source)
         return max((sum(sizes.get(name, 0) for name in names) for names in held), default=0)
 
@@ -118,7 +120,7 @@ class Distillation:
         label: str = "",
     ) -> Task:
         """A student of a neighbourhood, as the recipe says where nothing else is given."""
-        plan = self.schedule.distil(len(self.parts.distillable), self._workers())
+        plan = self.schedule.distil(len(self.parts.trained), self._workers())
         plan = plan if steps is None else replace(plan, steps=steps)
         return Task(label or neighbourhood.name, neighbourhood, method or method_of(self.recipe), plan)
 
@@ -131,7 +133,9 @@ class Distillation:
         elif self.recipe.inputs == "noise":
             self._on_noise(waves, samples)
         else:
-            self.apart([self._needed(n) for n in self.parts.distillable])
+            self.apart([self._needed(n) for n in self.parts.trained])
+        for name, first in self.parts.shared.items():
+            self.outcomes[name] = self.outcomes[first]
         if self.tolerances is not None:
             for n in self.parts.distillable:
                 ended, plan = self.outcomes[n.name], self._needed(n).plan
@@ -210,16 +214,18 @@ class Distillation:
                     task = self._needed(neighbourhood)
                     if self._reuse(task):
                         continue
-                    noise = drawn.get(neighbourhood.name, EntryNoise("white", None))
-                    slice_ = self.parts.slice_of(neighbourhood)
+                    stores = []
                     try:
-                        store = noise_store(
-                            slice_, folder / f"{number:04}", samples, self.recipe.seed, noise.kind, noise.moments
-                        )
+                        for place, use in enumerate(self.parts.uses(neighbourhood)):
+                            noise = drawn.get(use.name, EntryNoise("white", None))
+                            where = folder / (f"{number:04}-{place}" if place else f"{number:04}")
+                            slice_, seed = self.parts.slice_of(use), self.recipe.seed
+                            store = noise_store(slice_, where, samples, seed, noise.kind, noise.moments)
+                            stores.append(dict.fromkeys(store.names, store.path))
                     except SliceError as error:
                         self.outcomes[neighbourhood.name] = Outcome("kept", reason=str(error))
                         continue
-                    jobs[neighbourhood.name] = self._job(task, dict.fromkeys(store.names, store.path))
+                    jobs[neighbourhood.name] = self._job(task, stores[0], stores[1:])
             with self.clock.measure("distil"):
                 self.progress.stage("distil", len(jobs), "neighbourhoods")
                 self._train(jobs)
@@ -228,12 +234,13 @@ class Distillation:
     def _in_order(self, waves: list[list[Neighbourhood]], samples: int) -> None:
         """One after the other, each on what the students before it give, so that errors do not add up."""
         open_ = [n for wave in waves for n in wave]
+        order = self.parts.in_order
         if all(self.jobs.entry(task).done for task in self._chained(open_)):
             waves = []
         folder = self.run.path / "prefix"
         if waves:
             self._waves.estimate(waves, samples)
-        prefix = Prefix(self.parts, open_, self._batches(samples), folder, samples) if waves else None
+        prefix = Prefix(self.parts, order, self._batches(samples), folder, samples) if waves else None
         self.jobs.chain.clear()
         for task in self._chained([] if waves else open_):
             self._reuse(task)
@@ -259,12 +266,25 @@ class Distillation:
         """Train one neighbourhood behind the students before it."""
         neighbourhood = task.neighbourhood
         if not self._reuse(task):
-            stores = dict.fromkeys(store.names, store.path)
-            stores |= {name: given.path for name, given in prefix.inputs_of(neighbourhood).items()}
-            self._train({task.label: self._job(task, stores)})
-        ended = self.outcomes[task.label].entry
-        prefix.put(neighbourhood, load_student(ended) if ended is not None else self.parts.slice_of(neighbourhood))
+            captured = dict.fromkeys(store.names, store.path)
+            stores = [
+                captured | {name: given.path for name, given in prefix.inputs_of(use).items()}
+                if use is neighbourhood or self.parts.together(use)
+                else captured
+                for use in self.parts.uses(neighbourhood)
+            ]
+            self._train({task.label: self._job(task, stores[0], stores[1:])})
+        for following in self._up_to_next(neighbourhood):
+            ended = self.outcomes[following.first or following.name].entry
+            student = self.parts.at(following, load_student(ended)) if ended is not None else None
+            prefix.put(following, student or self.parts.slice_of(following))
         self.progress.advance()
+
+    def _up_to_next(self, neighbourhood: Neighbourhood) -> Iterator[Neighbourhood]:
+        """A neighbourhood and those behind it whose student is trained by then."""
+        order = self.parts.in_order
+        yield neighbourhood
+        yield from itertools.takewhile(lambda n: n.first is not None, order[order.index(neighbourhood) + 1 :])
 
     def _reuse(self, task: Task) -> bool:
         entry = self.jobs.entry(task)
@@ -335,7 +355,9 @@ class Distillation:
         # From the recipe and the partition alone: threads decide the last bits, and a continued run has fewer jobs.
         if self.recipe.inputs == "student" or (self.recipe.executor == "serial" and self.recipe.workers is None):
             return 1
-        return self.recipe.workers or min(usable_cores(), len(self.parts.distillable))
+        return self.recipe.workers or min(usable_cores(), len(self.parts.trained))
 
-    def _job(self, task: Task, stores: Mapping[str, Path]) -> DistilJob:
-        return self.jobs.job(task, stores, max(1, usable_cores() // self._workers()))
+    def _job(
+        self, task: Task, stores: Mapping[str, Path], further: Sequence[Mapping[str, Path]] | None = None
+    ) -> DistilJob:
+        return self.jobs.job(task, stores, max(1, usable_cores() // self._workers()), further)

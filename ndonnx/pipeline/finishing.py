@@ -15,6 +15,7 @@ from ndonnx.distil import Training
 from ndonnx.errors import SliceError
 from ndonnx.finetune import STUDENT_FILE, FinetuneJob
 from ndonnx.graph import load, save
+from ndonnx.graph.costs import weights_of
 from ndonnx.graph.dataflow import reads, real_inputs
 from ndonnx.machine import usable_cores
 from ndonnx.partition import Partition
@@ -164,7 +165,7 @@ class Finishing:
 
     def _kept(self, replaced: Collection[str]) -> frozenset[str]:
         outside = (n for n in self.parts.neighbourhoods if n.name not in replaced)
-        read = (value for n in outside for node in n.nodes for value in reads(node) if value.is_initializer())
+        read = (v for n in outside for node in n.nodes for v in (*reads(node), *weights_of(node)) if v.is_initializer())
         return frozenset(value.name or "" for value in read)
 
     def _finetune_samples(self) -> tuple[int, int]:

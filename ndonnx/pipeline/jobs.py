@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -65,6 +65,10 @@ class Jobs:
         """The name of the student's folder. A search and a plain run that want the same student agree on it."""
         recipe = self.recipe
         heads = self._heads(task.neighbourhood)
+        uses = self.parts.uses(task.neighbourhood)
+        # What only some neighbourhoods have is left out of the others' keys, so that older students are found.
+        shared: list[Fingerprintable] = [[boundary([n]) for n in uses[1:]]] if len(uses) > 1 else []
+        held: list[Fingerprintable] = [sorted(task.neighbourhood.held)] if task.neighbourhood.held else []
         seen: list[Fingerprintable] = [[*head.context, head.output] for head in heads]
         ahead: list[Fingerprintable] = [list(self._weights()), seen] if heads else []
         key = fingerprint(
@@ -78,6 +82,8 @@ class Jobs:
             ahead,
             recipe.inputs == "noise",
             list(self.chain),
+            *shared,
+            *held,
         )
         return f"{task.neighbourhood.name}-{key}"
 
@@ -87,8 +93,17 @@ class Jobs:
             yield task
             self.chain.append(self.key(task) if self.entry(task).done else f"{task.neighbourhood.name} kept")
 
-    def job(self, task: Task, stores: Mapping[str, Path], threads: int) -> DistilJob:
-        """The work of a task on captured values, the store of each by its name."""
+    def job(
+        self, task: Task, stores: Mapping[str, Path], threads: int, further: Sequence[Mapping[str, Path]] | None = None
+    ) -> DistilJob:
+        """The work of a task on captured values, the store of each by its name.
+
+        Args:
+            task: what is to be done.
+            stores: of the values at the neighbourhood.
+            threads: of the job.
+            further: the same for each other place of its student, in order; None: all in `stores`.
+        """
         neighbourhood = task.neighbourhood
         slices = self.run.path / "slices"
         slices.mkdir(exist_ok=True)
@@ -120,18 +135,38 @@ class Jobs:
             heads=tuple(heads),
             head_weights=self._weights()[: len(heads)],
             neighbourhood=neighbourhood.name,
+            further=self._further(neighbourhood, (*inputs, target), stores if further is None else further),
+            held=neighbourhood.held,
+        )
+
+    def _further(
+        self,
+        neighbourhood: Neighbourhood,
+        names: Iterable[str],
+        stores: Mapping[str, Path] | Sequence[Mapping[str, Path]],
+    ) -> tuple[Mapping[str, tuple[Path, str]], ...]:
+        """Where the values of these names are kept for the other places of a student, by what they are called there."""
+        others = self.parts.uses(neighbourhood)[1:]
+        each = [stores] * len(others) if isinstance(stores, Mapping) else stores
+        return tuple(
+            {name: (found[n.names[name]], n.names[name]) for name in names}
+            for n, found in zip(others, each, strict=True)
         )
 
     def wanted(self, neighbourhoods: Iterable[Neighbourhood]) -> list[str]:
         """Names of the values to capture for these neighbourhoods, each once, in order."""
-        open_ = list(neighbourhoods)
+        open_ = [use for n in neighbourhoods for use in self.parts.uses(n)]
         return list(dict.fromkeys([*boundary(open_), *self._ahead(open_)]))
 
     def exits(self, neighbourhoods: Iterable[Neighbourhood]) -> list[str]:
-        """The same without what the students before them give."""
-        open_ = list(neighbourhoods)
+        """The same without what the students before them give.
+
+        What a place of a student reads of that very student's other places is captured from the teacher.
+        """
+        open_ = [use for n in neighbourhoods for use in self.parts.uses(n)]
         own = [n.exit.name or "" for n in open_ if n.exit is not None]
-        return list(dict.fromkeys([*own, *self._ahead(open_)]))
+        theirs = boundary([n for n in open_ if n.first is not None and not self.parts.together(n)])
+        return list(dict.fromkeys([*own, *theirs, *self._ahead(open_)]))
 
     def _ahead(self, neighbourhoods: Iterable[Neighbourhood]) -> Iterator[str]:
         return (name for n in neighbourhoods for head in self._heads(n) for name in (*head.context, head.output))
@@ -147,7 +182,10 @@ class Jobs:
     def _heads(self, neighbourhood: Neighbourhood) -> list[_Head]:
         """The teacher slices behind a neighbourhood: each up to the exit of the next one on the chain."""
         if neighbourhood.name not in self._looked:
-            self._looked[neighbourhood.name] = _heads(self.parts, neighbourhood, self.recipe.look_ahead)
+            alone = len(self.parts.uses(neighbourhood)) == 1  # what lies behind several places is no one slice
+            self._looked[neighbourhood.name] = (
+                _heads(self.parts, neighbourhood, self.recipe.look_ahead) if alone else []
+            )
         return self._looked[neighbourhood.name]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 
@@ -51,7 +51,7 @@ class Library:
     def __post_init__(self) -> None:
         for candidate in self.candidates:
             method = method_of(candidate.recipe(self.recipe))
-            for n in self.parts.distillable:
+            for n in self.parts.trained:
                 task = self.distillation.task(n, method, self.steps, label(n.name, candidate.spec))
                 self._rows.append((n, candidate, task))
         self._find_aliases()
@@ -139,9 +139,12 @@ class Library:
             whole["latency"] = self.measures.time_of_whole()[0]
         options = []
         fixed = dict(whole)
-        for n in self.parts.distillable:
+        for n in self.parts.trained:
             slice_ = self.parts.slice_of(n)
-            own = self._costed(self.parts.cost(n), weight_bytes(slice_))
+            # What something else reads too is part of the rest: it stays, whatever becomes of this place.
+            others, size = _held(slice_, n.elsewhere)
+            cost = Cost(self.parts.cost(n).parameters - others, self._macs_of_places(n))
+            own = self._costed(cost, weight_bytes(slice_) - size)
             students = {c.spec: e for c in self.candidates if (e := self.entry(n.name, c.spec)) is not None}
             times = self.measures.times_of(n, students) if latency else {}
             costs = own | _timed(times, TEACHER)
@@ -150,7 +153,7 @@ class Library:
             for spec in students:
                 loss = self._loss(n, spec)
                 if math.isfinite(loss):
-                    options.append(Option(n.name, spec, self._costs(n.name, spec) | _timed(times, spec), loss))
+                    options.append(Option(n.name, spec, self._costs(n, spec) | _timed(times, spec), loss))
         return Table(options, fixed, self._aliases)
 
     def losses(self) -> dict[tuple[str, str], Loss]:
@@ -244,11 +247,23 @@ class Library:
             case _:
                 return self.measures.of_candidate(n, entry).divergence
 
-    def _costs(self, name: str, spec: str) -> dict[str, float]:
-        ended = self.outcome(name, spec)
+    def _costs(self, n: Neighbourhood, spec: str) -> dict[str, float]:
+        ended = self.outcome(n.name, spec)
         assert ended is not None and ended.result is not None and ended.entry is not None
-        cost = Cost(ended.result.parameters, ended.result.macs)
-        return self._costed(cost, weight_bytes(load_student(ended.entry)))
+        student, result = load_student(ended.entry), ended.result
+        others, size = _held(student, n.held)
+        return self._costed(
+            Cost(result.parameters - others, self._in_places(n, result.macs)), weight_bytes(student) - size
+        )
+
+    def _macs_of_places(self, n: Neighbourhood) -> int | None:
+        """Of the teacher's slice in all places of its student."""
+        return sum((self.parts.cost(use) for use in self.parts.uses(n)), Cost()).macs
+
+    def _in_places(self, n: Neighbourhood, macs: int | None) -> int | None:
+        """Of a student in all its places: where values are larger, both have as many times more to do."""
+        own, places = self.parts.cost(n).macs, self._macs_of_places(n)
+        return macs if macs is None or own is None or places is None or own == 0 else round(macs * places / own)
 
     def _costed(self, cost: Cost, size: int) -> dict[str, float]:
         """Costs by name; MACs only where those of every option and of the whole can be told."""
@@ -274,6 +289,13 @@ def weight_bytes(model: ir.Model) -> int:
     """What the weights of a slice take in a file."""
     tensors = (value.const_value for value in model.graph.initializers.values())
     return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+def _held(model: ir.Model, names: Collection[str]) -> tuple[int, int]:
+    """Parameters and bytes of the named weights, as far as a slice has them."""
+    values = (value for name, value in model.graph.initializers.items() if name in names)
+    tensors = [value.const_value for value in values if value.const_value is not None]
+    return sum(int(tensor.size) for tensor in tensors), sum(tensor.nbytes for tensor in tensors)
 
 
 def _timed(times: Mapping[str, float], name: str) -> dict[str, float]:

@@ -19,7 +19,7 @@ from ndonnx.benchmark import benchmark, ratio
 from ndonnx.data.split import Split
 from ndonnx.data.subset import Subset
 from ndonnx.distil import load_student
-from ndonnx.errors import ModelError, SliceError, first_line
+from ndonnx.errors import ModelError, ParityError, SliceError, first_line
 from ndonnx.graph.dataflow import real_inputs
 from ndonnx.graph.interface import samples_first
 from ndonnx.machine import usable_cores
@@ -30,6 +30,7 @@ from ndonnx.progress import Progress
 from ndonnx.recipe import Recipe
 from ndonnx.rundir import Entry, Fingerprintable, RunDir, fingerprint
 from ndonnx.search import TEACHER
+from ndonnx.splice import splice
 from ndonnx.teacher import make_session
 from ndonnx.teacher.sessions import OrtError
 from ndonnx.teacher.sizes import BoundedBatches
@@ -166,7 +167,7 @@ class Measures:
         entry = self._entry("qualities", student.key)
         if not entry.done:
             try:
-                answers = self.partials.replaced(neighbourhood.name, load_student(student))
+                answers = self._replaced(neighbourhood, load_student(student))
                 quality = self.partials.quality
                 drop, divergence = quality.drop(answers), quality.divergence(answers)
             except SliceError as error:
@@ -176,6 +177,17 @@ class Measures:
             entry.commit(Loss(drop, divergence).to_json())
         return Loss.of_json(entry.meta())
 
+    def _replaced(self, neighbourhood: Neighbourhood, student: ir.Model) -> dict[str, np.ndarray]:
+        """The teacher's answers with a student in all its places."""
+        uses = self.parts.uses(neighbourhood)
+        if len(uses) == 1:
+            return self.partials.replaced(neighbourhood.name, student)
+        students = {use.name: self.parts.as_in_teacher(self.parts.at(use, student)) for use in uses}
+        try:
+            return self.partials.whole(splice(self.parts.model, students, self.parts.shared))
+        except ModelError as error:
+            raise ParityError(f"{neighbourhood.name}: {error}") from error
+
     def sensitivity(self, neighbourhood: Neighbourhood, student: Entry) -> float:
         """The divergence that a student's error at a neighbourhood's exit causes, per NMSE.
 
@@ -183,27 +195,43 @@ class Measures:
         """
         entry = self._entry("sensitivities", student.key)
         if not entry.done:
-            name = neighbourhood.name
-            students = {name: load_student(student)}
-            found = tolerances(
-                self.partials, self.partials.quality, math.inf, names=[name], amplitudes=[_AMPLITUDE], students=students
-            )[name].sensitivity
+            model = load_student(student)
+            # Small errors add up: those of a student in several places as those of several students.
+            found = sum(self._sensitivity(use, model) for use in self.parts.uses(neighbourhood))
             entry.begin()
-            entry.commit({"sensitivity": finite(found or 0.0)})
+            entry.commit({"sensitivity": finite(found)})
         found = entry.meta()["sensitivity"]
         return math.inf if found is None else float(found)
 
+    def _sensitivity(self, use: Neighbourhood, student: ir.Model) -> float:
+        found = tolerances(
+            self.partials,
+            self.partials.quality,
+            math.inf,
+            names=[use.name],
+            amplitudes=[_AMPLITUDE],
+            students={use.name: self.parts.at(use, student)},
+        )
+        return found[use.name].sensitivity or 0.0
+
     def times_of(self, neighbourhood: Neighbourhood, students: Mapping[str, Entry]) -> dict[str, float]:
-        """Milliseconds of each slice for one sample, in turn with each other, the teacher's among them."""
+        """Milliseconds of each slice for one sample, in turn with each other, the teacher's among them.
+
+        Of a student with several places, in all of them.
+        """
         where = (platform.node(), usable_cores())
         entry = self._entry("latencies", neighbourhood.name, *where, {name: e.key for name, e in students.items()})
         if not entry.done:
-            teacher = self.parts.slice_of(neighbourhood)
-            slices = {TEACHER: teacher} | {name: load_student(student) for name, student in students.items()}
-            feeds = self._one_sample([value.name or "" for value in teacher.graph.inputs])
-            times = benchmark(slices, feeds, rounds=_ROUNDS)
+            loaded = {name: load_student(student) for name, student in students.items()}
+            times: dict[str, float] = {}
+            for use in self.parts.uses(neighbourhood):
+                teacher = self.parts.slice_of(use)
+                slices = {TEACHER: teacher} | {name: self.parts.at(use, model) for name, model in loaded.items()}
+                feeds = self._one_sample([value.name or "" for value in teacher.graph.inputs])
+                for name, found in benchmark(slices, feeds, rounds=_ROUNDS).items():
+                    times[name] = times.get(name, 0.0) + found.p50_ms
             entry.begin()
-            entry.commit({"times": {name: found.p50_ms for name, found in times.items()}})
+            entry.commit({"times": times})
         return {str(name): float(time) for name, time in entry.meta()["times"].items()}
 
     def time_of_whole(self, student: ir.Model | None = None) -> tuple[float, float]:

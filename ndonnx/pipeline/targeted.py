@@ -84,8 +84,10 @@ def compress_to_target(
 
 def _neighbourhoods(bench: Workbench, best: Whole) -> list[NeighbourhoodReport]:
     kept = Outcome("kept", reason="the search keeps the teacher's own slice")
+    shared = bench.parts.shared.items()
+    found = best.outcomes | {name: best.outcomes[first] for name, first in shared if first in best.outcomes}
     return [
-        (best.outcomes.get(n.name) or bench.distillation.outcomes.get(n.name) or kept).report(n, bench.parts)
+        (found.get(n.name) or bench.distillation.outcomes.get(n.name) or kept).report(n, bench.parts)
         for n in bench.parts.neighbourhoods
     ]
 

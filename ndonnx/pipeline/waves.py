@@ -32,7 +32,7 @@ class Waves:
 
     def plan(self, samples: int) -> tuple[int, list[list[Neighbourhood]]]:
         """As many of the samples as the budget holds, and the waves."""
-        open_ = self.parts.distillable
+        open_ = self.parts.trained
         self.sizes |= value_bytes(self.parts.model, self.wanted(open_), self.source)
         one = [self._bytes([n]) + self.beside for n in open_]
         if open_ and max(one) * samples > self.budget:

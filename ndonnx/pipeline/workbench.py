@@ -277,7 +277,7 @@ class Workbench:
         if self._allowed is not None and entry is not None:
             with self.clock.measure("evaluate"):
                 sensitivity = self.measures.sensitivity(n, entry)
-            measured = measured_need(self._allowed, sensitivity, len(self.parts.distillable))
+            measured = measured_need(self._allowed, sensitivity, len(self.parts.trained))
         return min((need for need in (by_study, measured) if need is not None), key=lambda n: n.enough, default=None)
 
     @cached_property

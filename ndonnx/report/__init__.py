@@ -46,6 +46,8 @@ class NeighbourhoodReport:
     budget."""
     warning: str | None = None
     """That the student is beyond the tolerance, and the way out."""
+    student_of: str | None = None
+    """The neighbourhood with the same weights whose student stands here too; None: its own."""
 
 
 @dataclass(frozen=True)

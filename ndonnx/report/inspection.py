@@ -43,6 +43,8 @@ class Piece:
     """Which operators hold on to channels of a neighbourhood that can be distilled."""
     removable: int | None = None
     """Parameters that the smallest student is without; None for a method whose students are not known beforehand."""
+    student_of: str | None = None
+    """The neighbourhood with the same weights whose student stands here too; None: its own."""
 
 
 @dataclass(frozen=True)
@@ -179,4 +181,5 @@ def _piece(
         note=partly_frozen(neighbourhood.frozen) if neighbourhood.distillable else None,
         parity=parity,
         removable=None if removed is None else sum(removed.get(neighbourhood.name, {}).values()),
+        student_of=neighbourhood.first,
     )

@@ -168,7 +168,7 @@ class ActivationSwap(StudentMethod):
         copy = infer_shapes(RemoveUnusedNodesPass()(copy).model)
         used = dict.fromkeys(f"{activation.name}={pairs[activation.name]}" for activation in found)
         if self.init == "random":
-            copy = randomise(copy, rng)
+            copy = randomise(copy, rng, teacher.held)
         elif self.init == "least-squares":
             behind = axes_of(copy, _behind(copy, changed))
             copy = refit_consumers(replace(teacher, groups=behind), copy, np.empty(0, np.bool_))

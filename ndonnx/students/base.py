@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -37,6 +38,8 @@ class TeacherSlice:
     threads: int = 1
     constants: frozenset[str] = frozenset()
     """Inputs without a sample axis: one array for all samples."""
+    held: frozenset[str] = frozenset()
+    """Weights that stay as they are, because the teacher reads them elsewhere too."""
 
     def first(self, count: int) -> TeacherSlice:
         """The same slice with at most so many samples."""
@@ -127,6 +130,9 @@ class Constraint(ABC):
 class StudentMethod(ABC):
     """Turns slices into candidates."""
 
+    may_grow: ClassVar[bool] = False
+    """Whether a student may have more weights than its slice; of all others the model never gets larger."""
+
     @abstractmethod
     def _build(self, teacher: TeacherSlice, rng: np.random.Generator) -> Candidate:
         """Make the candidate; the base class checks its boundary."""
@@ -150,6 +156,11 @@ class StudentMethod(ABC):
             old, new = (_boundary(getattr(model.graph, side)) for model in (teacher.model, candidate.model))
             if old != new:
                 raise ShrinkError(f"{teacher.name}: {candidate.spec} changed the slice's {side} from {old} to {new}")
+        for name in sorted(teacher.held & candidate.model.graph.initializers.keys()):
+            tensors = [model.graph.initializers[name].const_value for model in (teacher.model, candidate.model)]
+            before, after = (None if tensor is None else tensor.numpy() for tensor in tensors)
+            if before is None or after is None or not np.array_equal(before, after):
+                raise ShrinkError(f"{teacher.name}: {candidate.spec} changed '{name}', which is read elsewhere too")
         return candidate
 
 

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -73,6 +73,8 @@ class Custom(StudentMethod):
     torch is seeded before it is called. With `init` `least-squares`, the last linear operator is
     fitted to the teacher; otherwise the student begins as the module is. Make one with `Custom.of`.
     """
+
+    may_grow: ClassVar[bool] = True
 
     student: str
     init: Init

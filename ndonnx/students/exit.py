@@ -7,7 +7,7 @@ inputs that it really gets, is a least-squares problem with one solution.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,17 +63,17 @@ class Exit:
     """The value, before any activation, to which its output is added: what is made right."""
 
 
-def find_exit(model: ir.Model) -> Exit | None:
+def find_exit(model: ir.Model, held: Collection[str] = ()) -> Exit | None:
     """The last linear operator whose output reaches the exit through sums and activations alone; None if there is none.
 
-    Its weight belongs to it alone. Of several that are added up, the one with most weights.
+    Its weight belongs to it alone, and is not `held`. Of several that are added up, the one with most weights.
     """
     total = model.graph.outputs[0]
     while (node := total.producer()) is not None and node.op_type in _PASSED and node.inputs[0] is not None:
         if len(node.inputs[0].uses()) > 1:
             break
         total = node.inputs[0]
-    found = sorted(_summands(total), key=lambda node: -_size(node))
+    found = sorted((node for node in _summands(total) if _name(node) not in held), key=lambda node: -_size(node))
     if not found:
         return None
     node = found[0]
@@ -81,6 +81,7 @@ def find_exit(model: ir.Model) -> Exit | None:
     assert data is not None and data.name and weight is not None and weight.name and total.name
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     own = bias is not None and constant_of(bias) is not None and len(bias.uses()) == 1 and len(bias.shape or ()) == 1
+    own = own and bias is not None and bias.name not in held
     return Exit(node, data.name, weight.name, bias.name if own and bias is not None else None, total.name)
 
 
@@ -103,6 +104,10 @@ def _is_own(node: ir.Node) -> bool:
     return constant_of(node.inputs[1]) is not None and len(node.inputs[1].uses()) == 1
 
 
+def _name(node: ir.Node) -> str | None:
+    return node.inputs[1].name if node.inputs[1] is not None else None
+
+
 def _size(node: ir.Node) -> int:
     tensor = constant_of(node.inputs[1])
     assert tensor is not None
@@ -118,6 +123,7 @@ def refit_exit(
     constants: frozenset[str] = frozenset(),
     holdout: float = 0.25,
     threads: int = 1,
+    held: Collection[str] = (),
 ) -> ir.Model | None:
     """The student with its last linear operator refitted on the inputs that it gets; None where that helps nothing.
 
@@ -131,11 +137,12 @@ def refit_exit(
         constants: inputs without a sample axis.
         holdout: part of the samples that decides whether the refit helped.
         threads: for onnxruntime.
+        held: names of weights that stay as they are.
 
     Raises:
         ShrinkError: onnxruntime does not run a slice, or the activations are too large to be squared.
     """
-    end = find_exit(student)
+    end = find_exit(student, held)
     names = {value.name for node in teacher.graph for value in node.outputs}
     if end is None or end.total not in names:
         return None

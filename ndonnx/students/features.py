@@ -5,6 +5,7 @@ A convolution is a matrix on patches, `Gemm` and `MatMul` are matrices on rows; 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,22 +56,39 @@ class LinearReader:
         return as_matrix(self.node, tensor.numpy())
 
 
-def linear_readers(model: ir.Model, groups: ChannelGroups) -> list[LinearReader]:
-    """Readers in topological order: `Conv` without groups, `Gemm` and `MatMul` with a constant weight."""
-    units = {axis.initializer: axis.units for axis in groups.axes if axis.role == "in"}
+def linear_readers(model: ir.Model, groups: ChannelGroups, held: Collection[str] = ()) -> list[LinearReader]:
+    """Readers in topological order: `Conv` without groups, `Gemm` and `MatMul` with a constant weight.
+
+    Left out are those whose weight is `held`. A bias that is held, or that another operator reads too, is none to fit.
+    """
+    units = {(axis.initializer, axis.axis): axis.units for axis in groups.axes if axis.role == "in"}
     found = []
     for node in model.graph:
-        if not is_plain(node) or (name := node.inputs[1].name if node.inputs[1] is not None else None) not in units:
+        if not is_plain(node) or node.inputs[1] is None:
+            continue
+        name, summed = node.inputs[1].name or "", _summed_axis(node)
+        if (name, summed) not in units or name in held:
             continue
         data, bias = node.inputs[0], node.inputs[2] if len(node.inputs) > 2 else None
-        assert data is not None and data.name and name
+        assert data is not None and data.name
         fitting = bias is not None and constant_of(bias) is not None and len(node.outputs) == 1
+        fitting = fitting and bias is not None and len(bias.uses()) == 1 and bias.name not in held
         found.append(
             LinearReader(
-                node, data.name, node.outputs[0].name or "", name, bias.name if fitting and bias else None, units[name]
+                node,
+                data.name,
+                node.outputs[0].name or "",
+                name,
+                bias.name if fitting and bias else None,
+                units[name, summed],
             )
         )
     return found
+
+
+def _summed_axis(node: ir.Node) -> int:
+    """The axis of a plain operator's weight that is summed over."""
+    return 1 if node.op_type == "Conv" or _is_transposed(node) else 0
 
 
 def is_plain(node: ir.Node) -> bool:

@@ -13,9 +13,9 @@ from ndonnx.partition import ChannelGroups, WeightAxis
 from ndonnx.students.features import LinearReader, linear_readers
 
 
-def every_reader(model: ir.Model) -> list[LinearReader]:
+def every_reader(model: ir.Model, held: Collection[str] = ()) -> list[LinearReader]:
     """Linear operators with weights of their own, in topological order: `Conv` without groups, `Gemm`, `MatMul`."""
-    return [reader for reader in linear_readers(model, axes_of(model)) if _is_own(model, reader)]
+    return [reader for reader in linear_readers(model, axes_of(model), held) if _is_own(model, reader)]
 
 
 def axes_of(model: ir.Model, outputs: Collection[str] | None = None) -> ChannelGroups:
@@ -28,7 +28,8 @@ def axes_of(model: ir.Model, outputs: Collection[str] | None = None) -> ChannelG
     nodes = [node for node in model.graph if outputs is None or node.outputs[0].name in outputs]
     weights = dict.fromkeys(v for node in nodes if (v := _second_input(node)) is not None and is_weight(v))
     nothing = np.empty(0, np.int64)
-    return ChannelGroups((), tuple(WeightAxis(value.name or "", 1, "in", nothing) for value in weights), ())
+    axes = (WeightAxis(value.name or "", axis, "in", nothing) for value in weights for axis in (0, 1))
+    return ChannelGroups((), tuple(axes), ())
 
 
 def _second_input(node: ir.Node) -> ir.Value | None:

@@ -60,7 +60,7 @@ class LowRank(StudentMethod):
 
     def _build(self, teacher: TeacherSlice, rng: np.random.Generator) -> Candidate:
         spec = f"lowrank k={self.keep:g}"
-        readers = every_reader(teacher.model)
+        readers = every_reader(teacher.model, teacher.held)
         fits = self._fits(teacher, teacher.model, readers)
         plans = [plan for reader in readers if len((plan := _plan(reader, fits[reader], self.round_to)).menu) > 1]
         if not plans:
@@ -73,7 +73,7 @@ class LowRank(StudentMethod):
         found = choose([plan.menu for plan in plans], budget)
         chosen = {plan.reader.weight: option for plan, option in zip(plans, found, strict=True) if option.form}
         student = self._factorise(teacher, fits, chosen)
-        return Candidate(spec, randomise(student, rng) if self.init == "random" else student)
+        return Candidate(spec, randomise(student, rng, teacher.held) if self.init == "random" else student)
 
     def _fits(self, teacher: TeacherSlice, model: ir.Model, readers: Sequence[LinearReader]) -> dict[LinearReader, Fit]:
         """The problem of each operator: its output in the teacher's slice, on what it reads in `model`."""

@@ -20,7 +20,7 @@ from ndonnx.students.least_squares import Regression
 def refit_consumers(teacher: TeacherSlice, student: ir.Model, kept: npt.NDArray[np.bool_]) -> ir.Model:
     """A copy of the shrunk slice whose readers of shrunk groups are refitted on the samples."""
     copy = student.clone()
-    for reader in linear_readers(teacher.model, teacher.groups):
+    for reader in linear_readers(teacher.model, teacher.groups, teacher.held):
         # A weight that several operators share cannot suit one of them alone.
         if _is_own(copy, reader):
             _refit(teacher, copy, reader, kept)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,7 +40,8 @@ class Sparsity(StudentMethod):
     def _build(self, teacher: TeacherSlice, rng: np.random.Generator) -> Candidate:
         pattern = Pattern.parse(self.sparsity)
         spec = f"sparsity {pattern}"
-        weights = tuple(w for w in linear_weights(teacher.model.graph) if pattern.count(w))
+        found = (weight for weight in linear_weights(teacher.model.graph) if weight.name not in teacher.held)
+        weights = tuple(weight for weight in found if pattern.count(weight))
         if not weights and (pattern.group or pattern.part):
             raise ShrinkError(f"{teacher.name}: no weight of a linear operator is large enough for {spec}")
         if not weights:
@@ -47,7 +49,7 @@ class Sparsity(StudentMethod):
         if self.init == "least-squares":
             model = fit_zeros(teacher, pattern, weights)
             return Candidate(spec, model, GrowingZeros(pattern, weights, _SETTLED, _CLOSED_FORM_KEEPS))
-        model = randomise(teacher.model, rng) if self.init == "random" else teacher.model.clone()
+        model = randomise(teacher.model, rng, teacher.held) if self.init == "random" else teacher.model.clone()
         return Candidate(spec, model, GrowingZeros(pattern, weights, _SETTLED))
 
 
@@ -76,7 +78,7 @@ def _is_own(node: ir.Node) -> bool:
 
 
 def _fit(teacher: TeacherSlice, student: ir.Model, node: ir.Node, pattern: Pattern, layout: LinearWeight) -> None:
-    value, data, bias = node.inputs[1], node.inputs[0], _own_bias(node, layout)
+    value, data, bias = node.inputs[1], node.inputs[0], _own_bias(node, layout, teacher.held)
     output = node.outputs[0].name
     assert value is not None and data is not None and data.name and output
     problem = Regression(node, teacher.count)
@@ -95,10 +97,10 @@ def _fit(teacher: TeacherSlice, student: ir.Model, node: ir.Node, pattern: Patte
         _set(bias, moments.offset(solution).reshape(_array(bias).shape).numpy())
 
 
-def _own_bias(node: ir.Node, layout: LinearWeight) -> ir.Value | None:
+def _own_bias(node: ir.Node, layout: LinearWeight, held: Collection[str]) -> ir.Value | None:
     """A bias that nothing else reads, with one number for each output."""
     bias = node.inputs[2] if len(node.inputs) > 2 else None
-    if bias is None or not bias.is_initializer() or len(bias.uses()) != 1:
+    if bias is None or not bias.is_initializer() or len(bias.uses()) != 1 or bias.name in held:
         return None
     outputs = layout.shape[1 - layout.axis]
     return bias if _array(bias).size == outputs else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -46,7 +46,7 @@ class Width(StudentMethod):
         if self.init == "least-squares":
             shrunk = refit_consumers(teacher, shrunk, kept)
         elif self.init == "random":
-            shrunk = randomise(shrunk, rng)
+            shrunk = randomise(shrunk, rng, teacher.held)
         return Candidate(spec, shrunk)
 
     def shape_key(self, groups: ChannelGroups) -> Hashable | None:
@@ -100,10 +100,10 @@ def _write(graph: ir.Graph, node: ir.Node, edit: DimensionEdit, number: int) -> 
         node.attributes[edit.slot] = ir.AttrInt64s(edit.slot, values)
 
 
-def randomise(model: ir.Model, rng: np.random.Generator) -> ir.Model:
-    """Draw the weights of linear operators anew (He et al. 2015); biases, scales and slopes stay."""
+def randomise(model: ir.Model, rng: np.random.Generator, held: Collection[str] = ()) -> ir.Model:
+    """Draw the weights of linear operators anew (He et al. 2015); biases, scales, slopes and `held` weights stay."""
     copy = model.clone()
-    drawn: set[ir.Value] = set()
+    drawn = {value for name, value in copy.graph.initializers.items() if name in held}
     for node in copy.graph:
         value = node.inputs[1] if node.op_type in _LINEAR_OPS and len(node.inputs) > 1 else None
         if value is None or value in drawn or not is_weight(value) or value.const_value is None:

@@ -15,6 +15,7 @@ from ndonnx.partition.rules.tracker import (
     are_constant,
     input_at,
     int_attribute,
+    is_constant,
     labelled_axes,
     rank_of,
 )
@@ -135,9 +136,9 @@ def gemm(tracker: Tracker, node: ir.Node) -> bool:
 def matmul(tracker: Tracker, node: ir.Node) -> bool:
     """`MatMul`: a constant on either side, or two activations (attention)."""
     left, right = node.inputs[0], node.inputs[1]
-    if constant_of(right) is not None:
+    if is_constant(right):
         return _times_weight(tracker, node, left, right)
-    if constant_of(left) is not None:
+    if is_constant(left):
         return _weight_times(tracker, node, left, right)
     return _product(tracker, node, left, right)
 

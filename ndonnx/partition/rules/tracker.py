@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from ndonnx.graph.costs import constant_of, dims
 from ndonnx.graph.dataflow import reads
+from ndonnx.graph.ties import origin_of, transposed
 from ndonnx.partition.labels import FROZEN, Labels, LabelSets
 
 FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
@@ -98,7 +99,9 @@ class Tracker:
 
     sets: LabelSets = field(default_factory=LabelSets)
     values: dict[ir.Value, Labels] = field(default_factory=dict)
-    weights: dict[ir.Value, WeightLabels] = field(default_factory=dict)
+    weights: dict[tuple[ir.Value, ir.Node | None], WeightLabels] = field(default_factory=dict)
+    """By the constant. Vectors (biases, scales) by their reader, too: where its channels are not those of another
+    reader, it gets a copy. A matrix has the same channels whatever reads it."""
     made: dict[str, Labels] = field(default_factory=dict)
     """Labels by the name of the value in which they were made."""
     folded: dict[ir.Value, Folded] = field(default_factory=dict)
@@ -171,9 +174,14 @@ class Tracker:
     def freeze_weights(self, node: ir.Node) -> None:
         """Let all labelled axes of the constants that a node reads stay."""
         for value in node.inputs:
-            if value is not None and value in self.weights:
-                for labels in self.weights[value].axes.values():
-                    self.sets.freeze(labels)
+            if value is not None:
+                self.freeze_weight(origin_of(value), node)
+
+    def freeze_weight(self, weight: ir.Value, reader: ir.Node | None = None) -> None:
+        """Let all labelled axes of a matrix stay, or of a vector for one reader; nothing is done where none are."""
+        found = self.weights.get((weight, reader if is_vector(weight) else None))
+        for labels in found.axes.values() if found is not None else ():
+            self.sets.freeze(labels)
 
     def fits(self, value: ir.Value) -> bool:
         """Whether a value's labels, if it has any, have its rank and the lengths of its axes."""
@@ -215,9 +223,12 @@ class Tracker:
         """Say that along `axis` of a constant stand these channels (None: channels that stay)."""
         if value is None or (shape := dims(value)) is None:
             return
-        weight = self.weights.setdefault(value, WeightLabels())
-        weight.readers.add(node)
         axis %= len(shape)
+        if (found := transposed(value)) is not None:
+            value, axis = found[0], found[1][axis]
+            shape = dims(value) or shape
+        weight = self.weights.setdefault((value, node if is_vector(value) else None), WeightLabels())
+        weight.readers.add(node)
         if labels is None:
             labels = np.full(shape[axis], FROZEN, dtype=np.int64)
         if axis in weight.axes:
@@ -229,6 +240,11 @@ class Tracker:
 
 Rule = Callable[[Tracker, ir.Node], bool]
 """Returns False when the case is not understood; nothing may have been labelled by then."""
+
+
+def is_vector(value: ir.Value) -> bool:
+    """Whether at most one axis of a constant is longer than 1."""
+    return sum(size > 1 for size in dims(value) or ()) <= 1
 
 
 def labelled_axes(labels: Labels) -> list[int]:
@@ -266,8 +282,13 @@ def extent(value: ir.Value, axis: int) -> int | None:
 
 
 def are_constant(values: Iterable[ir.Value | None]) -> bool:
-    """Whether none of the values is computed; an input that is left out is not."""
-    return all(value is None or constant_of(value) is not None for value in values)
+    """Whether none of the values is computed, but for transposes of weights; an input that is left out is not."""
+    return all(value is None or is_constant(value) for value in values)
+
+
+def is_constant(value: ir.Value | None) -> bool:
+    """Whether a value is a constant, or a weight transposed, along whose axes channels can be followed."""
+    return value is not None and (constant_of(value) is not None or transposed(value) is not None)
 
 
 def rank_of(value: ir.Value | None) -> int | None:

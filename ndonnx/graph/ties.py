@@ -1,0 +1,111 @@
+"""Weights that are one, though a graph reads them under several names: by `Identity`, transposed, or in another shape.
+
+Exporters tie an output layer to an embedding, or a decoder to its encoder, by an operator on the weight. Folded like
+any other constant, the result would be a second weight that knows nothing of the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import numpy as np
+import onnx_ir as ir
+
+_DOMAINS = ("", "ai.onnx")
+VIEWS = {"Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
+"""Operators whose output holds the very numbers of their first input."""
+_FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
+
+
+def unite_views(graph: ir.Graph) -> None:
+    """Let equal views of a constant be one, and an `Identity` of it the constant itself. In place, at the top level."""
+    found: dict[Hashable, ir.Value] = {}
+    for node in list(graph):
+        source = node.inputs[0] if _is_view(node) else None
+        if source is None or not _is_constant(origin_of(source)) or node.outputs[0].is_graph_output():
+            continue
+        if len(source.uses()) < _SEVERAL and not source.is_graph_output():
+            continue  # nothing shares it
+        key = _signature(node)
+        same = source if node.op_type == "Identity" else found.setdefault(key, node.outputs[0]) if key else None
+        if same is not None and same is not node.outputs[0]:
+            node.outputs[0].replace_all_uses_with(same)
+            graph.remove(node, safe=True)
+
+
+def is_tie(node: ir.Node) -> bool:
+    """Whether a node is a view of a matrix that something else reads too: it is recomputed, never folded.
+
+    Views of vectors (a bias that is reshaped) are folded all the same: they weigh next to nothing.
+    """
+    if not _is_view(node) or node.outputs[0].is_graph_output():
+        return False
+    source = node.inputs[0]
+    if source is None or (len(source.uses()) < _SEVERAL and not source.is_graph_output()):
+        return False
+    tensor = _tensor(source)
+    dtype, shape = (tensor.dtype, tensor.shape) if tensor is not None else (source.dtype, source.shape)
+    if dtype not in _FLOATS or shape is None:
+        return False
+    return sum(size != 1 for size in shape) > 1
+
+
+_SEVERAL = 2
+
+
+def origin_of(value: ir.Value) -> ir.Value:
+    """The constant that a value is a view of; the value itself where it is none."""
+    origin = value
+    while (node := origin.producer()) is not None and _is_view(node) and node.inputs[0] is not None:
+        origin = node.inputs[0]
+    return origin if _is_constant(origin) else value
+
+
+def transposed(value: ir.Value | None) -> tuple[ir.Value, tuple[int, ...]] | None:
+    """The initializer that a value is or is a transpose of, and for each axis of the value the initializer's axis.
+
+    None for anything else.
+    """
+    moves: list[ir.Attr | None] = []
+    while value is not None and not value.is_initializer():
+        node = value.producer()
+        if node is None or node.op_type != "Transpose" or node.domain not in _DOMAINS or not node.inputs:
+            return None
+        moves.append(node.attributes.get("perm"))
+        value = node.inputs[0]
+    if value is None or value.const_value is None:
+        return None
+    axes = tuple(range(len(value.const_value.shape)))
+    for move in reversed(moves):
+        order = tuple(reversed(range(len(axes)))) if move is None else move.value
+        if not isinstance(order, tuple) or sorted(order) != list(range(len(axes))):
+            return None
+        axes = tuple(axes[axis] for axis in order)
+    return value, axes
+
+
+def _is_view(node: ir.Node) -> bool:
+    if node.op_type not in VIEWS or node.domain not in _DOMAINS or not node.inputs:
+        return False
+    return all(value is None or _is_constant(value) for value in node.inputs[1:])
+
+
+def _is_constant(value: ir.Value) -> bool:
+    return _tensor(value) is not None
+
+
+def _tensor(value: ir.Value) -> ir.TensorProtocol | None:
+    try:
+        return value.const_value if value.is_initializer() else ir.convenience.get_const_tensor(value)
+    except (TypeError, ValueError):  # a `Constant` that holds none, of a graph that nobody has checked
+        return None
+
+
+def _signature(node: ir.Node) -> Hashable:
+    """Equal for nodes that compute the same; None where that cannot be told cheaply."""
+    further: list[Hashable] = []
+    for value in node.inputs[1:]:
+        tensor = _tensor(value) if value is not None else None
+        further.append(None if tensor is None else (str(tensor.dtype), np.asarray(tensor.numpy()).tobytes()))
+    attributes = tuple(sorted((name, repr(attribute.value)) for name, attribute in node.attributes.items()))
+    return node.op_type, node.inputs[0], tuple(further), attributes

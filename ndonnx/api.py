@@ -53,7 +53,9 @@ def partition(model: str | Path, recipe: Recipe | None = None) -> Partition:
     inputs, fixed = settle(declared_specs(teacher.graph), recipe.model_inputs)
     interface = interface_of(inputs, fixed)
     working = working_copy(open_branches(teacher, fixed), interface)
-    return partition_graph(working, granularity=recipe.granularity, cut=recipe.cut, freeze=recipe.freeze)
+    return partition_graph(
+        working, granularity=recipe.granularity, cut=recipe.cut, freeze=recipe.freeze, methods=(recipe.method,)
+    )
 
 
 def inspect(

@@ -268,7 +268,7 @@ def test_what_cannot_be_cut_is_told() -> None:
     net = Net()
     x = net.conv(net.input("x", "N", 6, 5, 5), 6, 6, group=6, out="a")  # depthwise
     x = net.conv(net.relu(x), 6, 1, 1, out="b")  # one output: no rank below it
-    with pytest.raises(ShrinkError, match="n01: no linear operator gets smaller as two factors"):
+    with pytest.raises(ShrinkError, match="n01: no linear operator and no table gets smaller as two factors"):
         build(teacher_of(net, x), LowRank(0.5))
 
 

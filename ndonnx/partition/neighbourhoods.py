@@ -6,7 +6,7 @@ worth taking.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -21,7 +21,14 @@ from ndonnx.graph.interface import NOWHERE, Interface, first_sizes, sample_axis,
 from ndonnx.graph.macs import sample_cost
 from ndonnx.partition.choice import Choice, Chooser, worth
 from ndonnx.partition.groups import ChannelGroups, FrozenWidth, find_groups, frozen_widths
-from ndonnx.partition.layers import layer_runs, why_left_out
+from ndonnx.partition.layers import (
+    LINEAR_OPERATORS,
+    layer_runs,
+    leftover_runs,
+    operators_of,
+    why_left_out,
+    why_left_over,
+)
 from ndonnx.partition.reasons import Why, no_width, why_kept
 from ndonnx.partition.regions import around, find_chains
 from ndonnx.partition.runs import TRAILING_OPS, Run, Runs
@@ -205,7 +212,12 @@ class Partition:
 
 @collector_paused()
 def partition(
-    model: ir.Model, *, granularity: str = "block", cut: Sequence[str] = (), freeze: Sequence[str] = ()
+    model: ir.Model,
+    *,
+    granularity: str = "block",
+    cut: Sequence[str] = (),
+    freeze: Sequence[str] = (),
+    methods: Collection[str] = (),
 ) -> Partition:
     """Partition a working copy (constants folded) into neighbourhoods.
 
@@ -215,6 +227,8 @@ def partition(
             operator each.
         cut: values that must be boundaries; a region with one of them inside is entered or split.
         freeze: values whose producing neighbourhood is kept.
+        methods: student methods that will be tried. Those that need no width (`lowrank`, `sparsity`) get regions of
+            their own around weights that lie in no region with a width.
 
     Raises:
         UsageError: a `cut` or `freeze` value is not in the model, or the granularity is unknown.
@@ -232,23 +246,35 @@ def partition(
         flow, choice = _choose_stream(model)
     by_name = {value.name: value for value in flow.kinds}
     cuts, frozen = (frozenset(by_name[name] for name in names) for names in (cut, freeze))
+    operators = operators_of(methods)
     if choice is None:
-        named = _name(_with_rest(flow, layer_runs(flow, cuts), cuts, frozen, why_left_out))
+        named = _name(
+            _with_rest(flow, layer_runs(flow, cuts, LINEAR_OPERATORS | operators), cuts, frozen, why_left_out)
+        )
         return Partition(model, flow, tuple(_marked(named, find_sharing(flow, named))), Interface.of(model))
     if cuts or frozen:
         choice = Chooser(flow, find_chains(flow), cuts, frozen).best()
-    return Partition(model, flow, tuple(_settled(flow, choice.runs(), cuts, frozen)), Interface.of(model))
+    return Partition(model, flow, tuple(_settled(flow, choice.runs(), cuts, frozen, operators)), Interface.of(model))
 
 
 def _settled(
-    flow: Dataflow, runs: list[Run], cuts: frozenset[ir.Value], frozen: frozenset[ir.Value]
+    flow: Dataflow,
+    runs: list[Run],
+    cuts: frozenset[ir.Value],
+    frozen: frozenset[ir.Value],
+    operators: frozenset[str],
 ) -> list[Neighbourhood]:
-    """The runs as neighbourhoods, in which what shares weights is alike, or one neighbourhood, as far as possible."""
+    """The runs as neighbourhoods, in which what shares weights is alike, or one neighbourhood, as far as possible.
+
+    Layers of these operators that the runs leave over are neighbourhoods too.
+    """
 
     ends: frozenset[ir.Value] = frozenset()
 
     def assembled(runs: list[Run]) -> tuple[list[Neighbourhood], Sharing]:
-        named = _name(_with_rest(flow, runs, cuts | ends, frozen, no_width))
+        left = leftover_runs(flow, runs, operators, cuts | ends) if operators else []
+        why = why_left_over if operators else no_width
+        named = _name(_with_rest(flow, [*runs, *left], cuts | ends, frozen, why))
         return named, find_sharing(flow, named)
 
     found, sharing = assembled(runs)

@@ -47,6 +47,8 @@ class Library:
     """The same with all aliases: every candidate of every neighbourhood."""
     _aliases: dict[tuple[str, str], str] = field(default_factory=dict)
     """The candidate that stands for another one with the same student, by neighbourhood and that other one."""
+    _refused: dict[tuple[str, str], str] = field(default_factory=dict)
+    """Why there is no such student, as far as that is known beforehand, by neighbourhood and candidate."""
 
     def __post_init__(self) -> None:
         for candidate in self.candidates:
@@ -54,8 +56,11 @@ class Library:
             for n in self.parts.trained:
                 task = self.distillation.task(n, method, self.steps, label(n.name, candidate.spec))
                 self._rows.append((n, candidate, task))
+                if n.groups is not None and (reason := method.needs_more(n.groups)) is not None:
+                    self._refused[n.name, candidate.spec] = reason
         self._find_aliases()
-        distinct = (row for row in self._rows if (row[0].name, row[1].spec) not in self._aliases)
+        other = self._aliases.keys() | self._refused.keys()
+        distinct = (row for row in self._rows if (row[0].name, row[1].spec) not in other)
         self._tasks = {task.label: (n, candidate, task) for n, candidate, task in distinct}
 
     def _find_aliases(self) -> None:
@@ -87,6 +92,9 @@ class Library:
             alias = self._aliases.get((n.name, candidate.spec))
             if alias is not None:
                 found.append(OptionReport(n.name, candidate.spec, "alias", {}, None, None, f"same as {alias}"))
+                continue
+            if (refused := self._refused.get((n.name, candidate.spec))) is not None:
+                found.append(OptionReport(n.name, candidate.spec, "skipped", {}, None, None, refused))
                 continue
             failed = self._failure(task)
             there = self.distillation.jobs.entry(task).done
@@ -191,6 +199,8 @@ class Library:
                 result.nmse if result is not None else None,
                 reason,
             )
+        for (name, spec), reason in self._refused.items():
+            found[name, spec] = OptionReport(name, spec, "skipped", {}, None, None, reason)
         for (name, spec), same in self._aliases.items():
             alias = replace(found[name, same], candidate=spec, status="alias", reason=f"same as {same}")
             found[name, spec] = alias

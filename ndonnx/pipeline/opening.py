@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -161,16 +161,20 @@ def _all_classes(
     return balanced(pool, fed, samples, threads=1)
 
 
-def partition_model(teacher: ir.Model, recipe: Recipe, interface: Interface | None = None) -> Partition:
+def partition_model(
+    teacher: ir.Model, recipe: Recipe, interface: Interface | None = None, methods: Collection[str] | None = None
+) -> Partition:
     """Partition a loaded teacher as a recipe says; the teacher is not changed.
 
     Args:
         teacher: with the branches that are always taken open (`open_branches`).
         recipe: granularity, cuts, and what is frozen.
         interface: how the teacher is fed. None: samples along the first axis of every input.
+        methods: student methods that will be tried. None: the recipe's own.
     """
     working = working_copy(teacher, interface)
-    return partition(working, granularity=recipe.granularity, cut=recipe.cut, freeze=recipe.freeze)
+    methods = (recipe.method,) if methods is None else methods
+    return partition(working, granularity=recipe.granularity, cut=recipe.cut, freeze=recipe.freeze, methods=methods)
 
 
 def priced_for(source: DataSource, parts: Partition) -> Partition:

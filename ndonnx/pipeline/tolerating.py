@@ -65,7 +65,12 @@ class Tolerances:
         """
         self._study = study
         self._exits = {n.name: n.exit.name or "" for n in parts.distillable if n.exit is not None}
-        self._bearable = study.bearable(self._exits)
+        # A study looks at neighbourhoods with a width; among others they may have other names.
+        named = {value: name for name, value in study.exits.items()}
+        measured = [n.name for n in parts.distillable if n.widths or self._exits[n.name] in named]
+        theirs = {named.get(self._exits[name], name): name for name in measured}
+        found = study.bearable({name: self._exits[ours] for name, ours in theirs.items()})
+        self._bearable = {theirs[name]: bears for name, bears in found.items()}
 
     def need(self, name: str) -> Need | None:
         """Of a neighbourhood; None where it could not be measured."""

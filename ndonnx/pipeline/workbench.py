@@ -118,7 +118,8 @@ class Workbench:
     def parts(self) -> Partition:
         with self.clock.measure("partition"):
             self.progress.stage("partition")
-            parts = partition_model(self.given.teacher, self.recipe, self.given.interface)
+            methods = {candidate.method for candidate in self.candidates}
+            parts = partition_model(self.given.teacher, self.recipe, self.given.interface, methods)
             return priced_for(self.given.split.source, parts)
 
     @property

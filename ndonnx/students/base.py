@@ -145,6 +145,10 @@ class StudentMethod(ABC):
         """
         return None
 
+    def needs_more(self, groups: ChannelGroups) -> str | None:
+        """Why no student of a slice with these groups can be had, as far as that is known before it is built."""
+        return None
+
     def build(self, teacher: TeacherSlice, rng: np.random.Generator) -> Candidate:
         """A candidate for the slice.
 

@@ -1,8 +1,8 @@
-"""Low rank: linear operators become two smaller ones, with ranks where the slice loses least by them."""
+"""Low rank: linear operators and embedding tables become two smaller ones, with ranks where the slice loses least."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,6 +16,7 @@ from ndonnx.students.factors import Cut, Fit, Form, Problem, fit_of, forms_of
 from ndonnx.students.features import LinearReader, from_matrix
 from ndonnx.students.least_squares import Regression
 from ndonnx.students.linear import add_weight, every_reader, set_weight, unique_name
+from ndonnx.students.tables import Table, lookups, measure, split_table
 from ndonnx.students.width import Init, randomise
 
 _ROUNDED_FROM = 16
@@ -35,12 +36,13 @@ _NOTHING = 1e-9
 
 @dataclass(frozen=True)
 class Option:
-    """What can become of one operator: it stays (`form` is None), or is cut at a rank."""
+    """What can become of one operator: it stays (`rank` is 0), or is cut at a rank."""
 
     parameters: int
     error: float
     """Mean squared error of its output on the samples, times what the exit makes of it."""
     form: Form | None = None
+    """Of a linear operator that is cut."""
     rank: int = 0
 
 
@@ -48,9 +50,9 @@ class Option:
 class LowRank(StudentMethod):
     """Keep the part `keep` of the slice's linear weights, as products of two factors; see `Recipe` for the fields.
 
-    Counted are the operators that can be cut: `Conv` without groups over two axes, `Gemm`, and
-    `MatMul` with a matrix, each with a weight of its own that two factors can undercut. Ranks are
-    shared out among them by the smallest sum of errors at the exit.
+    Counted are the operators that can be cut: `Conv` without groups over two axes, `Gemm`, `MatMul` with a matrix, and
+    `Gather` of the rows of a table, each with a weight of its own that two factors can undercut. Ranks are shared out
+    among them by the smallest sum of errors at the exit.
     """
 
     keep: float
@@ -62,17 +64,19 @@ class LowRank(StudentMethod):
         spec = f"lowrank k={self.keep:g}"
         readers = every_reader(teacher.model, teacher.held)
         fits = self._fits(teacher, teacher.model, readers)
-        plans = [plan for reader in readers if len((plan := _plan(reader, fits[reader], self.round_to)).menu) > 1]
+        pieces: list[Linear | Table] = [*measure(teacher, lookups(teacher.model, teacher.held))]
+        pieces += [Linear(reader, fits[reader].problem) for reader in readers]
+        plans = [plan for piece in pieces if len((plan := _plan(piece, self.round_to)).menu) > 1]
         if not plans:
-            raise ShrinkError(f"{teacher.name}: no linear operator gets smaller as two factors")
+            raise ShrinkError(f"{teacher.name}: no linear operator and no table gets smaller as two factors")
         if self.keep == 1:
             return Candidate(spec, teacher.model.clone())
         if len(plans) > 1:
             plans = _as_at_exit(teacher, plans, self.keep)
         budget = round(self.keep * sum(plan.whole for plan in plans))
         found = choose([plan.menu for plan in plans], budget)
-        chosen = {plan.reader.weight: option for plan, option in zip(plans, found, strict=True) if option.form}
-        student = self._factorise(teacher, fits, chosen)
+        chosen = {plan.piece.weight: option for plan, option in zip(plans, found, strict=True) if option.rank}
+        student = self._factorise(teacher, fits, [p for p in pieces if isinstance(p, Table)], chosen)
         return Candidate(spec, randomise(student, rng, teacher.held) if self.init == "random" else student)
 
     def _fits(self, teacher: TeacherSlice, model: ir.Model, readers: Sequence[LinearReader]) -> dict[LinearReader, Fit]:
@@ -89,12 +93,19 @@ class LowRank(StudentMethod):
         return {reader: fit_of(reader, problem) for reader, problem in problems.items()}
 
     def _factorise(
-        self, teacher: TeacherSlice, fits: Mapping[LinearReader, Fit], chosen: Mapping[str, Option]
+        self,
+        teacher: TeacherSlice,
+        fits: Mapping[LinearReader, Fit],
+        tables: Sequence[Table],
+        chosen: Mapping[str, Option],
     ) -> ir.Model:
         """A copy of the slice with the chosen operators cut, each fitted to what the earlier ones now give it."""
         copy = teacher.model.clone()
+        cut_tables = [table for table in tables if table.weight in chosen]
+        for table in cut_tables:
+            split_table(copy, table, chosen[table.weight].rank)
         nodes = {node.outputs[0].name: node for node in copy.graph}
-        changed = False
+        changed = bool(cut_tables)
         for reader, as_teacher in fits.items():
             option = chosen.get(reader.weight)
             again = changed and self.init == "least-squares"
@@ -115,11 +126,28 @@ class LowRank(StudentMethod):
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
-    """One operator, and what can become of it: first of all, to stay."""
+class Linear:
+    """A linear operator and its problem."""
 
     reader: LinearReader
     problem: Problem
+
+    @property
+    def weight(self) -> str:
+        """Name of its weight."""
+        return self.reader.weight
+
+    @property
+    def energy(self) -> float:
+        """Mean square of its output, summed over the outputs."""
+        return self.problem.energy
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """One operator, and what can become of it: first of all, to stay."""
+
+    piece: Linear | Table
     menu: list[Option]
 
     @property
@@ -128,18 +156,29 @@ class Plan:
         return self.menu[0].parameters
 
 
-def _plan(reader: LinearReader, fit: Fit, round_to: int | None) -> Plan:
-    problem = fit.problem
-    narrow = min(problem.channels, problem.outputs)
+def _plan(piece: Linear | Table, round_to: int | None) -> Plan:
+    problem = piece if isinstance(piece, Table) else piece.problem
+    narrow = (
+        min(piece.lookup.rows.shape) if isinstance(piece, Table) else min(piece.problem.channels, piece.problem.outputs)
+    )
     step = round_to if round_to is not None else (_ROUND_TO if narrow >= _ROUNDED_FROM else 1)
     menu = [Option(problem.size, 0.0)]
-    for form in forms_of(problem.kernel):
-        errors = Cut(problem, form).errors() - problem.unexplained
-        cost = form.cost(problem.channels, problem.outputs)
+    for form, cost, errors in _ways(piece):
         menu += [
             Option(cost * rank, float(errors[rank - 1]), form, rank) for rank in range(step, len(errors) + 1, step)
         ]
-    return Plan(reader, problem, menu)
+    return Plan(piece, menu)
+
+
+def _ways(piece: Linear | Table) -> Iterator[tuple[Form | None, int, npt.NDArray[np.float64]]]:
+    """The ways to cut an operator: the form, weights per rank, and the errors at ranks 1, 2, ..."""
+    if isinstance(piece, Table):
+        yield None, piece.cost, piece.errors()
+        return
+    problem = piece.problem
+    for form in forms_of(problem.kernel):
+        errors = Cut(problem, form).errors() - problem.unexplained
+        yield form, form.cost(problem.channels, problem.outputs), errors
 
 
 def choose(menus: Sequence[Sequence[Option]], budget: int) -> list[Option]:
@@ -178,22 +217,31 @@ def _as_at_exit(teacher: TeacherSlice, plans: Sequence[Plan], keep: float) -> li
     found = []
     for plan in plans:
         option = _typical(plan, keep)
-        assert option.form is not None
         copy = teacher.model.clone()
-        product = _as_features(Cut(plan.problem, option.form).product(option.rank))
-        shape = copy.graph.initializers[plan.reader.weight].const_value.shape.numpy()  # type: ignore[union-attr]
-        set_weight(copy, plan.reader.weight, from_matrix(plan.reader.node, product, tuple(int(d) for d in shape)))
+        _put_product(copy, plan.piece, option)
         error = float(np.square(few.run(copy, [exit_])[exit_] - expected, dtype=np.float64).mean())
         factor = error / option.error if option.error > 0 else 1.0
         found.append(replace(plan, menu=[replace(o, error=o.error * factor) for o in plan.menu]))
     return found
 
 
+def _put_product(model: ir.Model, piece: Linear | Table, option: Option) -> None:
+    """Give an operator the product of both factors for its weight; in place."""
+    if isinstance(piece, Table):
+        a, b = piece.factors(option.rank)
+        set_weight(model, piece.weight, a @ b)
+        return
+    assert option.form is not None
+    product = _as_features(Cut(piece.problem, option.form).product(option.rank))
+    shape = model.graph.initializers[piece.weight].const_value.shape.numpy()  # type: ignore[union-attr]
+    set_weight(model, piece.weight, from_matrix(piece.reader.node, product, tuple(int(d) for d in shape)))
+
+
 def _typical(plan: Plan, keep: float) -> Option:
     """The best option of about the size that is asked for, or the smallest where that one has no error."""
     cuts = sorted(plan.menu[1:], key=lambda option: (option.error, option.parameters))
     fitting = next((option for option in cuts if option.parameters <= keep * plan.whole), cuts[-1])
-    return fitting if fitting.error > _NOTHING * plan.problem.energy else cuts[-1]
+    return fitting if fitting.error > _NOTHING * plan.piece.energy else cuts[-1]
 
 
 def _as_features(weight: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

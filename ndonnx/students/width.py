@@ -36,8 +36,8 @@ class Width(StudentMethod):
 
     def _build(self, teacher: TeacherSlice, rng: np.random.Generator) -> Candidate:
         spec = f"width k={self.keep:g}"
-        if not teacher.groups.groups:
-            raise ShrinkError(f"{teacher.name}: no width to shrink inside")
+        if (reason := self.needs_more(teacher.groups)) is not None:
+            raise ShrinkError(f"{teacher.name}: {reason}")
         if self.keep == 1:
             return Candidate(spec, teacher.model.clone())
         kept = choose_units(teacher, self.keep, self.round_to)
@@ -48,6 +48,10 @@ class Width(StudentMethod):
         elif self.init == "random":
             shrunk = randomise(shrunk, rng, teacher.held)
         return Candidate(spec, shrunk)
+
+    def needs_more(self, groups: ChannelGroups) -> str | None:
+        """A width inside."""
+        return None if groups.groups else "no width to shrink inside"
 
     def shape_key(self, groups: ChannelGroups) -> Hashable | None:
         """The kept widths: how many units stay decides which do, and all that is drawn and fitted."""

@@ -37,6 +37,7 @@ from ndonnx.recipe import Recipe
 from ndonnx.report.inspection import Inspection
 from ndonnx.report.speed import ModelSize, Speed, check_picture
 from ndonnx.teacher import make_session
+from ndonnx.teacher.trying import hold_if_mixed
 
 if TYPE_CHECKING:
     from ndonnx.threshold import ThresholdReport
@@ -103,8 +104,9 @@ def evaluate(
         UsageError: a model or the data cannot be read, or they do not fit each other.
     """
     recipe = recipe or Recipe()
-    specs = input_specs(make_session(Path(model)))
-    source = open_source(data, specs, recipe.data, seed=recipe.seed, settings=recipe.model_inputs)
+    session = make_session(Path(model))
+    source = open_source(data, input_specs(session), recipe.data, seed=recipe.seed, settings=recipe.model_inputs)
+    hold_if_mixed(session, source)
     return measure(model, source, teacher=teacher, progress=progress)
 
 
@@ -250,8 +252,10 @@ def threshold(
     check_study(samples, amplitudes, repeats, keep)
     progress.stage("load")
     path, teacher = Path(model), load(model)
-    specs, settings = input_specs(make_session(path)), recipe.model_inputs
+    session, settings = make_session(path), recipe.model_inputs
+    specs = input_specs(session)
     source = open_source(data, specs, recipe.data, seed=recipe.seed, graph=teacher.graph, settings=settings)
+    hold_if_mixed(session, source)
     split = draw(
         source,
         round(samples / STUDIED),

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ndonnx.data import DataSource, InputSpec, input_specs, open_source
 from ndonnx.data.made_up import made_up_samples
-from ndonnx.distil.gate import free_batch, pass_gate
+from ndonnx.distil.gate import open_slice, pass_gate
 from ndonnx.distil.samples import SliceSamples
 from ndonnx.errors import ConversionError, DataError, ModelError, ParityError, SliceError
 from ndonnx.graph.dataflow import reads
@@ -114,10 +114,10 @@ def check_neighbourhood(
     target = neighbourhood.exit.name or ""
     samples = SliceSamples.of(store, names, [target], 0.5)
     constants = frozenset(name for name in names if samples.is_constant(name))
-    model = free_batch(model, [name for name in names if name not in constants])
     captured = samples.arrays(0, store.samples)
     probe = {name: captured[name] for name in names}
     threads = usable_cores()
+    model = open_slice(model, [name for name in names if name not in constants], probe, threads)
     try:
         _, error = pass_gate(model, probe, recipe.parity, threads, captured[target].shape)
     except (ConversionError, ParityError) as refused:

@@ -13,7 +13,7 @@ import torch
 
 from ndonnx.convert import TorchSlice, write_back
 from ndonnx.distil import Plan, Training, train
-from ndonnx.distil.gate import check_answer, free_batch, pass_gate
+from ndonnx.distil.gate import Arrays, check_answer, open_slice, pass_gate
 from ndonnx.distil.losses import LABEL, DistillationLoss, NeighbourhoodLoss, Objective
 from ndonnx.distil.samples import SliceSamples, Source
 from ndonnx.distil.trainer import OnStep
@@ -24,6 +24,7 @@ from ndonnx.graph.dataflow import real_inputs
 from ndonnx.graph.interface import Interface
 from ndonnx.graph.load import infer_shapes
 from ndonnx.graph.macs import sample_cost
+from ndonnx.graph.working_copy import hold_batch
 from ndonnx.rundir import Entry
 from ndonnx.students.masks import zeros_of
 from ndonnx.teacher import ActivationStore
@@ -137,8 +138,8 @@ def finetune(
     output = student.graph.outputs[0]
     sources = {name: Source(store, name) for name in (*inputs, output.name or "")}
     samples = SliceSamples(sources, inputs, holdout, {} if labels is None else {LABEL: labels})
-    whole = _as_slice(student, interface, inputs)
     probe = {name: rows for name, rows in samples.arrays(0, _PROBE).items() if name in inputs}
+    whole = _as_slice(student, interface, inputs, probe)
     module, _ = pass_gate(whole, probe, parity)
     train_only(module, student, kept)
     objective = objective_of(output, temperature, label_weight if labels is not None else 0.0)
@@ -147,13 +148,16 @@ def finetune(
     training = train(module, samples, objective, plan, on_step, constraint, threads=threads, macs=macs)
     trained = {name: array for name, array in module.trained_weights().items() if holds(student, name, array)}
     tuned = write_back(student, trained)
-    check_answer(module, _as_slice(tuned, interface, inputs), probe, parity)
+    check_answer(module, _as_slice(tuned, interface, inputs, probe), probe, parity)
     return tuned, training
 
 
-def _as_slice(student: ir.Model, interface: Interface, inputs: list[str]) -> ir.Model:
-    """A student that is trained as a slice is: constants folded, samples first and as many as one likes."""
-    return free_batch(fold_constants(interface.applied(student).clone()), inputs)
+def _as_slice(student: ir.Model, interface: Interface, inputs: list[str], probe: Arrays) -> ir.Model:
+    """A student that is trained as a slice is: constants folded, samples first, as many at once as keep apart."""
+    whole = fold_constants(interface.applied(student).clone())
+    if interface.batch is not None:
+        whole = hold_batch(whole, inputs, interface.batch)
+    return open_slice(whole, inputs, probe)
 
 
 def macs_of(model: ir.Model, shapes: Mapping[str, Sequence[int]]) -> int:

@@ -29,6 +29,7 @@ from ndonnx.convert.lower import lower
 from ndonnx.convert.registry import convert
 from ndonnx.errors import ConversionError, ParityError
 from ndonnx.graph.costs import is_weight
+from ndonnx.graph.working_copy import slice_batch
 
 
 class TorchSlice(nn.Module):
@@ -37,8 +38,17 @@ class TorchSlice(nn.Module):
     Call it with the slice's inputs in their order; it returns the one output.
     """
 
-    def __init__(self, body: nn.Module, inputs: tuple[str, ...], tensors: dict[str, Tensor], moments: frozenset[str]):
+    def __init__(
+        self,
+        body: nn.Module,
+        inputs: tuple[str, ...],
+        tensors: dict[str, Tensor],
+        moments: frozenset[str],
+        batch: int | None = None,
+    ):
         super().__init__()
+        self.batch = batch
+        """Samples that the body takes at a time, where the graph's own numbers hold them; None: any number."""
         self.body = body.eval()
         self.input_names = inputs
         self.weight_names = tuple(tensors)
@@ -47,8 +57,16 @@ class TorchSlice(nn.Module):
         )
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        out: Tensor = self.body(*inputs, *self.weights)
-        return out
+        rows = len(inputs[0]) if inputs and inputs[0].dim() else 0
+        if self.batch is None or rows == self.batch:
+            out: Tensor = self.body(*inputs, *self.weights)
+            return out
+        answers = []
+        for start in range(0, rows, self.batch):
+            numbers = torch.arange(start, start + self.batch, device=inputs[0].device).clamp(max=rows - 1)
+            held = (value[numbers] if value.dim() and len(value) == rows else value for value in inputs)
+            answers.append(self.body(*held, *self.weights))
+        return torch.cat(answers)[:rows]
 
     def train(self, mode: bool = True) -> TorchSlice:
         """Keep every operator as at inference: a slice learns weights, not statistics."""
@@ -80,7 +98,7 @@ def to_torch(model: ir.Model) -> TorchSlice:
         raise ConversionError(f"does not convert to torch: {type(error).__name__}: {error}") from error
     tensors = {name: _tensor(model.graph.initializers[name]) for name in lowered.weights}
     inputs = tuple(value.name or "" for value in model.graph.inputs)
-    return TorchSlice(body, inputs, tensors, lowered.moments)
+    return TorchSlice(body, inputs, tensors, lowered.moments, slice_batch(model))
 
 
 def write_back(model: ir.Model, weights: Mapping[str, np.ndarray]) -> ir.Model:

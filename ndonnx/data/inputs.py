@@ -103,7 +103,8 @@ def _with_axis(spec: InputSpec, axis: int, setting: InputRecipe | None) -> Input
 
 def interface_of(inputs: Sequence[InputSpec], fixed: Mapping[str, Array]) -> Interface:
     """How a model is fed whose inputs are these, and those that have one value."""
-    return Interface(dict(fixed), {spec.name: spec.axis for spec in inputs if spec.axis})
+    batch = next((size for spec in inputs if spec.shape and isinstance(size := spec.shape[0], int)), None)
+    return Interface(dict(fixed), {spec.name: spec.axis for spec in inputs if spec.axis}, batch)
 
 
 def one_value(specs: Sequence[InputSpec], arrays: Mapping[str, Array], where: str) -> dict[str, Array]:

@@ -1,4 +1,4 @@
-"""The gate before any training: a slice must take any batch, and answer in torch as it does in onnxruntime."""
+"""The gate before any training: a slice must keep samples apart, and answer in torch as it does in onnxruntime."""
 
 from __future__ import annotations
 
@@ -8,14 +8,19 @@ from typing import Any
 import numpy.typing as npt
 import onnx_ir as ir
 
-from ndonnx.convert import TorchSlice, check_parity, to_torch
+from ndonnx.convert import TorchSlice, check_parity, relative_error, to_torch
 from ndonnx.errors import ParityError, first_line
 from ndonnx.graph.load import infer_shapes
+from ndonnx.graph.working_copy import slice_batch
 from ndonnx.teacher import make_session
+from ndonnx.teacher.probe import run_held
 from ndonnx.teacher.sessions import REFUSALS
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 """Inputs of a slice by name, float32 where floating; the first axis is the sample."""
+
+_SAME = 1e-3
+"""Largest difference, relative to the answer's scale, that the size of the batch alone may make."""
 
 
 def free_batch(model: ir.Model, inputs: Sequence[str]) -> ir.Model:
@@ -57,6 +62,33 @@ def _forget_shapes(model: ir.Model) -> None:
             value.shape = None
 
 
+def open_slice(model: ir.Model, inputs: Sequence[str], probe: Arrays, threads: int = 1) -> ir.Model:
+    """A slice as it is run: with any number of samples at once, where it then answers each as it does alone.
+
+    Args:
+        model: a slice, perhaps of a teacher that takes a fixed number of samples at a time.
+        inputs: those with samples along the first axis.
+        probe: several samples of all inputs.
+        threads: for onnxruntime.
+
+    Returns:
+        The slice; with the teacher's own batch at its inputs where its numbers hold that.
+
+    Raises:
+        ParityError: onnxruntime does not run the slice as the teacher does.
+    """
+    if slice_batch(model) is None:
+        return free_batch(model, inputs)
+    freed = free_batch(model.clone(), inputs)
+    expected = answer(model, probe, threads)
+    try:
+        found = answer(freed, probe, threads)
+    except ParityError:
+        return model
+    apart = found.shape == expected.shape and relative_error(found, expected) <= _SAME
+    return freed if apart else model
+
+
 def answer(model: ir.Model, probe: Arrays, threads: int = 1) -> npt.NDArray[Any]:
     """What onnxruntime makes of the probe: the slice's one output.
 
@@ -65,7 +97,8 @@ def answer(model: ir.Model, probe: Arrays, threads: int = 1) -> npt.NDArray[Any]
     """
     try:
         session = make_session(model, threads=threads)
-        found: npt.NDArray[Any] = session.run([model.graph.outputs[0].name], dict(probe))[0]
+        names = [model.graph.outputs[0].name or ""]
+        found: npt.NDArray[Any] = run_held(session, names, probe, slice_batch(model))[0]
     except REFUSALS as error:
         raise ParityError(f"onnxruntime does not run the slice: {first_line(error)}") from error
     return found

@@ -13,7 +13,7 @@ import onnx_ir as ir
 import torch
 
 from ndonnx.convert import TorchSlice, to_torch, write_back
-from ndonnx.distil.gate import Arrays, check_answer, free_batch, free_sizes, pass_gate
+from ndonnx.distil.gate import Arrays, check_answer, free_sizes, open_slice, pass_gate
 from ndonnx.distil.losses import Head, LookAheadLoss, NeighbourhoodLoss, Objective, target_variance
 from ndonnx.distil.samples import Samples, SharedSamples, SliceSamples, Source
 from ndonnx.distil.trainer import OnStep, Plan, train
@@ -97,9 +97,10 @@ class DistilJob:
         torch.set_num_threads(self.threads)
         folder = self.entry.begin()
         samples = self._samples()
-        slice_ = free_batch(load(self.slice_path), [name for name in self.inputs if not samples.is_constant(name)])
         captured = [rows.arrays for rows in samples.heldout(_PROBE)]
         probes = [{name: arrays[name] for name in self.inputs} for arrays in captured]
+        varying = [name for name in self.inputs if not samples.is_constant(name)]
+        slice_ = open_slice(load(self.slice_path), varying, probes[0], self.threads)
         model = free_sizes(slice_.clone(), probes)
         for arrays, probe in zip(captured, probes, strict=True):
             pass_gate(model, probe, self.parity, self.threads, arrays[self.target].shape)

@@ -67,7 +67,7 @@ class Interface:
     axes: Mapping[str, int] = field(default_factory=dict)
     """Inputs and outputs whose samples do not lie along the first axis, see `sample_axis`."""
     batch: int | None = None
-    """Samples that the model takes at a time, where the graph's own numbers hold them; None: as its inputs say."""
+    """Samples that the model takes at a time, where its inputs or the graph's numbers fix them; None: any number."""
 
     @classmethod
     def of(cls, model: ir.Model) -> Interface:

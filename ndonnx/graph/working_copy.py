@@ -7,7 +7,7 @@ is seen where the graph passes it on and where the graph's own numbers hold it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import onnx_ir as ir
 
@@ -17,7 +17,7 @@ from ndonnx.graph.inference import take_inferred
 from ndonnx.graph.interface import NOWHERE, WHOLE, Interface, note_feeding, sample_axis, set_sample_axis
 from ndonnx.graph.load import infer_shapes
 from ndonnx.graph.normalise import fold_constants
-from ndonnx.graph.sizes import factors
+from ndonnx.graph.sizes import factors, product
 
 _NAME = "samples"
 """Name of the batch's size where the model has none of its own."""
@@ -49,10 +49,9 @@ def working_copy(model: ir.Model, interface: Interface | None = None) -> ir.Mode
     fixed = interface.batch or next((size for size in declared if isinstance(size, int)), None)
     if name is not None:
         _locate_samples(copy.graph, name, fixed)
-    note_feeding(copy, interface)
-    for value, size in zip(sampled, declared, strict=True):
         if fixed is not None:
-            _set_size(value, size if isinstance(size, int) else fixed)
+            _write_batch(copy.graph, name, fixed)
+    note_feeding(copy, interface)
     return copy
 
 
@@ -60,6 +59,37 @@ def batch_size(graph: ir.Graph) -> int | None:
     """Samples that a working copy takes at a time; None where any number will do."""
     sizes = (_size(value) for value in real_inputs(graph) if value.shape is not None and len(value.shape))
     return next((size for size in sizes if isinstance(size, int)), None)
+
+
+def slice_batch(slice_: ir.Model) -> int | None:
+    """Samples that a slice takes at a time; None where any number will do. Its entry tells: context may be shared."""
+    size = _size(slice_.graph.inputs[0]) if slice_.graph.inputs else None
+    return size if isinstance(size, int) else None
+
+
+def hold_batch(slice_: ir.Model, inputs: Collection[str], size: int) -> ir.Model:
+    """Let a slice take so many samples at a time along the first axis of these inputs; in place, returned."""
+    for value in slice_.graph.inputs:
+        if value.name in inputs:
+            _set_size(value, size)
+    return slice_
+
+
+def _write_batch(graph: ir.Graph, name: str, size: int) -> None:
+    """Put the size of a fixed batch wherever its name stands in a shape."""
+    for value in (*graph.inputs, *(value for node in graph for value in node.outputs)):
+        if value.shape is not None and name in str(value.shape):
+            value.shape = ir.Shape([_written(old, name, size) for old in value.shape])
+
+
+def _written(old: int | ir.SymbolicDim, name: str, size: int) -> int | str | None:
+    if isinstance(old, int) or old.value is None:
+        return old if isinstance(old, int) else None
+    number, names = factors(old.value)
+    if name not in names:
+        return old.value
+    rest = [other for other in names.elements() if other != name]
+    return product([number * size ** names[name], *rest])
 
 
 def _size(value: ir.Value) -> int | str | None:

@@ -13,7 +13,7 @@ import torch
 
 from ndonnx.convert import TorchSlice, check_parity, write_back
 from ndonnx.distil import Plan, Training, train
-from ndonnx.distil.gate import answer, free_batch, pass_gate
+from ndonnx.distil.gate import answer, free_batch, open_slice, pass_gate
 from ndonnx.distil.losses import LABEL
 from ndonnx.distil.samples import SliceSamples, Source
 from ndonnx.distil.trainer import OnStep
@@ -22,7 +22,7 @@ from ndonnx.graph import load, save
 from ndonnx.graph.branches import open_branches
 from ndonnx.graph.dataflow import real_inputs
 from ndonnx.graph.interface import Interface, samples_first
-from ndonnx.graph.working_copy import working_copy
+from ndonnx.graph.working_copy import hold_batch, slice_batch, working_copy
 from ndonnx.harden.noise import NoisyBody
 from ndonnx.rundir import Entry
 from ndonnx.students.masks import zeros_of
@@ -73,8 +73,12 @@ def harden_whole(
     samples = SliceSamples(sources, inputs, holdout, {} if labels is None else {LABEL: labels})
     rows = {name: array for name, array in samples.arrays(0, _PROBE).items() if name in inputs}
     noisy = samples_first(add_noise_inputs(working_copy(teacher, interface), noises))
-    whole = free_batch(noisy, inputs)
-    module, _ = pass_gate(whole, rows | _drawn(noises, len(next(iter(rows.values()))), plan.seed), parity)
+    drawn = _drawn(noises, len(next(iter(rows.values()))), plan.seed)
+    held = slice_batch(noisy)
+    if held is not None:
+        noisy = hold_batch(noisy, list(drawn), held)
+    whole = open_slice(noisy, [*inputs, *drawn], rows | drawn)
+    module, _ = pass_gate(whole, rows | drawn, parity)
     module.input_names = tuple(inputs)
     module.body = body = NoisyBody(module.body, len(inputs), noises, plan.seed)
     train_only(module, teacher)
@@ -83,7 +87,9 @@ def harden_whole(
     training = train(module, samples, objective, plan, on_step, zeros_of(whole), macs=macs)
     hardened = write_back(teacher, _trained(module, teacher))
     body.quiet = True
-    clean = answer(free_batch(interface.applied(hardened).clone(), inputs), rows)
+    quiet = interface.applied(hardened).clone()
+    quiet = free_batch(quiet, inputs) if module.batch is None else hold_batch(quiet, inputs, module.batch)
+    clean = answer(quiet, rows)
     check_parity(module, [rows[name] for name in inputs], clean, parity)
     return hardened, training
 

@@ -27,6 +27,7 @@ from ndonnx.partition import Partition, partition
 from ndonnx.recipe import Recipe
 from ndonnx.teacher import make_session
 from ndonnx.teacher.balance import POOL, balanced
+from ndonnx.teacher.trying import held, hold_if_mixed
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,8 @@ def open_all(
         if Path(output).exists() and model.exists() and Path(output).samefile(model):
             raise ModelError(f"{output}: is the teacher itself, which is never modified; choose another output")
     teacher = load(model)
-    specs = input_specs(make_session(model))
+    session = make_session(model)
+    specs = input_specs(session)
 
     def source_of(spec: str, seed: int = recipe.seed, fixed: Mapping[str, NDArray[Any]] | None = None) -> DataSource:
         settings = recipe.model_inputs
@@ -105,6 +107,7 @@ def open_all(
         source, trained = source_of(data), None
     else:
         source, trained = _made_up(source_of, teacher, wanted, held_out, recipe.seed)
+    mixed = hold_if_mixed(session, source)
     choosing, confirming = held_out.choosing, held_out.confirming
     split = draw(
         source,
@@ -116,10 +119,19 @@ def open_all(
         made_up=trained,
     )
     judge = source_of(eval_data, fixed=source.fixed) if eval_data is not None else split.to_compare()
-    remarks = () if eval_data is not None else _remarks(split)
+    if mixed:
+        judge.inputs = held(judge.inputs)
+    remarks = [*([ONE_AT_A_TIME] if mixed else []), *(() if eval_data is not None else _remarks(split))]
     interface = interface_of(source.inputs, source.fixed)
     opened = open_branches(teacher, interface.fixed)
-    return Given(model, teacher, opened, interface, split, judge, min(wanted, split.available), remarks)
+    return Given(model, teacher, opened, interface, split, judge, min(wanted, split.available), tuple(remarks))
+
+
+ONE_AT_A_TIME = (
+    "the model mixes samples that are run at once, whatever its inputs say: it is run one sample at a time, which is "
+    "slower; export it with a dynamic batch to make it faster"
+)
+"""What is told where the graph's own numbers hold the batch."""
 
 
 def _remarks(split: Split) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from torch import Tensor
 
 from ndonnx.errors import ShrinkError, first_line
-from ndonnx.graph.working_copy import batch_size
+from ndonnx.graph.working_copy import slice_batch
 from ndonnx.partition import ChannelGroups
 from ndonnx.teacher.probe import Arrays, Probe, run_batches, sample_count
 from ndonnx.teacher.sessions import REFUSALS
@@ -69,7 +69,7 @@ class TeacherSlice:
             ShrinkError: onnxruntime does not run a model.
         """
         probes = [self._probe(model, values) for model, values in wanted]
-        fixed = batch_size(self.model.graph)
+        fixed = slice_batch(self.model)
         yield from run_batches([(probe, self.samples) for probe in probes], self.constants, size=fixed)
 
     @property

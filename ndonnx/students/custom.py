@@ -29,6 +29,7 @@ from ndonnx.data.user_code import import_function
 from ndonnx.errors import RecipeError, ShrinkError
 from ndonnx.graph import fold_constants
 from ndonnx.graph.load import infer_shapes
+from ndonnx.graph.working_copy import slice_batch
 from ndonnx.rundir import fingerprint_file
 from ndonnx.students.base import Candidate, StudentMethod, TeacherSlice
 from ndonnx.students.exit import find_exit
@@ -180,7 +181,7 @@ def _export(module: nn.Module, teacher: TeacherSlice, where: str) -> ir.Model:
     """The module as a slice: the teacher's names at its ends, names of its own inside, the teacher's opset."""
     graph = teacher.model.graph
     opset = teacher.model.opset_imports.get("", 1)
-    few = teacher.first(_TRACED)
+    few = teacher.first(slice_batch(teacher.model) or _TRACED)
     inputs = [f"input{number}" for number in range(len(graph.inputs))]
     free = {
         name: {axis: f"{name}_{axis}" for axis, dim in enumerate(_dims(value, teacher)) if not isinstance(dim, int)}

@@ -17,6 +17,7 @@ import torch
 
 from ndonnx.errors import ShrinkError, first_line
 from ndonnx.graph.costs import constant_of
+from ndonnx.graph.working_copy import slice_batch
 from ndonnx.students.features import from_matrix, is_plain
 from ndonnx.students.least_squares import Regression, ridge_of, solve, solve_masked
 from ndonnx.teacher.probe import Probe, run_batches, sample_count
@@ -198,7 +199,7 @@ class _Pairs:
             ]
             feeds = (self.teacher_rows, self.student_rows)
             runs = [(probe.run, rows) for probe, rows in zip(probes, feeds, strict=True)]
-            yield from run_batches(runs, self.constants, samples)
+            yield from run_batches(runs, self.constants, samples, slice_batch(self.teacher))
         except REFUSALS as error:
             raise ShrinkError(f"onnxruntime does not run a slice: {first_line(error)}") from error
 

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+import onnxruntime as ort
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from ndonnx.graph.working_copy import slice_batch
 from ndonnx.teacher.sessions import make_session
 
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -39,6 +41,7 @@ class Probe:
         inputs = {value.name for value in model.graph.inputs}
         self._computed = [name for name in self._names if name not in inputs]
         self._session = None
+        self._batch = slice_batch(model)
         if self._computed:
             cut = _cut(model, self._computed)
             self._inputs = [value.name or "" for value in cut.graph.inputs]
@@ -53,8 +56,44 @@ class Probe:
         found: dict[str, npt.NDArray[Any]] = {}
         if self._session is not None:
             given = {name: feeds[name] for name in self._inputs if name in feeds}
-            found = dict(zip(self._computed, self._session.run(self._computed, given), strict=True))
+            found = dict(zip(self._computed, run_held(self._session, self._computed, given, self._batch), strict=True))
         return {name: found[name] if name in found else feeds[name] for name in self._names}
+
+
+def run_held(
+    session: ort.InferenceSession, names: Sequence[str], feeds: Arrays, batch: int | None
+) -> list[npt.NDArray[Any]]:
+    """What a session gives for any number of samples, where its model takes just `batch` of them at a time.
+
+    Args:
+        session: of a slice.
+        names: of its outputs.
+        feeds: its inputs; those that are as long as the first one hold the samples.
+        batch: None: the model takes any number.
+
+    Returns:
+        The outputs of all runs one behind the other, along the first axis.
+
+    Raises:
+        OrtError: onnxruntime fails.
+    """
+    rows = max((len(array) for array in feeds.values() if array.ndim), default=0)
+    if batch is None or rows == batch:
+        found: list[npt.NDArray[Any]] = session.run(list(names), dict(feeds))
+        return found
+    runs = []
+    for start in range(0, rows, batch):
+        numbers = np.minimum(np.arange(start, start + batch), rows - 1)  # the last ones are filled up
+        held = {n: array[numbers] if array.ndim and len(array) == rows else array for n, array in feeds.items()}
+        runs.append(session.run(list(names), held))
+    return [_behind(pieces, batch, rows) for pieces in zip(*runs, strict=True)]
+
+
+def _behind(pieces: Sequence[npt.NDArray[Any]], batch: int, rows: int) -> npt.NDArray[Any]:
+    if not pieces[0].ndim:
+        return pieces[0]
+    joined = np.concatenate(pieces)
+    return joined[:rows] if len(pieces[0]) == batch else joined
 
 
 def run_batches(

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import onnx_ir as ir
 
-from ndonnx.distil.gate import free_batch
+from ndonnx.distil.gate import open_slice
 from ndonnx.errors import SliceError, UsageError
 from ndonnx.graph.load import infer_shapes
 from ndonnx.partial import PartialModels, Quality
@@ -22,6 +22,8 @@ from ndonnx.threshold.tolerance import Tolerance, tolerance_of
 
 KEEP = (0.25, 0.5, 0.75)
 REPEATS = 3
+_PROBE = 8
+"""Samples on which it is tried how many a slice takes at once."""
 SHAPING_SAMPLES, _SHAPING_BYTES = 1024, 32 * 2**20
 """Most samples, and most bytes of them, by which a student is shaped, as in a distillation."""
 STUDIED = 0.75
@@ -327,7 +329,8 @@ def _teacher_slice(partials: PartialModels, name: str, threads: int) -> TeacherS
     per_sample = sum(array.nbytes for value, array in first.items() if value not in constants)
     samples = partials.inputs_of(name, min(SHAPING_SAMPLES, max(1, _SHAPING_BYTES // max(1, per_sample))))
     model = infer_shapes(partials.parts.slice_of(n))
-    model = free_batch(model, [value for value in samples if value not in constants])
+    probe = {value: array if value in constants else array[:_PROBE] for value, array in samples.items()}
+    model = open_slice(model, [value for value in samples if value not in constants], probe, threads)
     return TeacherSlice(name, model, n.groups, samples, threads, constants)
 
 

@@ -54,9 +54,11 @@ def partition(model: str | Path, recipe: Recipe | None = None) -> Partition:
     inputs, fixed = settle(declared_specs(teacher.graph), recipe.model_inputs)
     interface = interface_of(inputs, fixed)
     working = working_copy(open_branches(teacher, fixed), interface)
-    return partition_graph(
+    parts = partition_graph(
         working, granularity=recipe.granularity, cut=recipe.cut, freeze=recipe.freeze, methods=(recipe.method,)
     )
+    shapes = {name: setting.shape for name, setting in recipe.model_inputs.items() if setting.shape is not None}
+    return replace(parts, stated=shapes or None)
 
 
 def inspect(

@@ -69,8 +69,19 @@ def test_inspect_tells_no_macs_of_open_sizes_and_says_which(tmp_path: Path, caps
     assert document["open_sizes"] == ["x[2] (H)", "x[3] (W)"]
     assert document["parameters"] > 0 and document["coverage"]["parameters"] > 0
     assert main(["inspect", str(tmp_path / "model.onnx")]) == 0
-    assert "MACs not told: nothing states x[2] (H), x[3] (W)" in capsys.readouterr().out.splitlines()[0]
+    assert "MACs not told: nothing states x[2] (H), x[3] (W); state" in capsys.readouterr().out.splitlines()[0]
     assert "<svg" in ndonnx.inspect(tmp_path / "model.onnx").to_svg()
+
+
+@pytest.mark.parametrize("shape", ["1,3,20,12", "4,3,20,12"])
+def test_inspect_tells_macs_of_a_stated_shape(shape: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    onnx.save(open_cnn("H", "W"), tmp_path / "open.onnx")
+    onnx.save(open_cnn(20, 12), tmp_path / "fixed.onnx")
+    assert main(["inspect", str(tmp_path / "open.onnx"), "--shape", f"x={shape}", "--json"]) == 0
+    found, expected = json.loads(capsys.readouterr().out), inspected(tmp_path / "fixed.onnx", capsys)
+    assert found["macs"] == expected["macs"] > 0
+    assert [piece["macs"] for piece in found["neighbourhoods"]] == [p["macs"] for p in expected["neighbourhoods"]]
+    assert found["shapes"] == {"x": [int(size) for size in shape.split(",")]} and found["open_sizes"] == []
 
 
 def test_a_search_for_macs_works_on_open_sizes(tmp_path: Path) -> None:

@@ -96,11 +96,11 @@ def bind(model: ir.Model, inputs: Mapping[str, Sequence[int]] | None = None) -> 
 
     Args:
         model: with shapes inferred; not changed, and not to be changed while the result is used.
-        inputs: shape of each input, the samples included; an input that is not named has the shape that the file
-            states. None: one sample, where the size of the first axis is open; nothing else is guessed.
+        inputs: shape of each input, the samples included. An input that is not named has the sizes that the file
+            states, and one sample where their number is open; nothing else is guessed.
     """
     graph_inputs = real_inputs(model.graph)
-    names = _one_sample(graph_inputs) if inputs is None else _read_off(graph_inputs, inputs)
+    names = _one_sample(graph_inputs) | _read_off(graph_inputs, inputs or {})
     known = BoundShapes(model, None, (), names)
     shapes, left = {}, []
     for value in graph_inputs:

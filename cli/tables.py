@@ -247,9 +247,9 @@ def _share(part: int | None, whole: int | None) -> str:
 def _macs(inspection: ndonnx.Inspection) -> str:
     """MACs with the shapes that they are of, or why there is no number."""
     if inspection.macs is None:
-        because = ", ".join(inspection.open_sizes) or "shapes inside the model"
-        way_out = "; state it with --shape" if inspection.open_sizes else ""
-        return f"MACs not told: nothing states {because}{way_out}"
+        if inspection.open_sizes:
+            return f"MACs not told: nothing states {', '.join(inspection.open_sizes)}; state it with --shape"
+        return "MACs not told: shapes inside the model do not follow from those of its inputs"
     shapes = (f"{name} {'x'.join(map(str, shape))}" for name, shape in (inspection.shapes or {}).items())
     return f"{count_text(inspection.macs)} MACs a sample ({', '.join(shapes)})"
 

@@ -121,7 +121,7 @@ def test_a_target_of_size_is_a_part_of_all_files(tmp_path: Path) -> None:
 # What can go
 
 
-@pytest.mark.parametrize("name", ["residual_cnn", "inverted_bottleneck", "vgg", "mlp", "transformer"])
+@pytest.mark.parametrize("name", ["residual_cnn", "inverted_bottleneck", "vgg", "mlp", "transformer", "tied"])
 def test_what_can_go_is_what_the_smallest_student_is_without(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -133,7 +133,12 @@ Target = Annotated[
 ]
 MaxDrop = Annotated[
     str | None,
-    _flag("--max-drop", "DROP", "Most quality to lose on held-out samples, as 1% or 0.01.", "any"),
+    _flag(
+        "--max-drop",
+        "DROP",
+        "Most quality to lose, with 95% confidence, as 1% or 0.01.",
+        "any",
+    ),
 ]
 
 # How to train it
@@ -215,7 +220,7 @@ Holdout = Annotated[
     float | None,
     _flag("--holdout", "PART", "Part of a training's samples that chooses its best state.", "0.05", _TRAIN),
 ]
-Samples = Annotated[int | None, _flag("--samples", "N", "Most samples taken from the data.", "16000", _TRAIN)]
+Samples = Annotated[int | None, _flag("--samples", "N", "Most samples of a neighbourhood's training.", "16000", _TRAIN)]
 Parity = Annotated[
     float | None,
     _flag("--parity", "ERROR", "Largest relative error of a slice converted to torch.", "0.0001", _TRAIN),
@@ -406,6 +411,10 @@ SearchThreshold = Annotated[
 HeldOut = Annotated[
     int | None,
     _flag(
-        "--held-out", "N", "Samples kept out to measure candidates on; five times as many for a whole.", "2000", _TRAIN
+        "--held-out",
+        "N",
+        "Samples that measure candidates; 2N choose a whole, 5N test --max-drop.",
+        "2000",
+        _TRAIN,
     ),
 ]

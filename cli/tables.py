@@ -107,9 +107,11 @@ def print_report(report: ndonnx.CompressReport) -> None:
         )
     if (found := report.target) is not None:
         parts = ", ".join(f"{cost} {part_text(part)}" for cost, part in found.reached.items())
-        drop, bound = ("an unknown part" if lost is None else f"{lost:.2%}" for lost in (found.drop, found.bound))
+        kept = found.missed is None and found.max_drop is not None
+        most = found.max_drop if kept else found.bound  # of all tests together, or of this one
+        drop, bound = ("an unknown part" if lost is None else f"{lost:.2%}" for lost in (found.drop, most))
         print_text(
-            f"of the teacher's: {parts}; on {found.samples} samples that no training saw, {found.quality} lost "
+            f"of the teacher's: {parts}; on {found.samples} samples that nothing else saw, {found.quality} lost "
             f"{drop}, with 95% confidence at most {bound}"
         )
     spent = f"{seconds_text(report.seconds.total)}, peak memory {bytes_text(report.peak_rss_bytes)}"

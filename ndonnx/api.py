@@ -263,7 +263,7 @@ def threshold(
         round(samples / STUDIED),
         seed=recipe.seed,
         holdout=STUDIED,
-        confirming=held_out(recipe, data).choosing,  # what a run with `--max-drop` will test its promise on
+        confirming=held_out(recipe, data, True).confirming,  # what a run with `--max-drop` will test its promise on
     )
     progress.stage("partition")
     interface = interface_of(source.inputs, source.fixed)

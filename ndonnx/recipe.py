@@ -215,10 +215,10 @@ class SearchRecipe(_Section):
     solver: Literal["milp", "greedy"] = "milp"
     """Exact, or the paper's threshold on each neighbourhood alone."""
     samples: int = Field(2000, ge=2)
-    """Held-out samples on which candidates are measured, and whole students on five times as many where the data have
-    them; no training sees them."""
+    """Samples on which candidates are measured; whole students are chosen by twice as many, and a promised drop is
+    tested on five times as many others, where the data have them. No training sees any of them."""
     attempts: int = Field(3, ge=0)
-    """Corrections of the choice, after a whole student was measured."""
+    """Corrections of the choice after a whole student was measured, or failed the test of a promise."""
     early_stop: bool = True
     """Leave out what is smaller than a candidate that alone loses far more than `max_drop` allows."""
 

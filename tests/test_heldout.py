@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import ndonnx
 from ndonnx.data import input_specs, open_source
 from ndonnx.data.split import Split, draw
 from ndonnx.pipeline import compress, search
+from ndonnx.pipeline.workbench import held_out
 from ndonnx.recipe import DataRecipe, Recipe
 from ndonnx.report import CompressReport
 from ndonnx.teacher import make_session
@@ -77,8 +79,7 @@ def test_other_rows_do_change_the_student(teacher: Path) -> None:
 
 
 def test_no_choice_of_a_search_sees_the_rows_of_the_comparison(teacher: Path) -> None:
-    wanted = 5 * Recipe().search.samples
-    unseen = split_of(teacher, SAMPLES, choosing=wanted).comparison.tolist()
+    unseen = split_of(teacher, SAMPLES, **asdict(held_out(Recipe(), "data", False))).comparison.tolist()
     found = []
     for name, rows in (("one", []), ("other", unseen)):
         recipe = Recipe(**SETTINGS, search=SEARCH)
@@ -93,8 +94,7 @@ def test_no_choice_of_a_search_sees_the_rows_of_the_comparison(teacher: Path) ->
 
 
 def test_nothing_but_the_promise_sees_the_rows_that_confirm_it(teacher: Path) -> None:
-    wanted = 5 * Recipe().search.samples
-    unseen = split_of(teacher, SAMPLES, choosing=wanted, confirming=wanted).confirmation.tolist()
+    unseen = split_of(teacher, SAMPLES, **asdict(held_out(Recipe(), "data", True))).confirmation.tolist()
     settings = {"max_drop": "30%", "search": SEARCH}
     one, other = (compressed(teacher, name, rows, **settings) for name, rows in (("one", []), ("other", unseen)))
     for _, report in (one, other):
@@ -114,8 +114,7 @@ def test_hardening_tells_of_rows_that_it_was_not_trained_on(teacher: Path) -> No
 
 
 def test_a_study_leaves_alone_what_a_run_with_it_is_judged_by(teacher: Path) -> None:
-    wanted = 5 * Recipe().search.samples
-    split = split_of(teacher, SAMPLES, choosing=wanted, confirming=wanted)
+    split = split_of(teacher, SAMPLES, **asdict(held_out(Recipe(), "data", True)))
     unseen = [*split.comparison.tolist(), *split.confirmation.tolist()]
     one, other = (
         ndonnx.threshold(

@@ -87,8 +87,10 @@ class Quality:
         total = float(np.sum(np.exp(self._log_p[possible]) * (self._log_p[possible] - log_q[possible])))
         return math.inf if math.isnan(total) else max(0.0, total) / self.samples
 
-    def bound(self, outputs: Outputs, confidence: float = 0.95) -> float:
+    def bound(self, outputs: Outputs, confidence: float = 0.95, samples: int | None = None) -> float:
         """One-sided upper confidence bound of the drop, over the drawing of the samples.
+
+        With `samples`, the bound to expect of so many other samples on which the answers are as good as on these.
 
         Normal approximation for the mean of the paired differences, sample by sample. Where whole samples are
         counted, the variance is that of some more differing samples than were seen: so many that with none the
@@ -98,9 +100,10 @@ class Quality:
         mean, z = float(np.mean(drops)), NormalDist().inv_cdf(confidence)
         if not math.isfinite(mean):
             return math.inf
+        count = samples or self.samples
         unseen = (math.log(1 - confidence) / z) ** 2 if self.kind != "nmse" else 0.0
-        variance = (float(np.sum(np.square(drops))) + unseen) / self.samples - mean * mean
-        return mean + z * math.sqrt(max(0.0, variance) / self.samples)
+        variance = float(np.mean(np.square(drops))) + unseen / count - mean * mean
+        return mean + z * math.sqrt(max(0.0, variance) / count)
 
     @property
     def _right(self) -> npt.NDArray[np.int64]:

@@ -6,7 +6,7 @@ import math
 import platform
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Self
@@ -20,6 +20,7 @@ from ndonnx.data.split import Split
 from ndonnx.data.subset import Subset
 from ndonnx.distil import load_student
 from ndonnx.errors import ModelError, ParityError, SliceError, first_line
+from ndonnx.graph import load
 from ndonnx.graph.dataflow import real_inputs
 from ndonnx.graph.interface import samples_first
 from ndonnx.machine import usable_cores
@@ -29,13 +30,15 @@ from ndonnx.pipeline.batches import read_batch, whole_batches
 from ndonnx.progress import Progress
 from ndonnx.recipe import Recipe
 from ndonnx.rundir import Entry, Fingerprintable, RunDir, fingerprint
-from ndonnx.search import TEACHER
+from ndonnx.search import ERROR, TEACHER, first_confidence
 from ndonnx.splice import splice
 from ndonnx.teacher import make_session
 from ndonnx.teacher.sessions import OrtError
 from ndonnx.teacher.sizes import BoundedBatches
 from ndonnx.threshold import tolerances
 
+STUDENT_FILE = "student.onnx"
+"""Of a whole student, in its entry."""
 _AMPLITUDE = 0.1
 """Size of the error, in parts of the activation's deviation, by which a neighbourhood's sensitivity is measured."""
 _ROUNDS = 30
@@ -65,7 +68,7 @@ class WholeLoss(Loss):
     """The same of a whole student."""
 
     bound: float
-    """One-sided 95% upper confidence bound of the drop."""
+    """One-sided upper confidence bound of the drop."""
     metric: float
 
 
@@ -99,11 +102,18 @@ class Rows:
         """Inputs by name."""
         return whole_batches(self._source, read_batch(self._source))
 
-    def loss_of(self, student: ir.Model) -> WholeLoss:
-        """The loss of a whole student."""
+    def fingerprint(self) -> str:
+        """Of what the rows hold."""
+        return self._source.fingerprint()
+
+    def loss_of(self, student: ir.Model, confidence: float, samples: int = 0) -> WholeLoss:
+        """The loss of a whole student, with the bound that so many samples would give; 0 stands for these."""
         answers, quality = self._answers(student), self.quality
         return WholeLoss(
-            quality.drop(answers), quality.divergence(answers), quality.bound(answers), quality.metric(answers)
+            quality.drop(answers),
+            quality.divergence(answers),
+            quality.bound(answers, confidence, samples or None),
+            quality.metric(answers),
         )
 
     def _answers(self, model: ir.Model) -> dict[str, np.ndarray]:
@@ -136,6 +146,8 @@ class Measures:
     recipe: Recipe
     progress: Progress
     _partials: PartialModels | None = None
+    _tested: dict[str, float] = field(default_factory=dict)
+    """Confidence of each student's last test, by the key of its entry."""
 
     @cached_property
     def choosing(self) -> Rows:
@@ -147,10 +159,35 @@ class Measures:
         """Rows on which a promised drop is tested."""
         return Rows(self.split.to_confirm(), self.parts)
 
-    @property
-    def judging(self) -> Rows:
-        """Rows on which whole students are measured."""
-        return self.confirming if self.confirming.count else self.choosing
+    @cached_property
+    def comparing(self) -> Rows:
+        """Rows of the comparison at the end."""
+        return Rows(self.split.to_compare(), self.parts)
+
+    def expected(self, student: ir.Model) -> WholeLoss:
+        """The loss of a whole student by the rows that choose, with the bound that its test should give."""
+        return self.choosing.loss_of(student, first_confidence(self.recipe.search.attempts), self.confirming.count)
+
+    def confirmed(self, whole: Entry, confidence: float) -> WholeLoss:
+        """The loss of a whole student on rows that no choice has seen: the test of a promise."""
+        self._tested[whole.key] = confidence
+        return self._loss(self.confirming, whole, confidence)
+
+    def tested(self, whole: Entry) -> WholeLoss:
+        """The loss that a student had in its last test."""
+        return self.confirmed(whole, self._tested.get(whole.key, first_confidence(self.recipe.search.attempts)))
+
+    def compared(self, whole: Entry) -> WholeLoss:
+        """The loss of a whole student on the rows of the comparison."""
+        return self._loss(self.comparing, whole, 1 - ERROR)
+
+    def _loss(self, rows: Rows, whole: Entry, confidence: float) -> WholeLoss:
+        entry = self._entry("losses", whole.key, rows.fingerprint(), confidence)
+        if not entry.done:
+            loss = rows.loss_of(load(whole.path / STUDENT_FILE), confidence)
+            entry.begin()
+            entry.commit(loss.to_json())
+        return WholeLoss.of_json(entry.meta())
 
     def close(self) -> None:
         """Delete what was captured of the held-out rows."""

@@ -1,4 +1,4 @@
-"""From a target to a student that was measured to meet it: choose, compose, measure, correct, choose again."""
+"""From a target to a student that was measured to meet it: choose, compose, measure, correct, choose again, test."""
 
 from __future__ import annotations
 
@@ -8,17 +8,23 @@ from dataclasses import dataclass, field
 from statistics import median
 
 from ndonnx.errors import SearchError
+from ndonnx.pipeline.measuring import WholeLoss
 from ndonnx.pipeline.workbench import Whole, Workbench
-from ndonnx.search import Choice, Table, greedy_to, greedy_under, nearest, solve
+from ndonnx.search import Choice, Promise, Table, first_confidence, greedy_to, greedy_under, nearest, solve
 
-_ROOM = 0.6
-"""Part of the allowed drop under which there is room for a smaller student."""
-_CARE = 0.9
-"""Part of what would just do that is allowed next."""
 _CLOSE = 0.95
 """Part of a latency target from which on no more is tried."""
-_STEEP = 1.5
-"""Power of the first correction: a drop grows more slowly than the divergence that causes it."""
+
+
+@dataclass(frozen=True)
+class Reached:
+    """The student of a search."""
+
+    whole: Whole
+    told: WholeLoss
+    """On samples that nothing chose by: those that confirm the promise, else those of the comparison."""
+    missed: str | None
+    """One line, where it is not what was asked for."""
 
 
 @dataclass
@@ -39,14 +45,15 @@ class Reaching:
     def __post_init__(self) -> None:
         self.cost = next(iter(self.shares), "params")
 
-    def reach(self, table: Table) -> tuple[Whole, str | None]:
-        """The best student, and one line if it is not what was asked for."""
-        missed, best = None, None
+    def reach(self, table: Table) -> Reached:
+        """The best student; with a promised drop, one for which it holds, where there is one."""
+        missed, first = None, None
         if self.shares:
-            best, missed = self._to_costs(table)
-            if self.max_drop is None or best.loss.bound <= self.max_drop:
-                return best, missed
-        return self._within_drop(table, best) if self.max_drop is not None else (self._as_it_is(table), None)
+            first, missed = self._to_costs(table)
+        if self.max_drop is not None:
+            return self._within_drop(table, first)
+        whole = first or self._finish(table.teacher, None)
+        return Reached(whole, self.bench.measures.compared(whole.entry), missed)
 
     def _to_costs(self, table: Table) -> tuple[Whole, str | None]:
         """The least loss at these costs."""
@@ -60,53 +67,44 @@ class Reaching:
         self.on_better(whole)
         return whole, missed or self._over(whole)
 
-    def _within_drop(self, table: Table, first: Whole | None) -> tuple[Whole, str | None]:
+    def _within_drop(self, table: Table, first: Whole | None) -> Reached:
         """The smallest student that keeps the promise; where a target was missed with it, the nearest to that."""
         assert self.max_drop is not None
         self._check_samples()
-        allowed = self._first_allowance(table)
-        best, low, high = None, 0.0, math.inf
-        closest = first
-        for _ in range(self.bench.recipe.search.attempts + 1):
-            limit = allowed
+        measures, choices = self.bench.measures, {}
 
-            def within(table: Table, limit: float = limit) -> Choice:
-                return self._under_drop(table, limit)
-
-            choice, latency = self._timed(table, within)
+        def propose(allowed: float) -> Whole:
+            choice, latency = self._timed(table, lambda t: self._under_drop(t, allowed))
             whole = self._finish(choice, latency)
-            bound = whole.loss.bound
-            if closest is None or bound < closest.loss.bound:
-                closest = whole
-            if bound <= self.max_drop:
-                low = max(low, allowed)
-                if best is None or self._worth(whole) < self._worth(best):
-                    best = whole
-                    self.on_better(best)
-                most = all(candidate == least for candidate, least in zip(*self._smallest(table, choice), strict=True))
-                there = bool(self.shares) and self._over(whole) is None
-                if bound >= _ROOM * self.max_drop or most or there:
-                    break
-                more = allowed * min(4.0, (self.max_drop / bound) ** _STEEP * _CARE) if bound > 0 else 4 * allowed
-                allowed = math.sqrt(low * high) if more >= high else max(more, 1.1 * allowed)
-            else:
-                high = min(high, allowed)
-                less = allowed * min(_CARE, (self.max_drop / bound) ** _STEEP * _CARE)
-                allowed = math.sqrt(low * high) if less <= low else less
-        if best is not None:
+            choices[whole.entry.key] = choice
+            return whole
+
+        def is_last(whole: Whole) -> bool:
+            smallest = self._is_smallest(table, choices[whole.entry.key])
+            return smallest or (bool(self.shares) and self._over(whole) is None)
+
+        promise = Promise(
+            self.max_drop,
+            self.bench.recipe.search.attempts,
+            propose,
+            lambda whole: whole.loss.bound,
+            lambda whole, confidence: measures.confirmed(whole.entry, confidence).bound,
+            lambda whole: whole.entry.key,
+            is_last,
+        )
+        kept = promise.keep(self._first_allowance(table), first)
+        best = min(kept, key=self._worth) if kept else promise.nearest
+        self.on_better(best)
+        told = measures.tested(best.entry)
+        if kept:
             over = self._over(best)
             both = None if over is None else f"{over} and a drop of at most {self.max_drop:.2%} cannot both be had"
-            return best, both
-        assert closest is not None
-        loss, count = closest.loss, self.bench.measures.judging.count
-        self.on_better(closest)
-        return closest, (
-            f"a drop of at most {self.max_drop:.2%} was not reached: the best student's may be "
-            f"{loss.bound:.2%} (measured {loss.drop:.2%} on {count} held-out samples)"
+            return Reached(best, told, both)
+        missed = (
+            f"a drop of at most {self.max_drop:.2%} was not confirmed: the best student's may be {told.bound:.2%} "
+            f"(measured {told.drop:.2%} on {measures.confirming.count} samples that nothing else saw)"
         )
-
-    def _as_it_is(self, table: Table) -> Whole:
-        return self._finish(table.teacher, None)
+        return Reached(best, told, missed)
 
     def _under_costs(self, table: Table) -> Choice:
         bounds = table.bounds(self.shares)
@@ -156,10 +154,12 @@ class Reaching:
             return max(whole.shares[cost] / part for cost, part in self.shares.items())
         return whole.shares[self.cost]
 
-    def _smallest(self, table: Table, choice: Choice) -> tuple[list[str], list[str]]:
-        names = table.neighbourhoods
-        least = [min(table.options(name), key=lambda option: option.costs[self.cost]).candidate for name in names]
-        return [choice.candidates[name] for name in names], least
+    def _is_smallest(self, table: Table, choice: Choice) -> bool:
+        """Whether every neighbourhood has its cheapest candidate."""
+        return all(
+            choice.candidates[name] == min(table.options(name), key=lambda option: option.costs[self.cost]).candidate
+            for name in table.neighbourhoods
+        )
 
     def _first_allowance(self, table: Table) -> float:
         """The allowed drop in the unit of the table's losses: what single candidates with about that drop lose."""
@@ -177,12 +177,13 @@ class Reaching:
 
     def _check_samples(self) -> None:
         assert self.max_drop is not None
-        quality, count = self.bench.measures.judging.quality, self.bench.measures.judging.count
-        least = -math.log(0.05) / count
-        if quality.kind != "nmse" and least > self.max_drop:
+        measures, attempts = self.bench.measures, self.bench.recipe.search.attempts
+        count = measures.confirming.count
+        least = -math.log(1 - first_confidence(attempts)) / count
+        if measures.confirming.quality.kind != "nmse" and least > self.max_drop:
             self.bench.progress.note(
-                f"{count} held-out samples cannot show that a drop is at most {self.max_drop:.2%}: without a single "
-                f"difference it may still be {least:.2%}; give more data, or raise samples under [search]"
+                f"{count} samples to test a promise on cannot show that a drop is at most {self.max_drop:.2%}: without "
+                f"a single difference it may still be {least:.2%}; give more data, or raise samples under [search]"
             )
 
 

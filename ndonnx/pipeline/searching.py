@@ -74,7 +74,8 @@ def search(
     max_drop = None if recipe.max_drop is None else parse_drop(recipe.max_drop)
     with clock.measure("load"):
         progress.stage("load")
-        given = open_all(Path(model), None, data, eval_data, recipe, held_out=held_out(recipe, data))
+        wanted = held_out(recipe, data, max_drop is not None)
+        given = open_all(Path(model), None, data, eval_data, recipe, held_out=wanted)
         for remark in given.remarks:
             progress.note(remark)
     folder = Path(run_dir) if run_dir is not None else Path(output or model).with_suffix(".run")
@@ -118,8 +119,8 @@ class _Run:
         found: list[tuple[str, Source, Whole]] = []
         missed = None
         if self.shares or self.max_drop is not None:
-            whole, missed = Reaching(self.bench, self.shares, self.max_drop, False).reach(table)
-            whole = self.bench.judged(whole)
+            reached = Reaching(self.bench, self.shares, self.max_drop, False).reach(table)
+            whole, missed = self.bench.judged(reached.whole), reached.missed
             found.append(("target", "searched", whole))
             drop, _ = self._judgement(whole)
             if self.judged and missed is None and self.max_drop is not None and drop > self.max_drop:
@@ -209,7 +210,7 @@ class _Run:
         """What drops are of."""
         if not measured:
             return ""
-        if self.bench.measures.judging.quality.kind == "nmse":
+        if self.bench.measures.choosing.quality.kind == "nmse":
             return "nmse"
         return "agreement" if self._teacher.accuracy is None else "accuracy"
 

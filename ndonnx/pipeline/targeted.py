@@ -35,7 +35,7 @@ def compress_to_target(
     max_drop = None if recipe.max_drop is None else parse_drop(recipe.max_drop)
     with clock.measure("load"):
         progress.stage("load")
-        given = open_all(model, output, data, eval_data, recipe, held_out=held_out(recipe, data))
+        given = open_all(model, output, data, eval_data, recipe, held_out=held_out(recipe, data, max_drop is not None))
         for remark in given.remarks:
             progress.note(remark)
     folder = Path(run_dir) if run_dir is not None else Path(output or model).with_suffix(".run")
@@ -48,8 +48,8 @@ def compress_to_target(
         bench.train(max_drop)
         with clock.measure("evaluate"):
             table = bench.library.table(latency="latency" in shares)
-        best, missed = Reaching(bench, shares, max_drop, True, keep).reach(table)
-        best = bench.judged(best)
+        reached = Reaching(bench, shares, max_drop, True, keep).reach(table)
+        best, missed = bench.judged(reached.whole), reached.missed
         keep(best)
         student = best.model()
         with clock.measure("evaluate"):
@@ -71,10 +71,10 @@ def compress_to_target(
                 target=shares,
                 max_drop=max_drop,
                 reached=best.shares,
-                quality=bench.measures.judging.quality.kind,
-                samples=bench.measures.judging.count,
-                drop=finite(best.loss.drop),
-                bound=finite(best.loss.bound),
+                quality=bench.measures.choosing.quality.kind,
+                samples=len(bench.split.comparison if max_drop is None else bench.split.confirmation),
+                drop=finite(reached.told.drop),
+                bound=finite(reached.told.bound),
                 missed=missed,
             ),
         )

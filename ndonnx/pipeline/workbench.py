@@ -22,7 +22,7 @@ from ndonnx.pipeline.composing import Composition, costs_of
 from ndonnx.pipeline.distilling import Distillation, Outcome
 from ndonnx.pipeline.finishing import Finishing
 from ndonnx.pipeline.library import Library, label
-from ndonnx.pipeline.measuring import Measures, WholeLoss
+from ndonnx.pipeline.measuring import STUDENT_FILE, Measures, WholeLoss
 from ndonnx.pipeline.opening import Given, HeldOut, partition_model, priced_for
 from ndonnx.pipeline.schedule import Schedule
 from ndonnx.pipeline.tolerating import Need, Tolerances, allowed_divergence, measured_need, study_of
@@ -33,8 +33,6 @@ from ndonnx.rundir import Entry, RunDir, fingerprint
 from ndonnx.search import DEFAULT_CANDIDATES, TEACHER, parse_candidates, parse_drop, parse_target
 from ndonnx.students import method_of
 
-STUDENT_FILE = "student.onnx"
-
 _DECIDING = {
     *("inputs", "finetune_steps", "finetune_samples", "finetune_lr", "augment", "temperature", "label_weight"),
     *("holdout", "batch_size", "optimiser", "warmup", "seed", "precision", "device", "cache_budget", "parity", "steps"),
@@ -42,15 +40,16 @@ _DECIDING = {
 """Keys of the recipe that decide what is done to students together."""
 
 
-_MORE_FOR_THE_WHOLE = 5
-"""Times as many samples as candidates are measured on, where there are rows: a whole student's drop is told with a
-margin that only many samples make narrow."""
+_TO_CHOOSE, _TO_CONFIRM = 2, 5
+"""Times as many samples as candidates are measured on, by which whole students are chosen, and by which a promise is
+tested: its margin is narrow only with many."""
 
 
-def held_out(recipe: Recipe, data: str | None) -> HeldOut:
+def held_out(recipe: Recipe, data: str | None, promised: bool) -> HeldOut:
     """What a search of this recipe holds out; of made-up data, whose samples cost time, less."""
-    wanted = recipe.search.samples * (1 if data is None else _MORE_FOR_THE_WHOLE)
-    return HeldOut(wanted, 0 if recipe.max_drop is None else wanted)
+    choosing, confirming = (1, 1) if data is None else (_TO_CHOOSE, _TO_CONFIRM)
+    samples = recipe.search.samples
+    return HeldOut(choosing * samples, confirming * samples if promised else 0)
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,7 @@ class Whole:
     candidates: dict[str, str]
     entry: Entry
     loss: WholeLoss
+    """By the samples that choose, with the bound that a test should give."""
     costs: dict[str, float]
     """`params`, `macs`, `size` as they are."""
     shares: dict[str, float]
@@ -224,7 +224,7 @@ class Workbench:
             composed = self.composition.compose(students, data)
             student, tuned = composed.model, composed.tuned
             with self.clock.measure("evaluate"):
-                loss = self.measures.judging.loss_of(student)
+                loss = self.measures.expected(student)
             folder = entry.begin()
             save(student, folder / STUDENT_FILE)
             costs = _costs(student, folder / STUDENT_FILE, self.parts)

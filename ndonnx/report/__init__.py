@@ -91,11 +91,13 @@ class TargetReport:
     quality: str
     """What the drop is of: accuracy, agreement or nmse."""
     samples: int
-    """Held-out samples, which no training saw."""
+    """Samples that no training and no choice saw: those on which `max_drop` was tested; without it, those of the
+    comparison."""
     drop: float | None
     """Measured on them; None where the student's answers are not finite."""
     bound: float | None
-    """One-sided 95% upper confidence bound of it, which `max_drop` is compared with."""
+    """One-sided upper confidence bound of it: of the student's own test, which `max_drop` is compared with, or 95%.
+    Where `missed` is None, the drop is at most `max_drop` with 95% confidence, all tests of the run counted."""
     missed: str | None
     """Why this is not what was asked for; None where it is."""
 

@@ -8,17 +8,21 @@ from ndonnx.search.candidates import DEFAULT_CANDIDATES, Candidate, parse_candid
 from ndonnx.search.greedy import greedy, greedy_to, greedy_under
 from ndonnx.search.milp import nearest, solve
 from ndonnx.search.pareto import pareto
+from ndonnx.search.promise import ERROR, Promise, first_confidence
 from ndonnx.search.table import TEACHER, Choice, Option, Table
 from ndonnx.search.targets import COSTS, parse_drop, parse_target
 
 __all__ = [
     "COSTS",
     "DEFAULT_CANDIDATES",
+    "ERROR",
     "TEACHER",
     "Candidate",
     "Choice",
     "Option",
+    "Promise",
     "Table",
+    "first_confidence",
     "greedy",
     "greedy_to",
     "greedy_under",

@@ -98,7 +98,10 @@ def print_report(report: ndonnx.CompressReport) -> None:
     print_text(_comparison(report))
     print_text(_neighbourhoods(report))
     if all(neighbourhood.status == "kept" for neighbourhood in report.neighbourhoods):
-        print_text("nothing was distilled: the student is the teacher; the reasons stand above")
+        why = (
+            "nothing was distilled" if report.teacher.parameters else "nothing to distil, as the model holds no weights"
+        )
+        print_text(f"{why}: the student is the teacher; the reasons stand above")
     if report.student.compressed_bytes is not None:
         part = report.student.zeros / max(1, report.student.parameters)
         print_text(

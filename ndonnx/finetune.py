@@ -131,8 +131,8 @@ def finetune(
     Raises:
         SliceError: the whole does not convert or match onnxruntime, or the training broke down.
     """
-    if len(student.graph.outputs) != 1:
-        raise ConversionError(f"the model has {len(student.graph.outputs)} outputs; only one can be fine-tuned")
+    if (reason := why_not_finetuned(student)) is not None:
+        raise ConversionError(reason)
     interface = Interface() if interface is None else interface
     inputs = [value.name or "" for value in real_inputs(student.graph) if value.name not in interface.fixed]
     output = student.graph.outputs[0]
@@ -150,6 +150,17 @@ def finetune(
     tuned = write_back(student, trained)
     check_answer(module, _as_slice(tuned, interface, inputs, probe), probe, parity)
     return tuned, training
+
+
+def why_not_finetuned(student: ir.Model) -> str | None:
+    """Why a whole student cannot be fine-tuned, as far as its outputs tell; None where nothing speaks against it."""
+    outputs = student.graph.outputs
+    if len(outputs) != 1:
+        return f"the model has {len(outputs)} outputs; only one can be fine-tuned"
+    type_ = outputs[0].type
+    if isinstance(type_, ir.TensorType) and type_.dtype.is_floating_point() and outputs[0].producer() is not None:
+        return None
+    return f"its output '{outputs[0].name}' is no tensor of floating-point numbers that the model computes"
 
 
 def _as_slice(student: ir.Model, interface: Interface, inputs: list[str], probe: Arrays) -> ir.Model:

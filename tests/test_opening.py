@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from ndonnx.errors import ModelError
 from ndonnx.graph import fold_constants, load, save
@@ -128,6 +128,30 @@ def _add_outputs(model: onnx.ModelProto) -> None:
         model.graph.output.append(floats(name, *shape))
 
 
+def _classifier() -> onnx.ModelProto:
+    """As scikit-learn's converter writes it: a scaler, dense layers, a label and a map of probabilities."""
+    net = Net(15)
+    x = net.op("Scaler", net.input("x", "N", 12), domain="ai.onnx.ml", offset=[0.5] * 12, scale=[2.0] * 12)
+    for before, after in ((12, 20), (20, 16)):
+        x = net.relu(net.op("Add", net.matmul(x, before, after), net.weight(f"bias{after}", 1, after)))
+    scores = net.op("Softmax", net.op("Add", net.matmul(x, 16, 3), net.weight("bias", 1, 3)), out="scores")
+    net.op("ZipMap", scores, domain="ai.onnx.ml", classlabels_int64s=[0, 1, 2], out="probabilities")
+    label = net.op("ArgMax", scores, axis=1, keepdims=0, out="label")
+    model = net.proto(domains={"ai.onnx.ml": 3}, opset=17)
+    for name, elements in ((label, TensorProto.INT64), ("scores", TensorProto.FLOAT)):
+        model.graph.output.append(helper.make_tensor_value_info(name, elements, ["N"] if name == label else ["N", 3]))
+    table = helper.make_map_type_proto(TensorProto.INT64, helper.make_tensor_type_proto(TensorProto.FLOAT, []))
+    model.graph.output.append(onnx.ValueInfoProto(name="probabilities", type=helper.make_sequence_type_proto(table)))
+    return model
+
+
+def _optional_at_the_end() -> onnx.ModelProto:
+    net = Net(16)
+    x = net.gemm(net.relu(net.gemm(net.input("x", "N", 12), 12, 32)), 32, 16, out="features")
+    net.op("Optional", net.gemm(net.relu(net.gemm(x, 16, 20)), 20, 4, out="y"), out="perhaps")
+    return net.proto("y", "perhaps")
+
+
 RELATIVES: dict[str, Callable[[], onnx.ModelProto]] = {
     "import under the long name": lambda: _edited(lambda m: _import(m, ("ai.onnx", 18))),
     "nodes under the long name": lambda: _edited(_spell_nodes),
@@ -143,6 +167,7 @@ RELATIVES: dict[str, Callable[[], onnx.ModelProto]] = {
     "sparse by coordinates": lambda: _edited(lambda m: _thin_out(m, coordinates=True)),
     "sparse constant": lambda: _edited(lambda m: _thin_out(m, as_constant=True)),
     "sequence in the middle": _sequence_between,
+    "optional at the end": _optional_at_the_end,
     "branches": with_if,
     "input of size -1": lambda: _edited(_forget_input_size),
     "no graph name": lambda: _edited(lambda m: m.graph.ClearField("name")),
@@ -170,6 +195,7 @@ def test_it_comes_back_as_it_was(relative: onnx.ModelProto, tmp_path: Path) -> N
     feed = inputs_of(_fed(relative), batch=4)
     for name, value in run(relative, feed).items():
         np.testing.assert_array_equal(run(again, feed)[name], value)
+    assert not {value.name for value in again.graph.value_info}.intersection(t.name for t in again.graph.initializer)
 
 
 def test_its_working_copy_answers_alike_and_can_be_cut(relative: onnx.ModelProto, tmp_path: Path) -> None:
@@ -202,6 +228,56 @@ def _fed(model: onnx.ModelProto) -> onnx.ModelProto:
             if size.dim_value < 0:
                 size.ClearField("dim_value")
     return opened
+
+
+# Sequences and maps
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_classifier_with_a_map_of_probabilities_is_distilled(tmp_path: Path, steps: int) -> None:
+    path, data, student = tmp_path / "model.onnx", tmp_path / "data.npz", tmp_path / "student.onnx"
+    teacher = _classifier()
+    onnx.save(teacher, path)
+    np.savez(data, **inputs_of(teacher, batch=16))  # type: ignore[arg-type]
+    recipe = Recipe(**SMALL | {"keep": 0.5, "finetune_steps": steps})
+    report = compress(path, data=str(data), output=student, recipe=recipe).report
+    assert report.student.parameters < 0.6 * report.teacher.parameters
+    found = onnx.load(student)
+    assert found.graph.output == teacher.graph.output
+    (first, *_) = run(found, inputs_of(teacher))["probabilities"]
+    assert sorted(first) == [0, 1, 2]
+    assert sum(first.values()) == pytest.approx(1, abs=1e-5)
+
+
+def test_all_of_the_width_of_a_classifier_with_a_map_is_itself(tmp_path: Path) -> None:
+    path, data, student = tmp_path / "model.onnx", tmp_path / "data.npz", tmp_path / "student.onnx"
+    teacher = _classifier()
+    onnx.save(teacher, path)
+    np.savez(data, **inputs_of(teacher, batch=16))  # type: ignore[arg-type]
+    compress(path, data=str(data), output=student, recipe=Recipe(**SMALL | {"keep": 1.0, "steps": 0}))
+    one, other = (run(model, inputs_of(teacher)) for model in (teacher, onnx.load(student)))
+    assert one["probabilities"] == other["probabilities"]
+    np.testing.assert_array_equal(one["scores"], other["scores"])
+
+
+def test_trees_hold_nothing_to_distil(tmp_path: Path) -> None:
+    tree: dict[str, Any] = {
+        "nodes_treeids": [0, 0, 0], "nodes_nodeids": [0, 1, 2], "nodes_featureids": [0, 0, 0],
+        "nodes_modes": ["BRANCH_LEQ", "LEAF", "LEAF"], "nodes_values": [0.0, 0.0, 0.0],
+        "nodes_truenodeids": [1, 0, 0], "nodes_falsenodeids": [2, 0, 0], "target_treeids": [0, 0],
+        "target_nodeids": [1, 2], "target_ids": [0, 0], "target_weights": [1.0, 2.0], "n_targets": 1,
+    }  # fmt: skip
+    net = Net(17)
+    y = net.op("TreeEnsembleRegressor", net.input("x", "N", 2), domain="ai.onnx.ml", **tree)
+    teacher = net.proto(y, domains={"ai.onnx.ml": 3}, types={y: floats(y, "N", 1)})
+    path, data, student = tmp_path / "model.onnx", tmp_path / "data.npz", tmp_path / "student.onnx"
+    onnx.save(teacher, path)
+    np.savez(data, **inputs_of(teacher, batch=16))  # type: ignore[arg-type]
+    report = compress(path, data=str(data), output=student, recipe=Recipe(**SMALL)).report
+    assert [n.reason for n in report.neighbourhoods] == [
+        "nothing to distil: ai.onnx.ml::TreeEnsembleRegressor holds trees, no weights"
+    ]
+    np.testing.assert_array_equal(run(onnx.load(student), inputs_of(teacher))[y], run(teacher, inputs_of(teacher))[y])
 
 
 # Sparse initializers
@@ -297,6 +373,22 @@ def test_nodes_that_read_each_other_in_a_circle_are_refused(tmp_path: Path) -> N
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)]), tmp_path / "m.onnx")
     with pytest.raises(ModelError, match=r"m\.onnx: the graph is malformed"):
         load(tmp_path / "m.onnx")
+
+
+def test_a_rank_that_nobody_knows_is_found_by_trying(tmp_path: Path) -> None:
+    """onnxruntime has no inference for `Scaler`: runs of several sizes tell which axes are open."""
+    net = Net(18)
+    y = net.op("Scaler", net.input("x", "N", "L"), out="scaled", domain="ai.onnx.ml", offset=[0.0], scale=[2.0])
+    y = net.relu(net.matmul(net.op("Concat", y, y, axis=1), 8, 4))
+    onnx.save(net.proto(y, domains={"ai.onnx.ml": 3}, types={y: floats(y, "N", 4)}), tmp_path / "model.onnx")
+    # The product wants four columns, so that such inputs cannot be tried: nothing is known, and nothing is wrong.
+    assert load(tmp_path / "model.onnx").graph[0].outputs[0].shape is None
+    net = Net(18)
+    y = net.op("Scaler", net.input("x", "N", "L"), out="scaled", domain="ai.onnx.ml", offset=[0.0], scale=[2.0])
+    y = net.relu(net.op("Concat", y, y, net.input("z", "N", 4), axis=1))
+    onnx.save(net.proto(y, domains={"ai.onnx.ml": 3}, types={y: floats(y, "N", "M")}), tmp_path / "model.onnx")
+    graph = load(tmp_path / "model.onnx").graph
+    assert str(graph[0].outputs[0].shape) == "[N,L]"
 
 
 def test_types_of_sequences_are_no_types_of_tensors(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import onnx
 import onnx_ir as ir
 
 from ndonnx.graph.dataflow import sub_graphs
+from ndonnx.graph.maps import holds_map
 
 _LARGEST_BYTES = 1000
 """Bytes of an initializer up to which inference may read its numbers."""
@@ -103,7 +104,7 @@ def take_inferred(model: ir.Model, proto: onnx.ModelProto | None = None) -> None
     for graph, found in _graphs(model.graph, inferred.graph):
         by_name = {value.name: value.type for value in (*found.value_info, *found.output, *found.input)}
         for value in _values(graph):
-            if (type_ := by_name.get(value.name or "")) is not None:
+            if (type_ := by_name.get(value.name or "")) is not None and not holds_map(type_):
                 key = type_.SerializeToString()
                 if key not in types:
                     types[key] = _read(type_)

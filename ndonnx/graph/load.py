@@ -18,8 +18,9 @@ from ndonnx.graph.collector import collector_paused
 from ndonnx.graph.dataflow import reads, sub_graphs
 from ndonnx.graph.external import external_tensors, resolve_external_data
 from ndonnx.graph.inference import open_negative_sizes, take_inferred, weightless
+from ndonnx.graph.maps import remember_maps, set_maps_aside, write_maps
 from ndonnx.graph.opsets import ONNX_NAMES, let_functions_follow, remember_opsets, settle_opsets, write_opsets
-from ndonnx.graph.runtime_types import ask_onnxruntime, believe, undefined_outputs
+from ndonnx.graph.runtime_types import ask_onnxruntime, believe, try_out, undefined_outputs
 from ndonnx.graph.sparse import remember, unfold, write_sparse
 
 _DECLARED = "ndonnx.declared"
@@ -53,12 +54,13 @@ def load(path: str | Path) -> ir.Model:
     if not any(entry.domain in ONNX_NAMES for entry in proto.opset_import):
         raise ModelError(f"{path}: the model states no opset for the ONNX operators; export it again")
     try:
-        opsets = settle_opsets(proto)
+        opsets, maps = settle_opsets(proto), set_maps_aside(proto.graph)
         model = _read(proto)
         in_order = _sort(model.graph)
     except Exception as error:  # whatever a hostile graph provokes in the deserialiser is the file's fault
         raise ModelError(f"{path}: the graph is malformed: {first_line(_root(error))}") from error
     remember_opsets(model, opsets)
+    remember_maps(model, maps)
     brought_in = resolve_external_data(model, path)
     _check_names(model.graph, set(), path)
     is_same = in_order and not brought_in and not proto.functions
@@ -166,11 +168,11 @@ def infer_shapes(model: ir.Model, proto: onnx.ModelProto | None = None) -> ir.Mo
 def _infer_types(model: ir.Model, proto: onnx.ModelProto | None) -> None:
     """As `infer_shapes`; what ONNX has no definition of is asked of onnxruntime."""
     infer_shapes(model, proto)
-    types = ask_onnxruntime(model)
-    if types:
-        believe(undefined_outputs(model), types)
-        infer_shapes(model)  # what lies behind them
-        believe((value for node in model.graph for value in node.outputs), types)
+    for ask in (ask_onnxruntime, try_out):
+        if types := ask(model):
+            believe(undefined_outputs(model), types)
+            infer_shapes(model)  # what lies behind them
+            believe((value for node in model.graph for value in node.outputs), types)
 
 
 def serialise(model: ir.Model) -> bytes:
@@ -178,9 +180,19 @@ def serialise(model: ir.Model) -> bytes:
     if external_tensors(model):
         model = ir.external_data.load_to_model(model.clone())
     proto = ir.to_proto(model)
-    write_opsets(model, proto)
     write_sparse(model, proto)
-    return proto.SerializeToString(deterministic=True)
+    return _as_in_file(model, proto).SerializeToString(deterministic=True)
+
+
+def _as_in_file(model: ir.Model, proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Let a model's message say what `onnx_ir` does not hold as the file that the model was read from does."""
+    write_opsets(model, proto)
+    write_maps(model, proto.graph)
+    held = set(model.graph.initializers)  # their types stand in the tensors; `onnx_ir` writes them down once more
+    told = [value for value in proto.graph.value_info if value.name not in held]
+    del proto.graph.value_info[:]
+    proto.graph.value_info.extend(told)
+    return proto
 
 
 def save(model: ir.Model, path: str | Path) -> None:
@@ -197,6 +209,8 @@ def save(model: ir.Model, path: str | Path) -> None:
             whole = Path(scratch) / path.name
             if tensor_bytes(model) > PROTOBUF_LIMIT:
                 ir.save(model, whole, external_data=f"{path.name}.data")
+                proto = _as_in_file(model, onnx.load(whole, load_external_data=False))
+                whole.write_bytes(proto.SerializeToString(deterministic=True))
             else:
                 whole.write_bytes(serialise(model))
             for part in sorted(Path(scratch).iterdir(), key=lambda part: part == whole):

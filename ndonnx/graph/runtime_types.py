@@ -13,6 +13,8 @@ import onnxruntime as ort
 
 from ndonnx.graph.dataflow import sub_graphs
 from ndonnx.graph.inference import weightless_of
+from ndonnx.graph.maps import map_values
+from ndonnx.graph.trial import shapes_by_trying
 
 _ELEMENTS = {
     "bfloat16": ir.DataType.BFLOAT16, "bool": ir.DataType.BOOL, "double": ir.DataType.DOUBLE,
@@ -49,6 +51,19 @@ def ask_onnxruntime(model: ir.Model) -> Types:
     return told
 
 
+def try_out(model: ir.Model) -> Types:
+    """Shapes of values of which onnxruntime does not know the rank either, from runs on a few made-up inputs."""
+    open_ = {value.name: value for value in _open_values(model) if value.name and isinstance(value.type, ir.TensorType)}
+    session = _session(model, list(open_)) if open_ else None
+    if session is None:
+        return {}
+    try:
+        shapes = shapes_by_trying(model, session, list(open_))
+    except Exception:  # the model does not like such inputs, and its shapes stay unknown
+        return {}
+    return {name: (type_.dtype, sizes) for name, sizes in shapes.items() if (type_ := open_[name].type) is not None}
+
+
 def believe(values: Iterable[ir.Value], types: Types) -> None:
     """Write down types and shapes where they are open, in place; outputs of the model keep their shapes."""
     for value in values:
@@ -62,18 +77,19 @@ def believe(values: Iterable[ir.Value], types: Types) -> None:
 
 
 def undefined_outputs(model: ir.Model) -> Iterator[ir.Value]:
-    """What operators make that ONNX does not define at the model's opset, or not without looking into their graphs."""
+    """What operators make whose types ONNX does not infer: of other domains, of later opsets, or with graphs inside."""
     for node in model.graph:
-        known = onnx.defs.has(node.op_type, model.opset_imports.get(node.domain, 1), node.domain)
+        known = node.domain == "" and onnx.defs.has(node.op_type, model.opset_imports.get("", 1), "")
         if not known or any(True for _ in sub_graphs(node)):
             yield from node.outputs
 
 
 def _open_values(model: ir.Model) -> Iterator[ir.Value]:
+    maps = map_values(model)
     for node in model.graph:
         for value in node.outputs:
             is_read = value.uses() or value.is_graph_output()
-            if value.name and is_read and (value.type is None or _has_no_rank(value)):
+            if value.name and value.name not in maps and is_read and (value.type is None or _has_no_rank(value)):
                 yield value
 
 

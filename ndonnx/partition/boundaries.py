@@ -10,4 +10,5 @@ from ndonnx.graph.interface import NOWHERE, sample_axis
 
 def can_be_boundary(value: ir.Value) -> bool:
     """Whether a value of a working copy can be captured, and a student can read or make it, as far as is known."""
-    return not is_inside_fused(value) and sample_axis(value) != NOWHERE
+    is_tensor = isinstance(value.type, ir.TensorType)  # no sequence, no map, and nothing whose type nobody knows
+    return is_tensor and not is_inside_fused(value) and sample_axis(value) != NOWHERE

@@ -25,8 +25,11 @@ def why_kept(nodes: list[ir.Node], why: Why) -> str:
     """The reason for nodes that are in no chosen region; `why` gives that of nodes with weights."""
     opaque = next((node for node in nodes if is_opaque(node)), None)
     if opaque is not None:
-        domain = f"{opaque.domain}::" if opaque.domain else ""
-        return f"holds {domain}{opaque.op_type}, which cannot be trained"
+        name = f"{opaque.domain}::{opaque.op_type}" if opaque.domain else opaque.op_type
+        trees = opaque.op_type.startswith("TreeEnsemble") and parameters_of(nodes) == 0
+        return (
+            f"nothing to distil: {name} holds trees, no weights" if trees else f"holds {name}, which cannot be trained"
+        )
     if parameters_of(nodes) == 0:
         return "quantised: stays as it is" if any(map(_is_quantised, nodes)) else "holds no weights"
     return why(nodes)

@@ -13,7 +13,7 @@ from ndonnx.data.split import Split
 from ndonnx.data.views import image_axes
 from ndonnx.distil import Training
 from ndonnx.errors import SliceError
-from ndonnx.finetune import STUDENT_FILE, FinetuneJob
+from ndonnx.finetune import STUDENT_FILE, FinetuneJob, why_not_finetuned
 from ndonnx.graph import load, save
 from ndonnx.graph.costs import weights_of
 from ndonnx.graph.dataflow import reads, real_inputs
@@ -107,6 +107,8 @@ class Finishing:
             replaced: names of the neighbourhoods whose weights are trained; all others stay the teacher's.
             key: what it depends on.
         """
+        if (reason := why_not_finetuned(student)) is not None:
+            return self._not_finetuned(student, reason)
         plan = self.schedule.finetune()
         samples, views = self._finetune_samples()
         rows = self.split.to_train(samples).fingerprint()
@@ -120,8 +122,7 @@ class Finishing:
         if not entry.done:
             reason = self._train(student, self._kept(replaced), entry, samples, views)
             if reason is not None:
-                self.progress.note(f"the student is not fine-tuned: {reason}")
-                return student, FinetuneReport(steps=0, seconds=0.0, reason=reason)
+                return self._not_finetuned(student, reason)
         found = Training(**entry.meta())
         return load(entry.path / STUDENT_FILE), FinetuneReport(
             steps=found.steps,
@@ -131,6 +132,10 @@ class Finishing:
             nmse_start=found.nmse_start,
             nmse=found.nmse,
         )
+
+    def _not_finetuned(self, student: ir.Model, reason: str) -> tuple[ir.Model, FinetuneReport]:
+        self.progress.note(f"the student is not fine-tuned: {reason}")
+        return student, FinetuneReport(steps=0, seconds=0.0, reason=reason)
 
     def _train(self, student: ir.Model, kept: frozenset[str], entry: Entry, samples: int, views: int) -> str | None:
         """Why there is no fine-tuned student; None when there is one."""

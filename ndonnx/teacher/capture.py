@@ -312,7 +312,7 @@ def _float_values(model: ir.Model, names: Collection[str]) -> set[str]:
     """The wanted float32 values that are computed; where the graph tells no type, onnxruntime does."""
     found = find_values(model, names)
     computed = {name: value for name, value in found.items() if value not in model.graph.inputs}
-    floats = {name for name, value in computed.items() if value.dtype == ir.DataType.FLOAT}
+    floats = {name for name, value in computed.items() if value.type == ir.TensorType(ir.DataType.FLOAT)}
     untyped = [name for name, value in computed.items() if value.type is None]
     if untyped:
         session = make_session(_cut(model, untyped, ()), threads=1, optimise=False)

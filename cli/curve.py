@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import ndonnx
 
-from .tables import count_text, milliseconds_text, part_text, print_text, seconds_text, table_of
+from .tables import count_text, milliseconds_text, part_text, print_text, print_unforeseen, seconds_text, table_of
 
 
 def print_search(report: ndonnx.SearchReport, *, dry_run: bool = False) -> None:
@@ -16,6 +16,7 @@ def print_search(report: ndonnx.SearchReport, *, dry_run: bool = False) -> None:
     if dry_run:
         print_text(f"nothing was trained\nrun directory {report.run_dir}")
         return
+    print_unforeseen({f"{o.neighbourhood} {o.candidate}": o.traceback for o in report.options if o.traceback})
     columns = ("student", "", ">parameters", ">share", ">MACs", ">share", ">latency", f">{report.quality} lost", "file")
     print_text(table_of(columns, _students(report)))
     print_text(

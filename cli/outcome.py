@@ -65,7 +65,7 @@ def verdict(report: CompressReport) -> int:
     """The exit code of a finished run: a student that is all teacher is not what was asked for."""
     if report.target is not None:
         return reached(report.target.missed)
-    made = any(neighbourhood.status != "kept" for neighbourhood in report.neighbourhoods)
+    made = report.unchanged or any(neighbourhood.status != "kept" for neighbourhood in report.neighbourhoods)
     return DONE if made else TARGET_MISSED
 
 

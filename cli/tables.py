@@ -97,11 +97,14 @@ def print_report(report: ndonnx.CompressReport) -> None:
     """What became of the model, of each neighbourhood, and where everything lies."""
     print_text(_comparison(report))
     print_text(_neighbourhoods(report))
-    if all(neighbourhood.status == "kept" for neighbourhood in report.neighbourhoods):
+    if report.unchanged:
+        print_text("every channel kept and no steps: the student is the teacher, as asked")
+    elif all(neighbourhood.status == "kept" for neighbourhood in report.neighbourhoods):
         why = (
             "nothing was distilled" if report.teacher.parameters else "nothing to distil, as the model holds no weights"
         )
         print_text(f"{why}: the student is the teacher; the reasons stand above")
+    print_unforeseen(report.unforeseen)
     if report.student.compressed_bytes is not None:
         part = report.student.zeros / max(1, report.student.parameters)
         print_text(
@@ -119,6 +122,16 @@ def print_report(report: ndonnx.CompressReport) -> None:
         )
     spent = f"{seconds_text(report.seconds.total)}, peak memory {bytes_text(report.peak_rss_bytes)}"
     print_text(f"student written to {report.student.path}\nrun directory {report.run_dir}\ntook {spent}")
+
+
+def print_unforeseen(tracebacks: Mapping[str, str]) -> None:
+    """One line that something went wrong which nobody foresaw, and where to look; nothing where all is well."""
+    if tracebacks:
+        folder = os.path.dirname(next(iter(tracebacks.values())))
+        print_text(
+            f"something unexpected happened in {', '.join(tracebacks)}, which stayed as it was: a fault of ndonnx or "
+            f"of this machine, worth reporting; {folder} tells more"
+        )
 
 
 def print_demo(report: ndonnx.CompressReport, speed: ndonnx.Speed, output: str | None) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from ndonnx.data import DataSource, InputSpec, input_specs, open_source
 from ndonnx.data.made_up import made_up_samples
 from ndonnx.distil.gate import open_slice, pass_gate
 from ndonnx.distil.samples import SliceSamples
-from ndonnx.errors import ConversionError, DataError, ModelError, ParityError, SliceError
+from ndonnx.errors import ConversionError, DataError, ModelError, ParityError
+from ndonnx.faults import Fault, tried
 from ndonnx.graph.dataflow import reads
 from ndonnx.graph.load import infer_shapes
 from ndonnx.machine import usable_cores
@@ -88,10 +90,11 @@ def check(
             with tempfile.TemporaryDirectory(prefix="ndonnx-", ignore_cleanup_errors=True) as folder:
                 store = _captured(parts, wave, samples, specs, Path(folder) / "store")
                 for neighbourhood in wave:
-                    try:
-                        parity[neighbourhood.name] = check_neighbourhood(parts, neighbourhood, store, recipe)
-                    except SliceError as error:
-                        reasons[neighbourhood.name] = str(error)
+                    found = tried(partial(check_neighbourhood, parts, neighbourhood, store, recipe))
+                    if isinstance(found, Fault):
+                        reasons[neighbourhood.name] = found.reason
+                    else:
+                        parity[neighbourhood.name] = found
                     progress.advance()
     except (DataError, ModelError) as error:
         if data is not None:

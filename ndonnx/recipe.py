@@ -332,6 +332,11 @@ class Recipe(_Section):
             return rest | {"model_inputs": _merged(values["inputs"], values.get("model_inputs", {}))}
         return values
 
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether the student is the teacher by definition: every channel kept, and nothing trained."""
+        return self.method == "width" and self.keep == 1 and self.steps == 0 and self.time_budget is None
+
 
 _SECTIONS: dict[str, type[_Section]] = {"data": DataRecipe, "search": SearchRecipe, "model_inputs": InputRecipe}
 KEYS = frozenset(Recipe.model_fields) - frozenset(_SECTIONS)

@@ -3,6 +3,7 @@
     <run>/lock                        held by the one run that may write here
     <run>/<kind>/<key>/...            files of one entry
     <run>/<kind>/<key>/done.json      written last: what the entry holds, with sizes and digests
+    <run>/faults/<name>.txt           tracebacks of what nobody foresaw in the latest run
 
 A run may be killed at any moment, the disk may fill up, somebody may start a second run on the
 same directory: whatever is read back as done is whole, and everything else is made again.
@@ -25,6 +26,7 @@ from types import TracebackType
 from typing import Any, Self, TypeAlias
 
 from ndonnx.errors import RunDirError
+from ndonnx.faults import Fault
 
 Fingerprintable: TypeAlias = (
     "bytes | str | int | float | bool | Mapping[str, Fingerprintable] | Sequence[Fingerprintable] | None"
@@ -34,7 +36,10 @@ _DIGEST_BYTES = 16
 _TEMPORARY = ".ndonnx-tmp-"
 _LOCK = "lock"
 _DONE = "done.json"
+_FAULTS = "faults"
 _LOCK_ATTEMPTS = 100
+_LONGEST_NAME = 100
+"""Characters of the name of a file with a fault."""
 _WAY_OUT = {
     errno.ENOSPC: "free some disk space and run again",
     errno.EDQUOT: "free some disk space and run again",
@@ -327,6 +332,29 @@ class RunDir:
         entries = [self.entry(kind, name) for name in names if _is_name(name)]
         return [entry for entry in entries if entry.done]
 
+    def record(self, name: str, fault: Fault) -> Path | None:
+        """Keep what is known of a fault that nobody foresaw, for whoever looks into it later.
+
+        Args:
+            name: whose fault it is; it becomes a file name, with `_` for what cannot stand in one.
+            fault: any; one that was foreseen says everything in its reason, and is not kept.
+
+        Returns:
+            The text file with its traceback, which lasts until the next run in this directory; None for a foreseen one.
+
+        Raises:
+            RunDirError: the operating system refused.
+        """
+        if fault.foreseen:
+            return None
+        folder = self.path / _FAULTS
+        with _explained(folder, "create"):
+            folder.mkdir(exist_ok=True)
+        path = folder / ("".join(c if c.isalnum() or c in " .,=-" else "_" for c in name)[:_LONGEST_NAME] + ".txt")
+        text = f"{name}: {fault.reason}\n\n{fault.traceback}"
+        atomic_write(path, text.encode("utf-8", errors="backslashreplace"))
+        return path
+
     def __enter__(self) -> Self:
         if self._lock is not None:
             raise RunDirError(f"{self.path}: entered twice by the same run; leave it first")
@@ -336,6 +364,7 @@ class RunDir:
             try:
                 for leftover in self.path.glob(_TEMPORARY + "*"):
                     leftover.unlink()
+                shutil.rmtree(self.path / _FAULTS, ignore_errors=True)
             except BaseException:
                 os.close(lock)
                 raise

@@ -9,6 +9,7 @@ from types import MappingProxyType
 import numpy as np
 import onnx_ir as ir
 
+from ndonnx.errors import VerificationError
 from ndonnx.graph.dataflow import reads
 from ndonnx.graph.lengths import axes_measured
 from ndonnx.graph.load import add_initializer, infer_shapes
@@ -52,7 +53,8 @@ def splice(
             of one name are one in all their places.
 
     Raises:
-        KeyError: a student reads or makes a value that the teacher does not have.
+        VerificationError: a student cannot be put into its place, such as one that reads or makes a value that the
+            teacher does not have; it names the neighbourhood.
     """
     model = teacher.clone()
     shapes = cache(lambda: _resolved(teacher))
@@ -61,7 +63,11 @@ def splice(
     for name, student in students.items():
         first = shared.get(name, name)
         weights = held.setdefault(first, {}) if first in several else {}
-        _replace(model, name, student.clone(), shapes, weights)
+        try:
+            _replace(model, name, student.clone(), shapes, weights)
+        except Exception as error:  # of a student of any origin; whoever splices can do without it
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise VerificationError(f"{name}: does not fit into the teacher: {reason}", name) from error
     _restore_names(model.graph, held.values())
     return infer_shapes(model)
 

@@ -8,6 +8,7 @@ something further on still reads.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,12 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from ndonnx.errors import ShrinkError, TrainingError
+from ndonnx.faults import Fault, tried
 from ndonnx.graph.dataflow import real_inputs
 from ndonnx.graph.working_copy import batch_size
 from ndonnx.partition import Neighbourhood, Partition, extract, nodes_between
 from ndonnx.students.exit import refit_exit
-from ndonnx.teacher import ActivationStore, capture
+from ndonnx.teacher import ActivationStore, capture, input_type
 
 Batches = Callable[[], Iterator[Mapping[str, npt.NDArray[np.generic]]]]
 
@@ -30,7 +32,7 @@ class Prefix:
     """The values in front of the next neighbourhood, in a teacher some of whose slices are replaced.
 
     Give every neighbourhood in the partition's order: `inputs_of` it, then `put` the slice that
-    stands in its place. What nothing further on reads is dropped from the disk.
+    stands in its place, or `leave` it to the teacher. What nothing further on reads is dropped from the disk.
     """
 
     def __init__(
@@ -55,8 +57,8 @@ class Prefix:
         self._batch = batch_size(parts.model.graph) or _BATCH
         self._keep(capture(parts.model, names, batches, self._next_folder(), samples=samples))
         self._values = ir.convenience.create_value_mapping(parts.model.graph, include_subgraphs=False)
-        self._last_reader = _last_readers(parts, order)
-        self._position = {n.name: position for position, n in enumerate(order)}
+        self._left = list(order)
+        self._last_reader = _last_readers(parts, self._left, set(self._stores))
 
     def inputs_of(self, neighbourhood: Neighbourhood) -> dict[str, ActivationStore]:
         """The store of each of a neighbourhood's inputs: entry and context."""
@@ -73,10 +75,20 @@ class Prefix:
         self.inputs_of(neighbourhood)
         assert neighbourhood.exit is not None
         self._keep(self._run(slice_, [neighbourhood.exit.name or ""]))
-        position = self._position[neighbourhood.name]
-        for name in [name for name in self._stores if self._last_reader.get(name, -1) <= position]:
-            store = self._stores.pop(name)
-            store.drop(name)
+        self._pass(neighbourhood)
+
+    def leave(self, neighbourhood: Neighbourhood) -> None:
+        """Go on behind a neighbourhood that stays the teacher's: its nodes are run when something behind it is read."""
+        position = self._left.index(neighbourhood)
+        self._last_reader = _last_readers(self._parts, self._left[position + 1 :], set(self._stores))
+        self._pass(neighbourhood)
+
+    def _pass(self, neighbourhood: Neighbourhood) -> None:
+        """Drop what only neighbourhoods up to this one read."""
+        del self._left[: self._left.index(neighbourhood) + 1]
+        ahead = {n.name for n in self._left}
+        for name in [name for name in self._stores if self._last_reader.get(name) not in ahead]:
+            self._stores.pop(name).drop(name)
 
     def close(self) -> None:
         """Drop everything."""
@@ -85,25 +97,28 @@ class Prefix:
         self._stores.clear()
 
     def _run(self, model: ir.Model, names: list[str]) -> ActivationStore:
-        inputs = [value.name or "" for value in model.graph.inputs]
+        inputs = list(model.graph.inputs)
 
         def batches() -> Iterator[Mapping[str, npt.NDArray[np.generic]]]:
             for start in range(0, self._samples, self._batch):
-                yield {name: self._rows(name, start) for name in inputs}
+                yield {value.name or "": self._rows(value, start) for value in inputs}
 
         store = capture(model, names, batches, self._next_folder(), samples=self._samples)
         for name in names:
             if name in store.unstorable:
-                raise TrainingError(f"value '{name}' cannot be captured: {store.unstorable[name]}")
+                reason = store.unstorable[name]
+                store.remove()
+                raise TrainingError(f"value '{name}' cannot be captured: {reason}")
         return store
 
-    def _rows(self, name: str, start: int) -> npt.NDArray[np.generic]:
+    def _rows(self, value: ir.Value, start: int) -> npt.NDArray[np.generic]:
         """A whole batch, the last one filled up with its last sample; a constant as it is. In the model's type."""
+        name = value.name or ""
         store = self._stores[name]
         array = store.array(name)
         if not store.is_constant(name):
             array = array[np.minimum(np.arange(start, start + self._batch), self._samples - 1)]
-        return np.array(array, dtype=np.float32 if array.dtype == np.float16 else array.dtype)
+        return np.array(array, dtype=input_type(value, array))
 
     def _keep(self, store: ActivationStore) -> None:
         self._stores.update(dict.fromkeys(store.names, store))
@@ -122,6 +137,7 @@ def refit_walk(
     *,
     threads: int,
     on_neighbourhood: Callable[[str, bool], None] = lambda name, refitted: None,
+    on_fault: Callable[[str, Fault], None] = lambda name, fault: None,
 ) -> dict[str, ir.Model]:
     """Walk down the student once and refit the last linear operator of each slice on what it really gets.
 
@@ -133,37 +149,47 @@ def refit_walk(
         samples: how many of them.
         threads: for onnxruntime.
         on_neighbourhood: told the name of each, and whether its student was refitted.
+        on_fault: told why one stays as it was trained, or why those behind it see the teacher's slice instead.
 
     Returns:
         All students, refitted where that lowers the error at the neighbourhood's exit.
 
-    Raises:
-        TrainingError: a value on the way cannot be kept.
     """
     order = [n for n in parts.neighbourhoods if n.name in students]
     theirs = Prefix(parts, order, batches, folder / "teacher", samples)
     ours = Prefix(parts, order, batches, folder / "student", samples)
     done: dict[str, ir.Model] = {}
     for neighbourhood in order:
-        slice_, student = parts.slice_of(neighbourhood), students[neighbourhood.name]
-        given, found = (_arrays(prefix.inputs_of(neighbourhood)) for prefix in (theirs, ours))
-        constants = frozenset(name for name, store in ours.inputs_of(neighbourhood).items() if store.is_constant(name))
-        try:
-            # One student of several places would become several.
-            refitted = (
-                refit_exit(slice_, student, given, found, constants=constants, threads=threads, held=neighbourhood.held)
-                if len(parts.uses(neighbourhood)) == 1
-                else None
-            )
-        except ShrinkError:  # the student then stays as it was trained, which is no worse than before
-            refitted = None
-        done[neighbourhood.name] = refitted or student
-        theirs.put(neighbourhood, slice_)
-        ours.put(neighbourhood, done[neighbourhood.name])
-        on_neighbourhood(neighbourhood.name, refitted is not None)
+        name, slice_, student = neighbourhood.name, parts.slice_of(neighbourhood), students[neighbourhood.name]
+        refitted = None
+        if len(parts.uses(neighbourhood)) == 1:  # one student of several places would become several
+            found = tried(partial(_refitted, neighbourhood, slice_, student, theirs, ours, threads))
+            if isinstance(found, Fault):  # the student then stays as it was trained, which is no worse than before
+                on_fault(name, found)
+            else:
+                refitted = found
+        done[name] = refitted or student
+        for prefix, model in ((theirs, slice_), (ours, done[name])):
+            fault = tried(partial(prefix.put, neighbourhood, model))
+            if fault is not None:
+                on_fault(name, fault)
+                prefix.leave(neighbourhood)
+        on_neighbourhood(name, refitted is not None)
     theirs.close()
     ours.close()
     return done
+
+
+def _refitted(
+    neighbourhood: Neighbourhood, slice_: ir.Model, student: ir.Model, theirs: Prefix, ours: Prefix, threads: int
+) -> ir.Model | None:
+    """The student, fitted to what the teacher makes of its own values; None where that does not lower its error."""
+    given, found = (_arrays(prefix.inputs_of(neighbourhood)) for prefix in (theirs, ours))
+    constants = frozenset(name for name, store in ours.inputs_of(neighbourhood).items() if store.is_constant(name))
+    try:
+        return refit_exit(slice_, student, given, found, constants=constants, threads=threads, held=neighbourhood.held)
+    except ShrinkError:  # there is nothing to refit
+        return None
 
 
 def _arrays(stores: Mapping[str, ActivationStore]) -> dict[str, npt.NDArray[np.generic]]:
@@ -177,26 +203,24 @@ def _inputs(neighbourhood: Neighbourhood) -> list[str]:
 
 def held_values(parts: Partition, order: Sequence[Neighbourhood]) -> list[set[str]]:
     """Names of the values that a `Prefix` holds while it goes past each neighbourhood."""
-    last = _last_readers(parts, order)
     held = {value.name or "" for value in real_inputs(parts.model.graph)}
+    last, position = _last_readers(parts, order, set(held)), {n.name: at for at, n in enumerate(order)}
     found = []
-    for position, neighbourhood in enumerate(order):
+    for at, neighbourhood in enumerate(order):
         assert neighbourhood.exit is not None
         found.append(held | {*_inputs(neighbourhood), neighbourhood.exit.name or ""})
-        held = {name for name in found[-1] if last.get(name, -1) > position}
+        held = {name for name in found[-1] if name in last and position[last[name]] > at}
     return found
 
 
-def _last_readers(parts: Partition, order: Sequence[Neighbourhood]) -> dict[str, int]:
-    """For every value that is held on the way, the position of the last neighbourhood that needs it."""
+def _last_readers(parts: Partition, order: Sequence[Neighbourhood], held: set[str]) -> dict[str, str]:
+    """By value, the last neighbourhood of an order that reads it, when these values are held in front of the first."""
     values = ir.convenience.create_value_mapping(parts.model.graph, include_subgraphs=False)
-    held = {value.name or "" for value in real_inputs(parts.model.graph)}
-    last: dict[str, int] = {}
-    for position, neighbourhood in enumerate(order):
+    last: dict[str, str] = {}
+    for neighbourhood in order:
         wanted = _inputs(neighbourhood)
         _, read = nodes_between([values[name] for name in wanted if name not in held], held)
-        for name in (*wanted, *(value.name or "" for value in read)):
-            last[name] = position
+        last.update(dict.fromkeys((*wanted, *(value.name or "" for value in read)), neighbourhood.name))
         held.update(wanted)
         assert neighbourhood.exit is not None
         held.add(neighbourhood.exit.name or "")

@@ -32,6 +32,7 @@ from models import (
 )
 
 from ndonnx.convert import write_back
+from ndonnx.errors import VerificationError
 from ndonnx.graph import save, serialise, slice_cost
 from ndonnx.partition import Neighbourhood, Partition
 from ndonnx.splice import is_changed, splice
@@ -300,11 +301,12 @@ def test_values_that_the_teacher_does_not_have_are_refused() -> None:
     for side in ("inputs", "outputs"):
         student = parts.slice_of(parts.distillable[0])
         getattr(student.graph, side)[0].name = "nowhere"
-        with pytest.raises(KeyError, match="nowhere"):
+        with pytest.raises(VerificationError, match=r"n02: does not fit into the teacher: .*nowhere") as caught:
             splice(teacher, {"n02": student})
+        assert caught.value.neighbourhood == "n02"
     student = parts.slice_of(parts.distillable[0])
     student.graph.outputs[0].name = "x"
-    with pytest.raises(KeyError, match="'x' is made by no node"):
+    with pytest.raises(VerificationError, match="'x' is made by no node"):
         splice(teacher, {"n02": student})
     np.testing.assert_array_equal(
         run(teacher, inputs_of(residual_cnn()))["logits"], run(residual_cnn(), inputs_of(residual_cnn()))["logits"]

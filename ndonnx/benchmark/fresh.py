@@ -147,8 +147,10 @@ def load_time(blocks: Sequence[Block], name: str) -> float:
 
 def _in_fresh_process(job: Job) -> Any:
     (outcome,) = ProcessExecutor(1).run([job], lambda *_: None)
-    if outcome.error is not None:
-        cause = outcome.error.partition(";")[0]
+    if (fault := outcome.fault) is not None:
+        if fault.foreseen:
+            raise ModelError(fault.reason)
+        cause = fault.reason.partition(";")[0]
         raise ModelError(f"{job.name}: could not be measured: {cause}; try smaller batches, or more memory")
     return outcome.result
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
-from ndonnx.errors import SliceError
+from ndonnx.faults import Fault, fault_of
 
 OnStep: TypeAlias = Callable[[int, int, float], None]
 """Told by a job: step, steps, held-out NMSE."""
@@ -28,20 +28,20 @@ class Job(Protocol):
         """Names the job in progress events and in its outcome."""
 
     def __call__(self, on_step: OnStep) -> Any:
-        """Do the work; raise `SliceError` where this neighbourhood must be kept."""
+        """Do the work; whatever is raised is the reason why there is no result (see `ndonnx.faults`)."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended: with a result, or with one line that says why there is none."""
+    """How a job ended: with a result, or with the fault that says why there is none."""
 
     name: str
     result: Any | None
-    error: str | None
+    fault: Fault | None = None
 
 
 class Executor(ABC):
-    """Runs jobs. One bad job never stops the others; a bug does, after everything is cleaned up."""
+    """Runs jobs. One bad job never stops the others, whatever it raises."""
 
     @abstractmethod
     def run(self, jobs: Iterable[Job], on_step: OnStepNamed) -> Iterator[Outcome]:
@@ -52,7 +52,7 @@ class Executor(ABC):
         and once more for its last step. Closing the iterator stops whatever still runs.
 
         Raises:
-            Exception: whatever a job raised, other than `SliceError` and `MemoryError`.
+            RunDirError: the disk is full, or the run directory cannot be used; workers are stopped first.
         """
 
     @property
@@ -62,14 +62,15 @@ class Executor(ABC):
 
 
 def attempt(job: Job, on_step: OnStep) -> Outcome:
-    """Run one job here. Any exception that does not belong to its neighbourhood passes through."""
+    """Run one job here.
+
+    Raises:
+        RunDirError, KeyboardInterrupt: what ends the whole run.
+    """
     try:
-        return Outcome(job.name, job(throttled(on_step)), None)
-    except SliceError as error:
-        return Outcome(job.name, None, str(error))
-    except MemoryError as error:
-        reason = f"out of memory ({error})" if str(error) else "out of memory"
-        return Outcome(job.name, None, f"{reason}; use fewer --workers or a smaller --batch-size")
+        return Outcome(job.name, job(throttled(on_step)))
+    except BaseException as error:  # sorted by `fault_of`, which raises again what is not the job's alone
+        return Outcome(job.name, None, fault_of(error))
 
 
 def throttled(on_step: OnStep, clock: Callable[[], float] = time.monotonic) -> OnStep:

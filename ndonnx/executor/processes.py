@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from multiprocessing import get_context
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
@@ -19,7 +20,8 @@ from types import ModuleType, TracebackType
 from typing import Self
 
 from ndonnx.executor.base import Executor, Job, OnStepNamed, Outcome
-from ndonnx.executor.worker import Bug, Done, Message, Step, serve
+from ndonnx.executor.worker import Done, Message, RunEnds, Step, serve
+from ndonnx.faults import Fault, fault_of
 from ndonnx.machine import usable_cores
 
 if sys.platform != "win32":
@@ -27,13 +29,6 @@ if sys.platform != "win32":
 
 _PATIENCE = 5.0
 """Seconds that a worker gets to leave by itself before it is killed."""
-
-
-class WorkerTraceback(Exception):
-    """The cause of an error that was raised in a worker: its traceback there, as text."""
-
-    def __str__(self) -> str:
-        return f"\n{self.args[0]}"
 
 
 class ProcessExecutor(Executor):
@@ -55,22 +50,21 @@ class ProcessExecutor(Executor):
         waiting = iter(jobs)
         with _Crew(threads=max(1, usable_cores() // self._workers)) as crew:
             for _ in range(self._workers):
-                crew.take_next(waiting)
+                yield from crew.take_next(waiting)
             while crew.busy:
                 for worker, message in crew.listen():
                     self._peak_rss = max(self._peak_rss, crew.peak_rss)
                     match message:
                         case Step(step, steps, nmse):
                             on_step(worker.job, step, steps, nmse)
-                        case Bug():
-                            _raise(message, worker.job)
+                        case RunEnds(error):
+                            raise error
                         case Done(outcome):
-                            crew.take_next(waiting, worker)
-                            yield outcome
+                            ended = [replace(outcome, name=worker.job), *crew.take_next(waiting, worker)]
+                            yield from ended
                         case None:
-                            error = crew.bury(worker)
-                            crew.take_next(waiting)
-                            yield Outcome(worker.job, None, error)
+                            ended = [Outcome(worker.job, None, crew.bury(worker)), *crew.take_next(waiting)]
+                            yield from ended
 
 
 class _Worker:
@@ -88,9 +82,8 @@ class _Worker:
         finally:
             far_end.close()  # or the pipe would not close with the worker
 
-    def give(self, job: Job) -> None:
-        packed = pickle.dumps(job)
-        self.job = job.name
+    def give(self, name: str, packed: bytes) -> None:
+        self.job = name
         with suppress(BrokenPipeError, ConnectionResetError):  # it has died: `listen` will tell
             self.pipe.send_bytes(packed)
 
@@ -102,7 +95,10 @@ class _Worker:
             return None
         if packed is None:
             return None
-        message: Message = pickle.loads(packed)
+        try:
+            message: Message = pickle.loads(packed)
+        except Exception as error:  # a result of a job's own making
+            return Done(Outcome(self.job, None, fault_of(error)), self.peak_rss)
         self.peak_rss = message.peak_rss
         return message
 
@@ -137,19 +133,29 @@ class _Crew:
         """The largest sum of peaks; a worker's own is known only after it has spoken, so all are summed anew."""
         return max(sum(worker.peak_rss for worker in together) for together in self._lived_together)
 
-    def take_next(self, waiting: Iterator[Job], worker: _Worker | None = None) -> None:
-        """Give the next job, if there is one, to this worker or a new one; else dismiss the worker."""
-        job = next(waiting, None)
-        if job is not None:
+    def take_next(self, waiting: Iterator[Job], worker: _Worker | None = None) -> list[Outcome]:
+        """Give the next job, if there is one, to this worker or a new one; else dismiss the worker.
+
+        Returns the outcomes of jobs that cannot be sent.
+        """
+        unsent: list[Outcome] = []
+        for job in waiting:
+            try:
+                packed = pickle.dumps(job)
+            except Exception as error:  # as many as there are ways to write a job
+                unsent.append(Outcome(job.name, None, fault_of(error)))
+                continue
             if worker is None:
                 worker = _Worker(self._threads)
                 self._busy.append(worker)
                 self._lived_together.append(list(self._busy))
-            worker.give(job)
-        elif worker is not None:
+            worker.give(job.name, packed)
+            return unsent
+        if worker is not None:
             self._busy.remove(worker)
             self._dismissed.append(worker)
             worker.pipe.close()
+        return unsent
 
     def listen(self) -> list[tuple[_Worker, Message | None]]:
         """Wait until some worker speaks or dies; one message of each that did, None for the dead."""
@@ -157,11 +163,11 @@ class _Crew:
         spoke = [worker for worker in self._busy if ready & {worker.pipe, worker.process.sentinel}]
         return [(worker, worker.hear()) for worker in spoke]
 
-    def bury(self, worker: _Worker) -> str:
-        """Clear away a dead worker; one line that says how it died."""
+    def bury(self, worker: _Worker) -> Fault:
+        """Clear away a dead worker; how it died."""
         worker.process.join(_PATIENCE)
         self._busy.remove(worker)
-        return _cause_of_death(_bury(worker))
+        return Fault(_cause_of_death(_bury(worker)), foreseen=False)
 
 
 def _bury(worker: _Worker) -> int:
@@ -186,11 +192,6 @@ def _cause_of_death(exit_code: int) -> str:
             f"the worker process died (signal {-exit_code}); run again, or leave this neighbourhood out with --freeze"
         )
     return f"the worker process ended by itself (exit code {exit_code}); --executor serial shows where"
-
-
-def _raise(bug: Bug, job: str) -> None:
-    cause = WorkerTraceback(f"in a worker process, job '{job}':\n{bug.traceback}")
-    raise bug.error or RuntimeError(bug.summary) from cause
 
 
 @contextmanager

@@ -11,13 +11,14 @@ import pickle
 import signal
 import sys
 import threading
-import traceback
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import parent_process
 
+from ndonnx.errors import RunDirError
 from ndonnx.executor.base import Job, Outcome, attempt
+from ndonnx.faults import fault_of
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -34,23 +35,21 @@ class Step:
 
 @dataclass(frozen=True)
 class Done:
-    """The worker's job has ended, as a job may."""
+    """The worker's job has ended; its name is known to who gave it."""
 
     outcome: Outcome
     peak_rss: int
 
 
 @dataclass(frozen=True)
-class Bug:
-    """The worker's job has ended as no job may. `error` is None where it does not survive pickling."""
+class RunEnds:
+    """The worker's job has met what ends the whole run."""
 
-    error: Exception | None
-    summary: str
-    traceback: str
+    error: RunDirError
     peak_rss: int
 
 
-Message = Step | Done | Bug
+Message = Step | Done | RunEnds
 
 
 def serve(pipe: Connection, threads: int) -> None:
@@ -95,27 +94,19 @@ def _die_with_parent() -> None:
 
 
 def _run(packed: bytes, pipe: Connection) -> bytes:
-    """Run one pickled job; the pickled `Done` or `Bug` that tells how it ended."""
+    """Run one pickled job; the pickled `Done` or `RunEnds` that tells how it ended."""
 
     def on_step(step: int, steps: int, nmse: float) -> None:
         _tell(pipe, pickle.dumps(Step(step, steps, nmse, peak_rss())))
 
     try:
-        job: Job = pickle.loads(packed)
-        return pickle.dumps(Done(attempt(job, on_step), peak_rss()))
-    except Exception as error:  # not swallowed: raised again in the main process
-        text = "".join(traceback.format_exception(error))
-        summary = f"{type(error).__name__}: {error}"
-        return pickle.dumps(Bug(_travelling(error), summary, text, peak_rss()))
-
-
-def _travelling(error: Exception) -> Exception | None:
-    """The error if it can be pickled and read back, which many with an `__init__` of their own cannot."""
-    try:
-        copy = pickle.loads(pickle.dumps(error))
-    except Exception:  # user-defined pickling may raise anything; the error's text still travels
-        return None
-    return error if type(copy) is type(error) else None
+        try:
+            job: Job = pickle.loads(packed)
+            return pickle.dumps(Done(attempt(job, on_step), peak_rss()))
+        except Exception as error:  # code of others, such as a student method's, may not survive the way here or back
+            return pickle.dumps(Done(Outcome("", None, fault_of(error)), peak_rss()))
+    except RunDirError as error:
+        return pickle.dumps(RunEnds(error, peak_rss()))
 
 
 def _tell(pipe: Connection, message: bytes) -> None:

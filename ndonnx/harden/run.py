@@ -187,8 +187,8 @@ class _Run:
             interface=self.parts.interface,
         )
         outcome, _ = run_alone(job, "harden", steps, recipe, self.progress)
-        if outcome.error is not None:
-            raise SliceError(outcome.error)
+        if outcome.fault is not None:
+            raise SliceError(outcome.fault.reason)
         hardened = load(entry.path / MODEL_FILE)
         ir.external_data.load_to_model(hardened)  # its files go with the folder
         return hardened, Training(**entry.meta())

@@ -64,8 +64,9 @@ def extract(
 ) -> ir.Model:
     """The nodes as a model of their own, with the teacher's opset and the initializers they read.
 
-    Tensors are shared with the teacher's, everything else is a copy. The samples are along the first axis of its
-    inputs and outputs, wherever they are in the teacher (`ndonnx.graph.interface`).
+    Tensors are shared with the teacher's, everything else is a copy. An input that one of the nodes makes too is read
+    as it is given, not as the node makes it. The samples are along the first axis of its inputs and outputs, wherever
+    they are in the teacher (`ndonnx.graph.interface`).
     """
     own = set(inputs)
     weights = dict.fromkeys(v for node in nodes for v in reads(node) if v.is_initializer() and v not in own)
@@ -77,7 +78,21 @@ def extract(
         opset_imports=_imports(model, nodes),
         name=f"{outputs[0].name}",
     )
-    return samples_first(ir.Model(view.clone(), ir_version=model.ir_version, producer_name="ndonnx"))
+    graph = view.clone()
+    _read_what_is_given(graph)
+    return samples_first(ir.Model(graph, ir_version=model.ir_version, producer_name="ndonnx"))
+
+
+def _read_what_is_given(graph: ir.Graph) -> None:
+    """Where a node is wanted for some of its outputs and others are inputs, let their readers read the inputs."""
+    given = {value.name: value for value in graph.inputs}
+    taken = given.keys() | {value.name for node in graph for value in node.outputs}
+    for node in graph:
+        for value in node.outputs:
+            if value.name in given:
+                value.replace_all_uses_with(given[value.name], replace_graph_outputs=True)
+                while value.name in taken:
+                    value.name = f"{value.name}/again"
 
 
 def _imports(model: ir.Model, nodes: Iterable[ir.Node]) -> dict[str, int]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
 from ndonnx.data import DataSource
 from ndonnx.distil import load_student, read_result
 from ndonnx.errors import VerificationError
+from ndonnx.faults import Fault, fault_of
 from ndonnx.graph import Cost
 from ndonnx.graph.bound import bind
 from ndonnx.graph.load import copy_of, declared_values, forget_inferred, infer_shapes
@@ -35,7 +36,7 @@ class Composed:
     model: ir.Model
     tuned: FinetuneReport | None
     """What its fine-tuning came to; None where there was none."""
-    refused: dict[str, str]
+    refused: dict[str, Fault]
     """Neighbourhoods whose students failed at their place in the whole and were left out, with the reason."""
 
 
@@ -70,7 +71,7 @@ class Composition:
         Raises:
             VerificationError: the whole is not what was trained, and no student alone is to blame.
         """
-        refused: dict[str, str] = {}
+        refused: dict[str, Fault] = {}
         while True:
             try:
                 student, tuned = self._composed({n: e for n, e in entries.items() if n not in refused}, data)
@@ -78,7 +79,8 @@ class Composition:
                 if error.neighbourhood is None:
                     raise
                 uses = self.parts.uses(self._by_name(error.neighbourhood))
-                refused |= dict.fromkeys((n.name for n in uses), str(error))
+                fault = replace(fault_of(error.__cause__ or error), reason=str(error))
+                refused |= dict.fromkeys((n.name for n in uses), fault)
                 self.progress.note(f"{error}; it stays as the teacher has it")
             else:
                 return Composed(student, tuned, refused)

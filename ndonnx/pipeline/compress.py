@@ -7,17 +7,19 @@ was interrupted continues with what is done there, whichever executor did it.
 from __future__ import annotations
 
 import platform
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx_ir as ir
 
 from ndonnx.graph import save
+from ndonnx.graph.load import copy_of
 from ndonnx.machine import peak_rss_bytes, usable_cores
+from ndonnx.partition import Partition
 from ndonnx.pipeline.answers import answers_a_second
 from ndonnx.pipeline.clock import Clock
 from ndonnx.pipeline.composing import Composition
-from ndonnx.pipeline.distilling import Distillation, Outcome
+from ndonnx.pipeline.distilling import Distillation, Outcome, unchanged_outcomes
 from ndonnx.pipeline.finishing import Finishing
 from ndonnx.pipeline.opening import Given, open_all, partition_model, priced_for
 from ndonnx.pipeline.results import CompressResult, Student, compare, summaries
@@ -25,7 +27,7 @@ from ndonnx.pipeline.schedule import Schedule
 from ndonnx.pipeline.tolerating import Tolerances, study_of
 from ndonnx.progress import Progress, Silent
 from ndonnx.recipe import Recipe
-from ndonnx.report import CompressReport
+from ndonnx.report import CompressReport, FinetuneReport
 from ndonnx.rundir import RunDir, fingerprint, fingerprint_file
 
 
@@ -79,21 +81,11 @@ def compress(
             progress.stage("partition")
             parts = priced_for(given.split.source, partition_model(teacher, recipe, given.interface))
             tolerances = None if study is None else Tolerances(study, parts)
-        if recipe.time_budget is not None:
-            schedule = replace(schedule, rate=_rate(run, given))
-        samples = schedule.distil_samples(given.samples)
-        distillation = Distillation(
-            run, given.path, parts, given.split, samples, recipe, schedule, progress, clock, tolerances
-        )
-        finishing = Finishing(run, parts, given.split, samples, recipe, schedule, progress)
-        composition = Composition(
-            given.original, teacher, parts, given.split.source, recipe, schedule, finishing, progress, clock
-        )
-        outcomes = distillation.distil()
-        entries = {n.name: entry for n in parts.trained if (entry := outcomes[n.name].entry)}
-        composed = composition.compose(entries, distillation.data)
-        student, tuned = composed.model, composed.tuned
-        outcomes |= {name: Outcome("kept", reason=reason) for name, reason in composed.refused.items()}
+        if recipe.changes_nothing:
+            made = _Made(copy_of(given.original), unchanged_outcomes(parts))
+        else:
+            made = _distilled(run, given, parts, recipe, schedule, tolerances, progress, clock)
+        student, outcomes = made.model, made.outcomes
         with clock.measure("splice"):
             if output is not None:
                 save(student, output)
@@ -106,13 +98,53 @@ def compress(
             student=after,
             metrics=metrics,
             neighbourhoods=[outcomes[n.name].report(n, parts) for n in parts.neighbourhoods],
-            finetune=tuned,
+            finetune=made.tuned,
             seconds=clock.seconds(),
-            peak_rss_bytes=peak_rss_bytes() + max(distillation.workers_rss, finishing.workers_rss),
+            peak_rss_bytes=peak_rss_bytes() + made.workers_rss,
             run_dir=str(folder),
+            unchanged=recipe.changes_nothing,
         )
         report.write(run.path / "report.json")
     return CompressResult(Student(student, Path(output) if output is not None else None), report)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A student, and how its neighbourhoods ended."""
+
+    model: ir.Model
+    outcomes: dict[str, Outcome]
+    tuned: FinetuneReport | None = None
+    workers_rss: int = 0
+
+
+def _distilled(
+    run: RunDir,
+    given: Given,
+    parts: Partition,
+    recipe: Recipe,
+    schedule: Schedule,
+    tolerances: Tolerances | None,
+    progress: Progress,
+    clock: Clock,
+) -> _Made:
+    """Train the neighbourhoods and put them together."""
+    if recipe.time_budget is not None:
+        schedule = replace(schedule, rate=_rate(run, given))
+    samples = schedule.distil_samples(given.samples)
+    distillation = Distillation(
+        run, given.path, parts, given.split, samples, recipe, schedule, progress, clock, tolerances
+    )
+    finishing = Finishing(run, parts, given.split, samples, recipe, schedule, progress)
+    composition = Composition(
+        given.original, given.teacher, parts, given.split.source, recipe, schedule, finishing, progress, clock
+    )
+    outcomes = distillation.distil()
+    entries = {n.name: entry for n in parts.trained if (entry := outcomes[n.name].entry)}
+    composed = composition.compose(entries, distillation.data)
+    outcomes |= {name: Outcome.kept(name, fault, run) for name, fault in composed.refused.items()}
+    rss = max(distillation.workers_rss, finishing.workers_rss)
+    return _Made(composed.model, outcomes, composed.tuned, rss)
 
 
 def _rate(run: RunDir, given: Given) -> float:

@@ -6,14 +6,16 @@ import itertools
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from ndonnx.data.split import Split
 from ndonnx.distil import DistilJob, DistilResult, load_student, read_result
-from ndonnx.errors import RecipeError, RunDirError, SliceError
+from ndonnx.errors import RecipeError, RunDirError
 from ndonnx.executor import make_executor
+from ndonnx.faults import Fault, tried
 from ndonnx.machine import pick_device, usable_cores
 from ndonnx.partition import Neighbourhood, Partition
 from ndonnx.pipeline.batches import read_batch, value_bytes, whole_batches
@@ -48,6 +50,13 @@ class Outcome:
     """See `NeighbourhoodReport`, as for the next two."""
     steps_saved: int | None = None
     warning: str | None = None
+    traceback: str | None = None
+
+    @classmethod
+    def kept(cls, name: str, fault: Fault, run: RunDir) -> Outcome:
+        """The teacher's slice stays, for a reason of which the run directory keeps what nobody foresaw."""
+        path = run.record(name, fault)
+        return cls("kept", reason=fault.reason, traceback=None if path is None else str(path))
 
     def report(self, neighbourhood: Neighbourhood, parts: Partition) -> NeighbourhoodReport:
         """What a run tells of it; MACs are those of the student, or of the teacher's own slice."""
@@ -67,6 +76,7 @@ class Outcome:
             steps_saved=self.steps_saved,
             warning=self.warning,
             student_of=neighbourhood.first,
+            traceback=self.traceback,
         )
 
 
@@ -197,7 +207,7 @@ class Distillation:
                     self.progress.stage("distil", total, unit)
                     self.progress.advance(done)
                     stores = dict.fromkeys(values, store.path)
-                    self._train({task.label: self._job(task, stores) for task in left}, ordered)
+                    self._train(self._jobs(left, stores), ordered)
                 done += len(left)
             entry.remove()
 
@@ -208,28 +218,33 @@ class Distillation:
         drawn = entry_noise(self.parts, carry=False, seed=self.recipe.seed, threads=1)
         folder = self.run.path / "noise"
         for wave in waves:
-            jobs = {}
+            jobs: dict[str, DistilJob] = {}
             with self.clock.measure("capture"):
                 for number, neighbourhood in enumerate(wave):
                     task = self._needed(neighbourhood)
                     if self._reuse(task):
                         continue
-                    stores = []
-                    try:
-                        for place, use in enumerate(self.parts.uses(neighbourhood)):
-                            noise = drawn.get(use.name, EntryNoise("white", None))
-                            where = folder / (f"{number:04}-{place}" if place else f"{number:04}")
-                            slice_, seed = self.parts.slice_of(use), self.recipe.seed
-                            store = noise_store(slice_, where, samples, seed, noise.kind, noise.moments)
-                            stores.append(dict.fromkeys(store.names, store.path))
-                    except SliceError as error:
-                        self.outcomes[neighbourhood.name] = Outcome("kept", reason=str(error))
-                        continue
-                    jobs[neighbourhood.name] = self._job(task, stores[0], stores[1:])
+                    stores = tried(partial(self._noise, neighbourhood, folder / f"{number:04}", samples, drawn))
+                    if isinstance(stores, Fault):
+                        self._keep(task.label, stores)
+                    else:
+                        jobs |= self._jobs([task], *stores)
             with self.clock.measure("distil"):
                 self.progress.stage("distil", len(jobs), "neighbourhoods")
                 self._train(jobs)
             shutil.rmtree(folder, ignore_errors=True)
+
+    def _noise(
+        self, neighbourhood: Neighbourhood, folder: Path, samples: int, drawn: Mapping[str, EntryNoise]
+    ) -> list[dict[str, Path]]:
+        """Stores of the noise in each of the places of a student."""
+        stores = []
+        for place, use in enumerate(self.parts.uses(neighbourhood)):
+            noise = drawn.get(use.name, EntryNoise("white", None))
+            where = folder.with_name(f"{folder.name}-{place}" if place else folder.name)
+            store = noise_store(self.parts.slice_of(use), where, samples, self.recipe.seed, noise.kind, noise.moments)
+            stores.append(dict.fromkeys(store.names, store.path))
+        return stores
 
     def _in_order(self, waves: list[list[Neighbourhood]], samples: int) -> None:
         """One after the other, each on what the students before it give, so that errors do not add up."""
@@ -266,19 +281,36 @@ class Distillation:
         """Train one neighbourhood behind the students before it."""
         neighbourhood = task.neighbourhood
         if not self._reuse(task):
-            captured = dict.fromkeys(store.names, store.path)
-            stores = [
-                captured | {name: given.path for name, given in prefix.inputs_of(use).items()}
-                if use is neighbourhood or self.parts.together(use)
-                else captured
-                for use in self.parts.uses(neighbourhood)
-            ]
-            self._train({task.label: self._job(task, stores[0], stores[1:])})
+            stores = tried(partial(self._stores, prefix, neighbourhood, store))
+            if isinstance(stores, Fault):
+                self._keep(task.label, stores)
+            else:
+                self._train(self._jobs([task], *stores))
         for following in self._up_to_next(neighbourhood):
-            ended = self.outcomes[following.first or following.name].entry
-            student = self.parts.at(following, load_student(ended)) if ended is not None else None
-            prefix.put(following, student or self.parts.slice_of(following))
+            self._go_on(prefix, following)
         self.progress.advance()
+
+    def _stores(self, prefix: Prefix, neighbourhood: Neighbourhood, store: ActivationStore) -> list[dict[str, Path]]:
+        """What each place of a student reads: the teacher's values, and what the students before it give."""
+        captured = dict.fromkeys((*store.names, *store.unstorable), store.path)
+        return [
+            captured | {name: given.path for name, given in prefix.inputs_of(use).items()}
+            if use is neighbourhood or self.parts.together(use)
+            else captured
+            for use in self.parts.uses(neighbourhood)
+        ]
+
+    def _go_on(self, prefix: Prefix, neighbourhood: Neighbourhood) -> None:
+        """Put the student in a place, or leave the place to the teacher."""
+        label = neighbourhood.first or neighbourhood.name
+        ended = self.outcomes[label].entry
+        if ended is not None:
+            fault = tried(lambda: prefix.put(neighbourhood, self.parts.at(neighbourhood, load_student(ended))))
+            if fault is None:
+                return
+            ended.remove()  # or a run that goes on here would take it for good
+            self._keep(label, fault)
+        prefix.leave(neighbourhood)
 
     def _up_to_next(self, neighbourhood: Neighbourhood) -> Iterator[Neighbourhood]:
         """A neighbourhood and those behind it whose student is trained by then."""
@@ -339,17 +371,20 @@ class Distillation:
             # Those with most of a time budget first, so that no worker is left with one alone in the end.
             in_order.sort(key=lambda job: (-(job.plan.seconds or 0.0), -sum(sizes.get(name, 0) for name in job.stores)))
         for outcome in executor.run(in_order, self.progress.step):
-            result = outcome.result
-            self.outcomes[outcome.name] = (
-                Outcome("distilled", jobs[outcome.name].entry, result)
-                if result is not None
-                else Outcome("kept", reason=outcome.error)
-            )
-            end = self.outcomes[outcome.name]
-            self.progress.finished(outcome.name, end.status, result.nmse if result else None, end.reason)
+            if outcome.fault is not None:
+                self._keep(outcome.name, outcome.fault)
+            else:
+                result: DistilResult | None = outcome.result
+                self.outcomes[outcome.name] = Outcome("distilled", jobs[outcome.name].entry, result)
+                self.progress.finished(outcome.name, "distilled", result.nmse if result else None, None)
             if self.recipe.inputs != "student":
                 self.progress.advance()
         self.workers_rss = max(self.workers_rss, executor.peak_rss_bytes)
+
+    def _keep(self, label: str, fault: Fault) -> None:
+        """End a task without a student."""
+        self.outcomes[label] = Outcome.kept(label, fault, self.run)
+        self.progress.finished(label, "kept", None, fault.reason)
 
     def _workers(self) -> int:
         # From the recipe and the partition alone: threads decide the last bits, and a continued run has fewer jobs.
@@ -357,7 +392,35 @@ class Distillation:
             return 1
         return self.recipe.workers or min(usable_cores(), len(self.parts.trained))
 
-    def _job(
-        self, task: Task, stores: Mapping[str, Path], further: Sequence[Mapping[str, Path]] | None = None
-    ) -> DistilJob:
-        return self.jobs.job(task, stores, max(1, usable_cores() // self._workers()), further)
+    def _jobs(self, tasks: Iterable[Task], *stores: Mapping[str, Path]) -> dict[str, DistilJob]:
+        """The jobs of these tasks by their labels; a task of which none can be made ends here.
+
+        Args:
+            tasks: as they are started.
+            stores: of each value, by its name; of several places with one student, one after the other.
+        """
+        threads = max(1, usable_cores() // self._workers())
+        first, further = stores[0], list(stores[1:]) or None
+        found = {}
+        for task in tasks:
+            job = tried(partial(self.jobs.job, task, first, threads, further))
+            if isinstance(job, Fault):
+                self._keep(task.label, job)
+            else:
+                found[task.label] = job
+        return found
+
+
+def unchanged_outcomes(parts: Partition) -> dict[str, Outcome]:
+    """How all neighbourhoods end when every channel is kept and nothing is trained: they stay, with nothing to measure.
+
+    Slices need not convert, nor even run by themselves, for that.
+    """
+
+    def ended(n: Neighbourhood) -> Outcome:
+        if not n.distillable:
+            return Outcome("kept", reason=n.reason)
+        same = DistilResult("width k=1", 0.0, 0.0, 0, 0, 0.0, n.parameters, parts.cost(n).macs)
+        return Outcome("distilled", result=same)
+
+    return {n.name: ended(n) for n in parts.neighbourhoods}

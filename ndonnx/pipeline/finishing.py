@@ -12,7 +12,7 @@ import onnx_ir as ir
 from ndonnx.data.split import Split
 from ndonnx.data.views import image_axes
 from ndonnx.distil import Training
-from ndonnx.errors import SliceError
+from ndonnx.faults import Fault, tried
 from ndonnx.finetune import STUDENT_FILE, FinetuneJob, why_not_finetuned
 from ndonnx.graph import load, save
 from ndonnx.graph.costs import weights_of
@@ -75,16 +75,18 @@ class Finishing:
                     source.length,
                     threads=usable_cores(),
                     on_neighbourhood=lambda name, done: self.progress.advance(),
+                    on_fault=self._not_refitted,
                 )
-            except SliceError as error:
-                self.progress.note(f"the students are not refitted on their own inputs: {error}")
-                return dict(students)
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
             for name, student in refitted.items():
                 save(student, folder / f"{name}.onnx")
             entry.commit({"students": sorted(refitted)})
         return {name: load(entry.path / f"{name}.onnx") for name in students}
+
+    def _not_refitted(self, name: str, fault: Fault) -> None:
+        self.run.record(f"{name} refit", fault)
+        self.progress.note(f"{name} is not refitted on its own inputs: {fault.reason}")
 
     def _refit_samples(self) -> int:
         """As many as the cache budget holds of the largest neighbourhood, on both sides, in full precision."""
@@ -108,7 +110,7 @@ class Finishing:
             key: what it depends on.
         """
         if (reason := why_not_finetuned(student)) is not None:
-            return self._not_finetuned(student, reason)
+            return self._not_finetuned(student, Fault(reason))
         plan = self.schedule.finetune()
         samples, views = self._finetune_samples()
         rows = self.split.to_train(samples).fingerprint()
@@ -120,9 +122,9 @@ class Finishing:
         same = replace(plan, steps=0, seconds=None).key()
         entry = self.run.entry("finetuned", fingerprint(*key, same, *length, *map(str, settings)))
         if not entry.done:
-            reason = self._train(student, self._kept(replaced), entry, samples, views)
-            if reason is not None:
-                return self._not_finetuned(student, reason)
+            fault = tried(lambda: self._train(student, self._kept(replaced), entry, samples, views))
+            if fault is not None:
+                return self._not_finetuned(student, fault)
         found = Training(**entry.meta())
         return load(entry.path / STUDENT_FILE), FinetuneReport(
             steps=found.steps,
@@ -133,11 +135,13 @@ class Finishing:
             nmse=found.nmse,
         )
 
-    def _not_finetuned(self, student: ir.Model, reason: str) -> tuple[ir.Model, FinetuneReport]:
-        self.progress.note(f"the student is not fine-tuned: {reason}")
-        return student, FinetuneReport(steps=0, seconds=0.0, reason=reason)
+    def _not_finetuned(self, student: ir.Model, fault: Fault) -> tuple[ir.Model, FinetuneReport]:
+        self.progress.note(f"the student is not fine-tuned: {fault.reason}")
+        path = self.run.record("fine-tuning", fault)
+        told = None if path is None else str(path)
+        return student, FinetuneReport(steps=0, seconds=0.0, reason=fault.reason, traceback=told)
 
-    def _train(self, student: ir.Model, kept: frozenset[str], entry: Entry, samples: int, views: int) -> str | None:
+    def _train(self, student: ir.Model, kept: frozenset[str], entry: Entry, samples: int, views: int) -> Fault | None:
         """Why there is no fine-tuned student; None when there is one."""
         scratch = self.run.path / "finetune"
         shutil.rmtree(scratch, ignore_errors=True)
@@ -164,7 +168,7 @@ class Finishing:
             steps = plan.steps if plan.seconds is None else None
             outcome, rss = run_alone(job, "finetune", steps, self.recipe, self.progress)
             self.workers_rss = max(self.workers_rss, rss)
-            return outcome.error
+            return outcome.fault
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 

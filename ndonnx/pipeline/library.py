@@ -25,7 +25,6 @@ from ndonnx.students import WHOLE, StudentMethod, method_of
 
 _FAR = 3.0
 """A candidate that alone loses so many times what the whole may is clearly beyond its neighbourhood's tolerance."""
-_MEMORY = "out of memory"
 
 
 @dataclass
@@ -119,7 +118,7 @@ class Library:
         self.distillation.apart(tasks, rounds, unit="students", ordered=True)
         for task in tasks:
             ended = outcomes.get(task.label)
-            if ended is not None and ended.reason and not ended.reason.startswith(_MEMORY):
+            if ended is not None and ended.reason and ended.traceback is None:  # what was foreseen happens again
                 failed = self._failure(task)
                 if not failed.done:
                     failed.begin()
@@ -198,6 +197,7 @@ class Library:
                 option.drop if option is not None else None,
                 result.nmse if result is not None else None,
                 reason,
+                ended.traceback if ended is not None else None,
             )
         for (name, spec), reason in self._refused.items():
             found[name, spec] = OptionReport(name, spec, "skipped", {}, None, None, reason)

@@ -19,7 +19,8 @@ from ndonnx.benchmark import benchmark, ratio
 from ndonnx.data.split import Split
 from ndonnx.data.subset import Subset
 from ndonnx.distil import load_student
-from ndonnx.errors import ModelError, ParityError, SliceError, first_line
+from ndonnx.errors import ModelError, first_line
+from ndonnx.faults import Fault, tried
 from ndonnx.graph import load
 from ndonnx.graph.dataflow import real_inputs
 from ndonnx.graph.interface import samples_first
@@ -203,16 +204,18 @@ class Measures:
         """The loss of the teacher with this student alone in it (section 5)."""
         entry = self._entry("qualities", student.key)
         if not entry.done:
-            try:
-                answers = self._replaced(neighbourhood, load_student(student))
-                quality = self.partials.quality
-                drop, divergence = quality.drop(answers), quality.divergence(answers)
-            except SliceError as error:
-                self.progress.note(str(error))
-                drop = divergence = math.inf
+            loss = tried(lambda: self._loss_of(neighbourhood, student))
+            if isinstance(loss, Fault):
+                self.run.record(f"{neighbourhood.name} measured", loss)
+                self.progress.note(f"{neighbourhood.name} cannot be measured: {loss.reason}")
+                loss = Loss(math.inf, math.inf)
             entry.begin()
-            entry.commit(Loss(drop, divergence).to_json())
+            entry.commit(loss.to_json())
         return Loss.of_json(entry.meta())
+
+    def _loss_of(self, neighbourhood: Neighbourhood, student: Entry) -> Loss:
+        answers = self._replaced(neighbourhood, load_student(student))
+        return Loss(self.partials.quality.drop(answers), self.partials.quality.divergence(answers))
 
     def _replaced(self, neighbourhood: Neighbourhood, student: ir.Model) -> dict[str, np.ndarray]:
         """The teacher's answers with a student in all its places."""
@@ -220,10 +223,7 @@ class Measures:
         if len(uses) == 1:
             return self.partials.replaced(neighbourhood.name, student)
         students = {use.name: self.parts.as_in_teacher(self.parts.at(use, student)) for use in uses}
-        try:
-            return self.partials.whole(splice(self.parts.model, students, self.parts.shared))
-        except ModelError as error:
-            raise ParityError(f"{neighbourhood.name}: {error}") from error
+        return self.partials.whole(splice(self.parts.model, students, self.parts.shared))
 
     def sensitivity(self, neighbourhood: Neighbourhood, student: Entry) -> float:
         """The divergence that a student's error at a neighbourhood's exit causes, per NMSE.

@@ -229,7 +229,9 @@ class Workbench:
             save(student, folder / STUDENT_FILE)
             costs = _costs(student, folder / STUDENT_FILE, self.parts)
             made = {"loss": loss.to_json(), "tuned": None if tuned is None else asdict(tuned), "costs": costs}
-            entry.commit(made | {"refused": composed.refused})
+            for name, fault in composed.refused.items():
+                self.run.record(name, fault)
+            entry.commit(made | {"refused": {name: fault.reason for name, fault in composed.refused.items()}})
         meta = entry.meta()
         costs = {str(name): float(cost) for name, cost in meta["costs"].items()}
         shares = {name: cost / (self.whole[name] or 1.0) for name, cost in costs.items() if name in self.whole}

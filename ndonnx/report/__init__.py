@@ -48,6 +48,8 @@ class NeighbourhoodReport:
     """That the student is beyond the tolerance, and the way out."""
     student_of: str | None = None
     """The neighbourhood with the same weights whose student stands here too; None: its own."""
+    traceback: str | None = None
+    """Path of a text file in the run directory, where the reason is something that nobody foresaw."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ class FinetuneReport:
     nmse: float | None = None
     reason: str | None = None
     """Why there was none."""
+    traceback: str | None = None
+    """Path of a text file in the run directory, where the reason is something that nobody foresaw."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,16 @@ class CompressReport:
     run_dir: str
     target: TargetReport | None = None
     """None where there was none; the document then has no such key."""
+    unchanged: bool = False
+    """Whether the teacher itself was asked for: every channel kept, no steps."""
+
+    @property
+    def unforeseen(self) -> dict[str, str]:
+        """Paths of the text files that tell of errors which nobody foresaw, by what ended in them."""
+        found = {n.name: n.traceback for n in self.neighbourhoods if n.traceback is not None}
+        if self.finetune is not None and self.finetune.traceback is not None:
+            found["fine-tuning"] = self.finetune.traceback
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """As one JSON document."""

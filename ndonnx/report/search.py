@@ -76,6 +76,8 @@ class OptionReport:
     """What the teacher loses with this student in its place; below 0 by noise."""
     nmse: float | None = None
     reason: str | None = None
+    traceback: str | None = None
+    """Path of a text file in the run directory, where the reason is something that nobody foresaw."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import torch
 from ndonnx.errors import ShrinkError, first_line
 from ndonnx.graph.costs import constant_of
 from ndonnx.graph.working_copy import slice_batch
-from ndonnx.students.features import from_matrix, is_plain
+from ndonnx.students.features import from_matrix, is_plain, offset_of
 from ndonnx.students.least_squares import Regression, ridge_of, solve, solve_masked
 from ndonnx.teacher.probe import Probe, run_batches, sample_count
 from ndonnx.teacher.sessions import REFUSALS
@@ -80,9 +80,8 @@ def find_exit(model: ir.Model, held: Collection[str] = ()) -> Exit | None:
     node = found[0]
     data, weight = node.inputs[0], node.inputs[1]
     assert data is not None and data.name and weight is not None and weight.name and total.name
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
-    own = bias is not None and constant_of(bias) is not None and len(bias.uses()) == 1 and len(bias.shape or ()) == 1
-    own = own and bias is not None and bias.name not in held
+    bias = offset_of(node)
+    own = bias is not None and len(bias.uses()) == 1 and bias.name not in held
     return Exit(node, data.name, weight.name, bias.name if own and bias is not None else None, total.name)
 
 

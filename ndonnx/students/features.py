@@ -69,21 +69,25 @@ def linear_readers(model: ir.Model, groups: ChannelGroups, held: Collection[str]
         name, summed = node.inputs[1].name or "", _summed_axis(node)
         if (name, summed) not in units or name in held:
             continue
-        data, bias = node.inputs[0], node.inputs[2] if len(node.inputs) > 2 else None
+        data, bias = node.inputs[0], offset_of(node)
         assert data is not None and data.name
-        fitting = bias is not None and constant_of(bias) is not None and len(node.outputs) == 1
-        fitting = fitting and bias is not None and len(bias.uses()) == 1 and bias.name not in held
-        found.append(
-            LinearReader(
-                node,
-                data.name,
-                node.outputs[0].name or "",
-                name,
-                bias.name if fitting and bias else None,
-                units[name, summed],
-            )
-        )
+        fitting = bias is not None and len(bias.uses()) == 1 and bias.name not in held
+        offset = bias.name if fitting and bias is not None else None
+        found.append(LinearReader(node, data.name, node.outputs[0].name or "", name, offset, units[name, summed]))
     return found
+
+
+def offset_of(node: ir.Node) -> ir.Value | None:
+    """The constant bias of a `Conv` or `Gemm` with one number for each output.
+
+    None where there is none, or one that `Gemm` broadcasts in another way: a scalar, or a column.
+    """
+    weight, bias = (node.inputs[i] if len(node.inputs) > i else None for i in (1, 2))
+    kernel, offset = constant_of(weight), constant_of(bias)
+    if kernel is None or offset is None or node.op_type not in ("Conv", "Gemm"):
+        return None
+    outputs = kernel.shape[0 if node.op_type == "Conv" or _is_transposed(node) else 1]
+    return bias if offset.size == outputs and offset.shape[-1:] == (outputs,) else None
 
 
 def _summed_axis(node: ir.Node) -> int:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -95,6 +96,18 @@ def capture(
     except BaseException:
         writer.discard()
         raise
+
+
+def input_type(value: ir.Value, stored: Array) -> np.dtype[Any]:
+    """The element type in which a stored value is fed to a model.
+
+    Args:
+        value: the model's input; where its type is unknown, halves stand for float32.
+        stored: the value as a store holds it.
+    """
+    if value.dtype is not None and value.dtype.is_floating_point():
+        return np.dtype(value.dtype.numpy())
+    return np.dtype(np.float32) if stored.dtype == np.float16 else stored.dtype
 
 
 class _Tap:

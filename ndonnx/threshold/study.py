@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -12,6 +13,7 @@ import onnx_ir as ir
 
 from ndonnx.distil.gate import open_slice
 from ndonnx.errors import SliceError, UsageError
+from ndonnx.faults import Fault, tried
 from ndonnx.graph.load import infer_shapes
 from ndonnx.partial import PartialModels, Quality
 from ndonnx.progress import Progress, Silent
@@ -292,21 +294,21 @@ def _shrunk(
 ) -> Iterator[Shrunk]:
     """Students by least squares, each alone in its place."""
     for n in partials.parts.distillable:
-        teacher: TeacherSlice | SliceError
-        try:
-            teacher = _teacher_slice(shaping, n.name, threads)
-        except SliceError as error:
-            teacher = error
+        teacher = tried(partial(_teacher_slice, shaping, n.name, threads))
         for multiplier in keep:
-            try:
-                if isinstance(teacher, SliceError):
-                    raise teacher
-                student = Width(multiplier, round_to).build(teacher, np.random.default_rng(seed)).model
-                outputs, nmse = partials.measured(n.name, partials.answer_of(n.name, student))
-                yield Shrunk(n.name, multiplier, nmse, quality.drop(outputs), quality.divergence(outputs))
-            except SliceError as error:
-                yield Shrunk(n.name, multiplier, None, None, None, str(error))
+            found: Shrunk | Fault
+            if isinstance(teacher, Fault):
+                found = teacher
+            else:
+                found = tried(partial(_measured, partials, quality, teacher, Width(multiplier, round_to), seed))
+            yield Shrunk(n.name, multiplier, None, None, None, found.reason) if isinstance(found, Fault) else found
             on_step()
+
+
+def _measured(partials: PartialModels, quality: Quality, teacher: TeacherSlice, method: Width, seed: int) -> Shrunk:
+    student = method.build(teacher, np.random.default_rng(seed)).model
+    outputs, nmse = partials.measured(teacher.name, partials.answer_of(teacher.name, student))
+    return Shrunk(teacher.name, method.keep, nmse, quality.drop(outputs), quality.divergence(outputs))
 
 
 def _of_students(width: Sequence[Shrunk], deviations: Mapping[str, float], max_drop: float) -> Iterator[Tolerance]:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from ndonnx.errors import ShrinkError, TrainingError
+from ndonnx.errors import DataError, ModelError, ShrinkError, TrainingError
 from ndonnx.faults import Fault, tried
 from ndonnx.graph.dataflow import real_inputs
 from ndonnx.graph.working_copy import batch_size
@@ -103,7 +103,10 @@ class Prefix:
             for start in range(0, self._samples, self._batch):
                 yield {value.name or "": self._rows(value, start) for value in inputs}
 
-        store = capture(model, names, batches, self._next_folder(), samples=self._samples)
+        try:
+            store = capture(model, names, batches, self._next_folder(), samples=self._samples)
+        except (DataError, ModelError) as error:
+            raise TrainingError(f"'{names[0]}' cannot be computed behind the students before it: {error}") from error
         for name in names:
             if name in store.unstorable:
                 reason = store.unstorable[name]

@@ -419,7 +419,8 @@ def _with_rest(
         reason = f"frozen: it makes '{hit.name}'" if hit is not None else None
         groups = find_groups(nodes, exit_) if _brings_weights(flow, run.exit, exit_) else run.groups
         found.append(Neighbourhood("", run.entry, exit_, tuple(context), tuple(nodes), groups, reason))
-        assert not any(node in taken and flow.is_stream(node.outputs[0]) for node in nodes)
+        # What several read is computed again in each: numbers about shapes, and values of which only the shape is read.
+        assert not any(node in taken and any(value in flow.flow for value in node.outputs) for node in nodes)
         taken.update(nodes)
     rest = [n for n in flow.graph if n not in taken and flow.kinds[n.outputs[0]] not in (Kind.METADATA, Kind.CONSTANT)]
     pieces = [_kept(flow, piece, why) for piece in _connected(rest)]

@@ -122,7 +122,7 @@ class CompressReport:
     target: TargetReport | None = None
     """None where there was none; the document then has no such key."""
     unchanged: bool = False
-    """Whether the teacher itself was asked for: every channel kept, no steps."""
+    """Whether the teacher itself was asked for: every channel kept, no steps. The document has this key only then."""
 
     @property
     def unforeseen(self) -> dict[str, str]:
@@ -137,6 +137,8 @@ class CompressReport:
         whole = asdict(self)
         if self.target is None:
             del whole["target"]
+        if not self.unchanged:
+            del whole["unchanged"]
         whole["metrics"] = {name: metrics.to_json() for name, metrics in self.metrics.items()}
         return whole
 

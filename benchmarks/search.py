@@ -14,10 +14,10 @@ otherwise. Neither has exactly the budget's cost: the table has what each has. A
 so that only the first one trains; what each of them trained was counted, and its seconds are those of the whole call.
 
 promises. `ndonnx.compress --max-drop` with one seed after the other, each in a run directory of its own: the seed
-decides which rows are trained on and which are held out. The promise is a bound (one-sided, 95%) of the drop, taken on
-the rows held out; whether it is true is judged on --eval, which the run never sees, in the measure that was promised
-(accuracy where --data has labels, else agreement). --eval is a sample too: a drop just below the limit may be measured
-above it. A run that reaches no such bound says so and promises nothing; it is counted apart.
+decides which rows are trained on, chosen by, and tested on. The promise is that the drop is at most so large, with 95%
+confidence, by a test on rows that nothing else saw; whether it is true is judged on --eval, which the run never sees,
+in the measure that was promised (accuracy where --data has labels, else agreement). --eval is a sample too: a drop
+just below the limit may be measured above it. A run whose test fails says so and promises nothing; it is counted apart.
 
 latency. `ndonnx.compress --target latency=PART`, then the ratio of student and teacher measured afresh, twice, by
 `ndonnx.benchmark`: on one sample, in new processes.
@@ -43,7 +43,7 @@ from benchmarks.search_bench import Bench, Row, UniformCosts, quality_in, second
 from ndonnx.machine import usable_cores
 from ndonnx.pipeline.clock import Clock
 from ndonnx.pipeline.opening import open_all
-from ndonnx.pipeline.workbench import Workbench
+from ndonnx.pipeline.workbench import Workbench, held_out
 from ndonnx.recipe import Recipe
 from ndonnx.rundir import RunDir, fingerprint
 from ndonnx.search import parse_drop
@@ -100,7 +100,8 @@ def _uniform(bench: Bench, base: Recipe, costs: UniformCosts, budget: float) -> 
 
     def measure() -> Row:
         subject = bench.subject
-        given = open_all(subject.model, None, subject.data, None, recipe)
+        rows = held_out(recipe, subject.data, promised=False)
+        given = open_all(subject.model, None, subject.data, None, recipe, held_out=rows)
         with Workbench(given, bench.folder / "search", recipe, Notes(), Clock()) as work:
             work.train()
             (candidate,) = work.candidates
@@ -207,7 +208,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _print_promises(rows: Sequence[Row], max_drop: float) -> None:
-    columns = ("seed", "parameters", "drop held-out", "bound", "rows", "drop on --eval", "seconds", "outcome")
+    columns = ("seed", "parameters", "drop in its test", "bound", "rows", "drop on --eval", "seconds", "outcome")
     cells = [
         [
             str(row["seed"]),

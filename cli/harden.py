@@ -82,7 +82,7 @@ def _print(report: HardenReport) -> None:
     lines = [
         f"noise of {report.noise:g} of the deviation on {len(report.values)} activations, {report.steps} steps, "
         f"{seconds_text(report.seconds)}",
-        f"held-out loss under noise: {nmse_text(report.loss_start)} → {nmse_text(report.loss)}, "
+        f"validation loss under noise: {nmse_text(report.loss_start)} → {nmse_text(report.loss)}, "
         f"NMSE of the output {nmse_text(report.nmse_start)} → {nmse_text(report.nmse)}",
     ]
     before, after = report.metrics["teacher"], report.metrics["hardened"]

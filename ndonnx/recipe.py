@@ -257,7 +257,8 @@ class Recipe(_Section):
     """Parts of the teacher's costs to reach, `params=0.5`, `macs=0.5`, `size=0.5` or `latency=0.6`: candidates are
     searched instead of one for all. Empty: none."""
     max_drop: Drop | None = None
-    """Largest loss of quality on held-out samples, as `1%` or `0.01`. None: any."""
+    """Largest loss of quality, with 95% confidence by a test on samples that nothing else sees, as `1%` or `0.01`.
+    None: any."""
 
     # How to train it
     data_free: bool = False

@@ -54,7 +54,7 @@ class HardenReport:
     seconds: float
     """Of the training."""
     loss_start: float
-    """Held-out, under noise, as all four."""
+    """Under noise, as all four, on the samples by which the best state was chosen."""
     loss: float
     nmse_start: float
     """Of the output, the teacher's clean answer being right."""

@@ -33,7 +33,10 @@ class NeighbourhoodReport:
     candidate: str | None
     status: str
     nmse: float | None
+    """Normalised squared error after the training, on the samples by which its best state was chosen: what a training
+    came to, and no promise."""
     nmse_start: float | None
+    """The same before the first step."""
     steps: int
     seconds: float
     parameters: int
@@ -54,7 +57,8 @@ class NeighbourhoodReport:
 
 @dataclass(frozen=True)
 class FinetuneReport:
-    """The fine-tuning of the whole student: held-out loss and NMSE of the output, before and after."""
+    """The fine-tuning of the whole student: loss and NMSE of the output before and after, on the samples by which its
+    best state was chosen."""
 
     steps: int
     seconds: float

@@ -51,7 +51,7 @@ class SearchedStudent:
     predicted_drop: float | None
     """Sum of what the neighbourhoods lose alone."""
     measured_drop: float | None
-    """What the composed student loses on held-out samples."""
+    """What the composed student loses on samples that no training and no choice saw."""
     metric: float | None
     """Accuracy, agreement or NMSE of the composed student on them."""
     candidates: dict[str, str]

@@ -152,6 +152,30 @@ def _mean_then_softmax(net: Net, y: str) -> str:
     return net.op("Mul", y, net.op("Softmax", gate, axis=1))
 
 
+def _neighbours_gate(net: Net, y: str) -> str:
+    """Efficient channel attention: a short kernel along the channels."""
+    gate = net.op("Transpose", net.op("Squeeze", net.op("GlobalAveragePool", y), net.ints(-1)), perm=[0, 2, 1])
+    gate = net.op("Conv", gate, net.weight(f"across{len(net.weights)}", 1, 1, 3), pads=[1, 1])
+    return net.op(
+        "Mul", y, net.op("Sigmoid", net.op("Unsqueeze", net.op("Transpose", gate, perm=[0, 2, 1]), net.ints(-1)))
+    )
+
+
+def _pixels(mode: str) -> Block:
+    """Channels become pixels and pixels channels again, with a convolution in between."""
+
+    def block(net: Net, x: str, c: int) -> tuple[str, int]:
+        y = net.op("DepthToSpace", net.conv(x, c, _WIDTH), blocksize=2, mode=mode)
+        y = net.op("SpaceToDepth", net.relu(net.conv(y, _WIDTH // 4, 3)), blocksize=2)
+        return net.conv(y, _WIDTH, c), c
+
+    return block
+
+
+def _added_up_along_a_line(net: Net, y: str) -> str:
+    return net.op("CumSum", y, net.constant(f"axis{len(net.weights)}", np.array(-1)))
+
+
 CHANNEL_BLOCKS: dict[str, Block] = {
     "group_norm": _group_norm(4),
     "group_norm_of_all": _group_norm(1),
@@ -170,6 +194,12 @@ CHANNEL_BLOCKS: dict[str, Block] = {
     "response_norm": _between(_response_norm),
     "spatial_attention": _between(_spatial_attention),
     "channel_softmax": _between(_mean_then_softmax),
+    "neighbours_gate": _between(_neighbours_gate),
+    "local_response": _between(lambda net, y: net.op("LRN", y, size=3)),
+    "mean_variance": _between(lambda net, y: net.op("MeanVarianceNormalization", y, axes=[1, 2, 3])),
+    "added_up_along_a_line": _between(_added_up_along_a_line),
+    "pixels": _pixels("DCR"),
+    "pixels_by_channel": _pixels("CRD"),
     "shuffled_2": _shuffled(2, 16),
     "shuffled_3": _shuffled(3, 24),
     "shuffled_unevenly": _shuffled(3, 30),

@@ -97,6 +97,25 @@ def test_shrinking_is_ignoring_where_operators_see_several_channels(name: str) -
             check_shrinking(teacher, some_units(teacher.groups, rng))
 
 
+@pytest.mark.parametrize("groups", [1, 2, 6, 12])
+def test_norm_groups_of_images_of_any_size(groups: int) -> None:
+    """A group norm as torch exports it, by instances whose length only the image tells."""
+    net = Net()
+    y = net.conv(net.input("x", "N", 8, "H", "W"), 8, 12, out="a")
+    ones, zeros = (net.constant(name, np.full(groups, value, np.float32)) for name, value in (("s", 1), ("b", 0)))
+    z = net.op("InstanceNormalization", net.op("Reshape", y, net.ints(0, groups, -1)), ones, zeros)
+    z = net.op("Mul", net.op("Reshape", z, net.op("Shape", y)), net.weight("scale", 12, 1, 1))
+    model = net.proto(net.conv(z, 12, 8))
+    working, found = attention_groups(model)
+    # Whole groups go, but the same part of each where they are larger than they are many.
+    assert {group.name: group.width for group in found.groups} == {"a": {1: 12, 2: 6, 6: 6, 12: 12}[groups]}
+    assert len(found.statistics) == (groups < 6)
+    samples = {"x": np.random.default_rng(0).standard_normal((2, 8, 5, 7)).astype(np.float32)}
+    rng = np.random.default_rng(1)
+    for _ in range(3):
+        check_shrinking(TeacherSlice("n01", working, found, samples, threads=1), some_units(found, rng))
+
+
 @settings(max_examples=40)
 @given(st.lists(st.sampled_from(sorted(ALL_BLOCKS)), min_size=1, max_size=4), st.integers(0, 2**32 - 1))
 def test_shrinking_is_zeroing_in_random_networks(names: list[str], seed: int) -> None:

@@ -25,8 +25,8 @@ def cumulated(net: Net, y: str) -> str:
     return net.op("CumSum", y, net.constant("axis", np.array(1)))
 
 
-def normalised_locally(net: Net, y: str) -> str:
-    return net.relu(net.op("LRN", y, size=3))
+def largest_of_all(net: Net, y: str) -> str:
+    return net.relu(net.op("Hardmax", y, axis=1))
 
 
 def convolved_over_channels(net: Net, y: str) -> str:
@@ -40,7 +40,7 @@ def added_to_what_was_lost(net: Net, y: str) -> str:
 
 BLAMED = {
     "CumSum": cumulated,
-    "LRN": normalised_locally,
+    "Hardmax": largest_of_all,
     "Conv": convolved_over_channels,
 }
 
@@ -83,10 +83,11 @@ def test_channels_that_no_weight_sums_over_are_told() -> None:
 def test_inspect_tells_what_holds_on_to_a_width_beside_what_can_go() -> None:
     net = Net()
     x = net.input("x", "N", 8, 6, 6)
-    y = net.conv(net.op("LRN", net.conv(net.relu(net.conv(x, 8, 10, out="free")), 10, 12, out="held"), size=3), 12, 8)
+    held = net.conv(net.relu(net.conv(x, 8, 10, out="free")), 10, 12, out="held")
+    y = net.conv(cumulated(net, held), 12, 8)
     _, parts = parted(net.proto(net.op("Add", x, y, out="y"), types={"y": floats("y", "N", 8, 6, 6)}))
     (piece,) = Inspection.of("model.onnx", parts).to_json()["neighbourhoods"]
     assert piece["widths"] == [10]
-    held = [width for width in piece["frozen"] if width["value"] == "held"]
-    assert [(width["operator"], width["width"]) for width in held] == [("LRN", 12)]
-    assert "LRN" in piece["note"] and piece["reason"] is None
+    frozen = [width for width in piece["frozen"] if width["value"] == "held"]
+    assert [(width["operator"], width["width"]) for width in frozen] == [("CumSum", 12)]
+    assert "CumSum" in piece["note"] and piece["reason"] is None

@@ -7,6 +7,7 @@ equal standing, of which a part `k` is kept).
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -39,6 +40,14 @@ class WeightAxis:
         blocks = zip(np.split(array, len(stay)), stay, strict=True)
         return np.concatenate([np.compress(row, block, axis=self.axis) for block, row in blocks])
 
+    def by_unit(self, array: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.float64]:
+        """Sums of an array of the weight's shape over all that belongs to each of `count` units."""
+        sums = np.zeros(count + 1)
+        rows = self.units.reshape(-1, self.units.shape[-1])
+        for units, block in zip(rows, np.split(array, len(rows)), strict=True):
+            np.add.at(sums, units, np.moveaxis(block, self.axis, 0).reshape(len(units), -1).sum(axis=1))
+        return sums[:count]  # what belongs to none was added to the last
+
     def zeroed(self, array: npt.NDArray[np.generic], kept: npt.NDArray[np.bool_]) -> npt.NDArray[np.generic]:
         """An array of the weight's shape with zeros at the positions of the units that are not kept."""
         stay = stays(self.units, kept)
@@ -60,6 +69,8 @@ class ChannelStatistic:
     """Unit of each position, -1 where the position stays."""
     carries: bool
     """Whether the output has the channels on the same axis (a norm), or they end here (a mean)."""
+    stretched: bool = False
+    """Whether every position stands for a stretch of the axis, equally long for all."""
 
 
 def stays(units: npt.NDArray[np.int64], kept: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
@@ -235,10 +246,11 @@ def _walk(
 
 
 def _reach(nodes: list[ir.Node], groups: ChannelGroups) -> int:
-    """Elements of the weights that the groups shrink."""
+    """Elements of the weights that the groups shrink, vectors aside: those of norms tell little of what can go."""
     names = groups.weights()
     held = {value for node in nodes for value in node.inputs if value is not None and value.name in names}
-    return sum(value.const_value.size for value in held if value.const_value is not None)
+    shapes = (value.const_value.shape.numpy() for value in held if value.const_value is not None)
+    return sum(math.prod(shape) for shape in shapes if sum(size > 1 for size in shape) > 1)
 
 
 def _freeze_weights_read_elsewhere(tracker: Tracker, nodes: list[ir.Node]) -> None:
@@ -301,7 +313,9 @@ def _assemble(tracker: Tracker, nodes: list[ir.Node]) -> ChannelGroups:
         if ((found := units(along[: edit.stop])) >= 0).any():
             edits.append(DimensionEdit(edit.node.outputs[0].name or "", edit.slot, edit.position, found))
     statistics = (
-        ChannelStatistic(found.node.outputs[0].name or "", found.axis, units(found.labels), found.carries)
+        ChannelStatistic(
+            found.node.outputs[0].name or "", found.axis, units(found.labels), found.carries, found.stretched
+        )
         for found in tracker.statistics
     )
     changed = tuple(found for found in statistics if (found.units >= 0).any())

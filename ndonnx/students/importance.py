@@ -90,11 +90,10 @@ def _weight_norms(teacher: TeacherSlice, group: ChannelGroup) -> npt.NDArray[np.
     """Squared norm of all weights of each unit: the last resort where no reader's input can be captured."""
     score = np.zeros(group.width)
     for axis in teacher.groups.axes:
-        inside = (axis.units >= group.start) & (axis.units < group.stop)
         tensor = teacher.model.graph.initializers[axis.initializer].const_value
         assert tensor is not None
-        rows = np.moveaxis(tensor.numpy(), axis.axis, 0).astype(np.float64)
-        np.add.at(score, axis.units[inside] - group.start, (rows.reshape(len(rows), -1) ** 2).sum(axis=1)[inside])
+        energies = axis.by_unit(np.square(tensor.numpy(), dtype=np.float64), teacher.groups.units)
+        score += energies[group.start : group.stop]
     return score
 
 

@@ -1,11 +1,14 @@
 """Closed form before any gradient: readers of a shrunk group are refitted by least squares.
 
 Each linear operator that lost inputs gets the weights that best reproduce the teacher's own
-output of that operator from the student's remaining inputs, on captured data. Operators are
+output of that operator from the student's remaining inputs, on captured data. So does one behind a
+statistic of the channels, whose inputs are other ones since some channels are missing in it. Operators are
 taken in order, so that a later one sees what the earlier ones now give it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -15,16 +18,38 @@ from ndonnx.partition import stays
 from ndonnx.students.base import TeacherSlice
 from ndonnx.students.features import LinearReader, from_matrix, linear_readers
 from ndonnx.students.least_squares import Regression
+from ndonnx.students.linear import every_reader
 
 
 def refit_consumers(teacher: TeacherSlice, student: ir.Model, kept: npt.NDArray[np.bool_]) -> ir.Model:
     """A copy of the shrunk slice whose readers of shrunk groups are refitted on the samples."""
     copy = student.clone()
-    for reader in linear_readers(teacher.model, teacher.groups, teacher.held):
+    for reader in _readers(teacher):
         # A weight that several operators share cannot suit one of them alone.
         if _is_own(copy, reader):
             _refit(teacher, copy, reader, kept)
     return copy
+
+
+def _readers(teacher: TeacherSlice) -> list[LinearReader]:
+    """Linear operators that lose inputs, or whose inputs change, in topological order."""
+    found = linear_readers(teacher.model, teacher.groups, teacher.held)
+    changed = _behind(teacher.model, [statistic.node for statistic in teacher.groups.statistics])
+    if changed:
+        losing = {reader.output for reader in found}
+        found += [r for r in every_reader(teacher.model, teacher.held) if r.data in changed and r.output not in losing]
+        place = {node.outputs[0].name: number for number, node in enumerate(teacher.model.graph)}
+        found.sort(key=lambda reader: place[reader.output])
+    return found
+
+
+def _behind(model: ir.Model, names: Sequence[str]) -> set[str]:
+    """Values that depend on these."""
+    found = set(names)
+    for node in model.graph if names else ():
+        if any(value is not None and value.name in found for value in node.inputs):
+            found.update(value.name or "" for value in node.outputs)
+    return found
 
 
 def _is_own(student: ir.Model, reader: LinearReader) -> bool:

@@ -8,6 +8,8 @@ teacher's own width, in which each operator is known to see the kept channels an
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
@@ -37,8 +39,8 @@ def check_by_zeroing(teacher: TeacherSlice, shrunk: ir.Model, kept: Kept) -> Non
     Raises:
         ShrinkError: the channel groups do not describe this slice.
     """
-    reference = ignoring(teacher.model, teacher.groups, kept)
     few = teacher.first(_PROBE)
+    reference = ignoring(teacher.model, _with_lengths(few), kept)
     exit_ = teacher.model.graph.outputs[0].name or ""
     error = relative_error(few.run(shrunk, [exit_])[exit_], few.run(reference, [exit_])[exit_])
     if not error <= _TOLERANCE:
@@ -48,8 +50,31 @@ def check_by_zeroing(teacher: TeacherSlice, shrunk: ir.Model, kept: Kept) -> Non
         )
 
 
+def _with_lengths(teacher: TeacherSlice) -> ChannelGroups:
+    """The slice's groups with a unit for every position of an axis whose length only the samples tell."""
+    groups, nodes = teacher.groups, {node.outputs[0].name: node for node in teacher.model.graph}
+    open_ = {found: nodes[found.node].inputs[0] for found in groups.statistics if found.stretched}
+    names = [value.name or "" for value in open_.values() if value is not None]
+    values = teacher.run(teacher.model, list(dict.fromkeys(names)))
+
+    def closed(found: ChannelStatistic) -> ChannelStatistic:
+        given = open_.get(found)
+        if given is None:
+            return found
+        length = values[given.name or ""].shape[found.axis]
+        return replace(found, units=np.repeat(found.units, length // len(found.units)), stretched=False)
+
+    return replace(groups, statistics=tuple(map(closed, groups.statistics)))
+
+
 def ignoring(model: ir.Model, groups: ChannelGroups, kept: Kept) -> ir.Model:
-    """A copy of a slice, as wide as it is, in which nothing depends on the units that are not kept."""
+    """A copy of a slice, as wide as it is, in which nothing depends on the units that are not kept.
+
+    Args:
+        model: the slice.
+        groups: its channel groups, without statistics of an axis of unknown length.
+        kept: units that stay, (units,) of bool.
+    """
     copy = model.clone()
     graph = copy.graph
     nodes = {node.outputs[0].name: node for node in graph}

@@ -22,7 +22,7 @@ RULES: dict[str, Rule] = {**LINEAR, **MOVEMENT, **POINTWISE, **RECURRENT, **STAT
 
 _READ_SHAPE_ONLY = {"Shape", "Size"}
 """What they compute follows a changed width by itself (see `shapes.py` for where it must not)."""
-_KNOW_FOLDED = {"Reshape", "Transpose"}
+_KNOW_FOLDED = {"InstanceNormalization", "Reshape", "Transpose"}
 """Operators whose rules follow joined axes; for all others their channels stay."""
 
 

@@ -7,6 +7,7 @@ import onnx_ir as ir
 
 from ndonnx.graph.costs import constant_of, dims
 from ndonnx.partition.labels import FROZEN, Labels, on_axis
+from ndonnx.partition.rules.statistics import conv_along_channels
 from ndonnx.partition.rules.tracker import (
     Edit,
     Grouping,
@@ -28,7 +29,9 @@ def conv(tracker: Tracker, node: ir.Node) -> bool:
     labels = tracker.labels(node.inputs[0])
     channels = tracker.rows(labels, 1)
     groups = int_attribute(node, "group", 1)
-    if shape is None or not are_constant(node.inputs[1:]) or (labels is not None and channels is None):
+    if labels is not None and channels is None:
+        return conv_along_channels(tracker, node)
+    if shape is None or not are_constant(node.inputs[1:]):
         return False
     if groups == 1:
         tracker.label_weight(node, weight, 1, channels, "in")

@@ -248,6 +248,32 @@ def expand(tracker: Tracker, node: ir.Node) -> bool:
     return tracker.set(node.outputs[0], result)
 
 
+def depth_to_space(tracker: Tracker, node: ir.Node) -> bool:
+    """`DepthToSpace` (pixel shuffle): the channels that make one go together."""
+    labels, size = tracker.labels(node.inputs[0]), int_attribute(node, "blocksize", 1)
+    if labels is None:
+        return True
+    channels = tracker.rows(labels, 1)
+    if channels is None or channels.size % size**2:
+        return False
+    mode = node.attributes.get("mode")
+    last = mode is not None and mode.as_string() == "CRD"
+    block = channels.reshape(-1, size**2).T if last else channels.reshape(size**2, -1)
+    tracker.sets.unite(block, block[:1])
+    return tracker.set(node.outputs[0], on_axis(block[0], 1, labels.ndim))
+
+
+def space_to_depth(tracker: Tracker, node: ir.Node) -> bool:
+    """`SpaceToDepth`: every channel becomes as many as a block has pixels."""
+    labels, size = tracker.labels(node.inputs[0]), int_attribute(node, "blocksize", 1)
+    if labels is None:
+        return True
+    channels = tracker.rows(labels, 1)
+    if channels is None:
+        return False
+    return tracker.set(node.outputs[0], on_axis(np.tile(channels, size**2), 1, labels.ndim))
+
+
 def _length(value: ir.Value | None, axis: int) -> int | None:
     if value is None or value.shape is None or axis >= len(value.shape):
         return None
@@ -257,12 +283,14 @@ def _length(value: ir.Value | None, axis: int) -> int | None:
 
 MOVEMENT: dict[str, Rule] = {
     "Concat": concat,
+    "DepthToSpace": depth_to_space,
     "Expand": expand,
     "Flatten": flatten,
     "Gather": gather,
     "Pad": pad,
     "Reshape": reshape,
     "Slice": slice_,
+    "SpaceToDepth": space_to_depth,
     "Split": split,
     "Squeeze": squeeze,
     "Transpose": transpose,

@@ -13,6 +13,7 @@ from ndonnx.partition.rules.tracker import (
     extent,
     input_at,
     labelled_axes,
+    numbers,
     rank_of,
 )
 
@@ -64,6 +65,16 @@ def batch_norm(tracker: Tracker, node: ir.Node) -> bool:
         return False
     for value in node.inputs[1:]:
         tracker.label_weight(node, value, 0, channels, "out")
+    return tracker.set(node.outputs[0], labels)
+
+
+def cumulative(tracker: Tracker, node: ir.Node) -> bool:
+    """`CumSum` along an axis without channels."""
+    labels, axis = tracker.labels(node.inputs[0]), numbers(node, "axis", 1)
+    if labels is None:
+        return True
+    if axis is None or len(axis) != 1 or labels.shape[axis[0]] > 1:
+        return False
     return tracker.set(node.outputs[0], labels)
 
 
@@ -126,5 +137,6 @@ POINTWISE: dict[str, Rule] = {
     **dict.fromkeys(_ELEMENTWISE, elementwise),
     **dict.fromkeys(_POOLS, spatial),
     "BatchNormalization": batch_norm,
+    "CumSum": cumulative,
     **dict.fromkeys(("Resize", "Upsample"), resize),
 }

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ndonnx.graph.sizes import factors
-from ndonnx.partition.labels import Labels
+from ndonnx.partition.labels import Labels, axis_labels
 from ndonnx.partition.rules.tracker import Edit, Folded, Tracker, labelled_axes
 from ndonnx.partition.sizes import number_source
 
@@ -98,10 +98,21 @@ def _follow_numbers(tracker: Tracker, node: ir.Node, labels: Labels, axes: dict[
         if labels.shape[axis] == 1 or source.number in (-1, 0) or (source.number is None and source.length_of is None):
             continue  # the node counts by itself, or the graph does
         if not source.writable:
-            return False
+            if not _counted(tracker, labels, axis, source.length_of):
+                return False
+            continue
         edits.append(Edit(node, 1, position, labels, axis, follows=_along_origin(tracker, source.length_of)))
     tracker.edits += edits
     return True
+
+
+def _counted(tracker: Tracker, labels: Labels, axis: int, origin: tuple[ir.Value, int] | None) -> bool:
+    """Whether a number is computed from the length of an axis with these very channels."""
+    along, theirs = axis_labels(labels, axis), _along_origin(tracker, origin)
+    counted = None if theirs is None else axis_labels(*theirs)
+    if along is None or counted is None or along.shape != counted.shape:
+        return False
+    return bool((tracker.sets.roots(along) == tracker.sets.roots(counted)).all())
 
 
 def _along_origin(tracker: Tracker, origin: tuple[ir.Value, int] | None) -> tuple[Labels, int] | None:
@@ -139,6 +150,8 @@ def _joined(labels: Labels, before: list[int | str], after: list[int | str]) -> 
     """Axes joined as they are (N, H, L, D -> N*H, L, D), or the front part of the last with the one before it
     (L, N, H*D -> L, N*H, D, as multi-head attention is often written)."""
     joined = len(before) - len(after) + 1
+    if (blocks := _blocks_joined(labels, before, after)) is not None:
+        return blocks
     if joined > 1:
         fits = [i for i in range(len(after)) if before[:i] == after[:i] and before[i + joined :] == after[i + 1 :]]
         return Folded(labels, fits[0], joined) if len(fits) == 1 and isinstance(after[fits[0]], str) else None
@@ -150,9 +163,23 @@ def _joined(labels: Labels, before: list[int | str], after: list[int | str]) -> 
     return Folded(labels.reshape(*labels.shape[:-1], whole // part, part), len(after) - 2, 2)
 
 
+def _blocks_joined(labels: Labels, before: list[int | str], after: list[int | str]) -> Folded | None:
+    """Blocks of channels as an axis, and all in a block joined with the dynamic axes behind (N, C, H, W -> N, G, X)."""
+    axis = len(after) - 2
+    if axis < 0 or before[:axis] != after[:axis] or labelled_axes(labels) != [axis]:
+        return None
+    channels, blocks = before[axis], after[axis]
+    if not isinstance(channels, int) or not isinstance(blocks, int) or channels % blocks or isinstance(after[-1], int):
+        return None
+    parted = labels.reshape(*labels.shape[:axis], blocks, channels // blocks, *labels.shape[axis + 1 :])
+    return Folded(parted, axis + 1, parted.ndim - axis - 1, (labels, tuple(before)))
+
+
 def _unfold(tracker: Tracker, node: ir.Node, folded: Folded) -> bool:
     """Joined axes parted as they were."""
     labels, after = folded.labels, _symbolic(node.outputs[0])
+    if after is not None and folded.before is not None and tuple(after) == folded.before[1]:
+        labels = folded.before[0]
     if after is None or len(after) != labels.ndim:
         return False
     if any(labels.shape[axis] not in (1, size) for axis, size in enumerate(after)):

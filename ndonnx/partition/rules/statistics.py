@@ -14,14 +14,16 @@ from collections.abc import Iterable
 import onnx_ir as ir
 
 from ndonnx.graph.costs import dims
-from ndonnx.partition.labels import Labels
+from ndonnx.partition.labels import Labels, on_axis
 from ndonnx.partition.rules.tracker import (
     Edit,
+    Folded,
     Grouping,
     Rule,
     Statistic,
     Tracker,
     are_constant,
+    extent,
     input_at,
     int_attribute,
     labelled_axes,
@@ -139,7 +141,10 @@ def group_norm(tracker: Tracker, node: ir.Node) -> bool:
 
 def instance_norm(tracker: Tracker, node: ir.Node) -> bool:
     """`InstanceNormalization`: by one scale and one bias for each position of axis 1, statistics over all behind it."""
-    labels = tracker.labels(node.inputs[0])
+    data = node.inputs[0]
+    if data is not None and data in tracker.folded:
+        return _instance_norm_folded(tracker, node, tracker.folded[data])
+    labels = tracker.labels(data)
     if labels is None:
         return True
     if not are_constant(node.inputs[1:]):
@@ -148,6 +153,65 @@ def instance_norm(tracker: Tracker, node: ir.Node) -> bool:
         channels = tracker.rows(labels, 1)
         for value in node.inputs[1:]:
             tracker.label_weight(node, value, 0, channels, "out")
+    return tracker.set(node.outputs[0], labels)
+
+
+def _instance_norm_folded(tracker: Tracker, node: ir.Node, folded: Folded) -> bool:
+    """`InstanceNormalization` over blocks of channels that are joined with dynamic axes behind them."""
+    labels = folded.labels
+    if folded.first != 2 or folded.rank != 3 or any(axis not in (1, 2) for axis in labelled_axes(labels)):
+        return False
+    if not are_constant(node.inputs[1:]):
+        return False
+    blocks, size = labels.shape[1:3]
+    if size > 1 and (blocks == 1 or node in tracker.by_part):
+        along = tracker.unite_across(labels, [1])
+        tracker.statistics.append(Statistic(node, along, -1, carries=True, stretched=True))
+    else:
+        by_block = tracker.unite_across(labels, [2])
+        if size > 1:
+            tracker.groupings.append(Grouping(node, labels, is_coarse=size > blocks))
+        for value in node.inputs[1:]:
+            tracker.label_weight(node, value, 0, by_block, "out")
+    tracker.folded[node.outputs[0]] = folded
+    return True
+
+
+def mean_variance(tracker: Tracker, node: ir.Node) -> bool:
+    """`MeanVarianceNormalization`, of each channel or of several together."""
+    labels = tracker.labels(node.inputs[0])
+    if labels is None:
+        return True
+    axes = numbers(node, "axes", None) or [0, 2, 3]
+    see_together(tracker, node, labels, [axis % labels.ndim for axis in axes], carries=True)
+    return tracker.set(node.outputs[0], labels)
+
+
+def local_response(tracker: Tracker, node: ir.Node) -> bool:
+    """`LRN`: every channel is divided by what its neighbours among the kept channels hold."""
+    labels = tracker.labels(node.inputs[0])
+    if labels is None:
+        return True
+    channels = tracker.rows(labels, 1)
+    if channels is None:
+        return False
+    tracker.statistics.append(Statistic(node, channels, 1 - labels.ndim, carries=True))
+    return tracker.set(node.outputs[0], on_axis(channels, 1, labels.ndim))
+
+
+def conv_along_channels(tracker: Tracker, node: ir.Node) -> bool:
+    """`Conv` of one kernel along the channels, which lie on its spatial axis (efficient channel attention).
+
+    It sees the kept channels side by side.
+    """
+    labels, weight = tracker.labels(node.inputs[0]), dims(node.inputs[1])
+    if labels is None or labelled_axes(labels) != [2] or labels.ndim != 3 or weight is None or weight[:2] != (1, 1):
+        return False
+    if not are_constant(node.inputs[1:]) or extent(node.outputs[0], -1) != labels.shape[2]:
+        return False
+    if any(step != 1 for step in numbers(node, "strides", None) or []):
+        return False
+    tracker.statistics.append(Statistic(node, labels.reshape(-1), -1, carries=True))
     return tracker.set(node.outputs[0], labels)
 
 
@@ -183,4 +247,6 @@ STATISTICS: dict[str, Rule] = {
     "GroupNormalization": group_norm,
     "Hardmax": hardmax,
     "InstanceNormalization": instance_norm,
+    "LRN": local_response,
+    "MeanVarianceNormalization": mean_variance,
 }

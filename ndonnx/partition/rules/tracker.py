@@ -57,6 +57,8 @@ class Folded:
     first: int
     """The first of the joined axes, and where they are joined."""
     count: int
+    before: tuple[Labels, tuple[int | str, ...]] | None = None
+    """Labels and lengths of the axes of the value that was reshaped, where these are not the axes apart."""
 
     @property
     def rank(self) -> int:
@@ -81,6 +83,8 @@ class Statistic:
     """Axis of the input, counted from its end (negative)."""
     carries: bool
     """Whether the output has these channels on the same axis (a norm); else they end here (a mean)."""
+    stretched: bool = False
+    """Whether each channel has a stretch of the axis, of whatever length it has: joined with dynamic axes."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -199,7 +199,7 @@ def _comparison(report: ndonnx.CompressReport) -> Table:
     table = table_of(("", ">teacher", ">student", ">student / teacher"), ())
     for name, before, after, text in (
         ("parameters", teacher.parameters, student.parameters, count_text),
-        ("MACs per sample", teacher.macs, student.macs, count_text),
+        (f"MACs per sample{_of_shapes(report.shapes)}", teacher.macs, student.macs, count_text),
         ("file size", teacher.bytes, student.bytes, bytes_text),
         ("file size, compressed", teacher.compressed_bytes, student.compressed_bytes, bytes_text),
     ):
@@ -268,8 +268,19 @@ def _macs(inspection: ndonnx.Inspection) -> str:
         if inspection.open_sizes:
             return f"MACs not told: nothing states {', '.join(inspection.open_sizes)}; state it with --shape"
         return "MACs not told: shapes inside the model do not follow from those of its inputs"
-    shapes = (f"{name} {'x'.join(map(str, shape))}" for name, shape in (inspection.shapes or {}).items())
-    return f"{count_text(inspection.macs)} MACs a sample ({', '.join(shapes)})"
+    return f"{count_text(inspection.macs)} MACs a sample{_of_shapes(inspection.shapes)}"
+
+
+def _of_shapes(shapes: Mapping[str, Sequence[int]] | None) -> str:
+    """Shapes of the inputs, in brackets behind what is told of them; nothing where there are none, or many."""
+    if not shapes or len(shapes) > _MOST_SHAPES:
+        return ""
+    told = (f"{name} {'x'.join(map(str, shape))}" for name, shape in shapes.items())
+    return f" ({', '.join(told)})"
+
+
+_MOST_SHAPES = 3
+"""Inputs whose shapes are told in a table; JSON tells all."""
 
 
 def _widths(widths: Sequence[int]) -> str:

@@ -153,8 +153,11 @@ def test_conv_transpose(case: str, opset: int) -> None:
     assert three_ways(net, "y", opset).weight_names == ("w", "b")
 
 
-@pytest.mark.parametrize("attributes", [{"auto_pad": "SAME_UPPER"}, {"output_shape": [9, 8]}])
-def test_conv_transpose_whose_size_is_given_is_refused_by_name(attributes: dict[str, Any]) -> None:
+@pytest.mark.parametrize("opset", [11, 18])
+@pytest.mark.parametrize(
+    "attributes", [{"auto_pad": "SAME_UPPER"}, {"auto_pad": "SAME_LOWER"}, {"output_shape": [9, 8]}]
+)
+def test_conv_transpose_whose_size_is_given_converts(attributes: dict[str, Any], opset: int) -> None:
     net = Net()
     net.op(
         "ConvTranspose",
@@ -164,8 +167,7 @@ def test_conv_transpose_whose_size_is_given_is_refused_by_name(attributes: dict[
         strides=[2, 2],
         **attributes,
     )
-    with pytest.raises(ConversionError, match="ConvTranspose"):
-        to_torch(ir.from_proto(net.proto("y")))
+    assert three_ways(net, "y", opset).weight_names == ("w",)
 
 
 # Matrices

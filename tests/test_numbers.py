@@ -43,6 +43,7 @@ def inspected(model: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]
 def test_a_run_tells_macs_for_the_shape_of_its_data(tmp_path: Path) -> None:
     bench = Bench(tmp_path).put(open_cnn("H", "W"), free=open_cnn(20, 12))
     report = bench.compress(keep=0.5, steps=2).report
+    assert report.shapes == {"x": [1, 3, 20, 12]}
     onnx.save(open_cnn(20, 12), tmp_path / "fixed.onnx")
     teacher, student = report.teacher.macs, report.student.macs
     assert teacher == slice_cost(load(tmp_path / "fixed.onnx"), {"x": (1, 3, 20, 12)}).macs

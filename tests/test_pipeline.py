@@ -48,7 +48,17 @@ def test_the_demo_from_end_to_end(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "student.run" / "report.json").read_text())
     assert report == json.loads(json.dumps(result.report.to_json(), allow_nan=False))
     assert report.keys() == {
-        *("teacher", "student", "metrics", "neighbourhoods", "finetune", "seconds", "peak_rss_bytes", "run_dir")
+        *(
+            "teacher",
+            "student",
+            "metrics",
+            "neighbourhoods",
+            "finetune",
+            "seconds",
+            "peak_rss_bytes",
+            "run_dir",
+            "shapes",
+        )
     }
     for side, path in (("teacher", demo.teacher_path()), ("student", output)):
         assert {"path", "parameters", "macs", "bytes"} <= report[side].keys()

@@ -22,7 +22,7 @@ from ndonnx.pipeline.composing import Composition
 from ndonnx.pipeline.distilling import Distillation, Outcome, unchanged_outcomes
 from ndonnx.pipeline.finishing import Finishing
 from ndonnx.pipeline.opening import Given, open_all, partition_model, priced_for
-from ndonnx.pipeline.results import CompressResult, Student, compare, summaries
+from ndonnx.pipeline.results import CompressResult, Student, compare, summaries, told_shapes
 from ndonnx.pipeline.schedule import Schedule
 from ndonnx.pipeline.tolerating import Tolerances, study_of
 from ndonnx.progress import Progress, Silent
@@ -103,6 +103,7 @@ def compress(
             peak_rss_bytes=peak_rss_bytes() + made.workers_rss,
             run_dir=str(folder),
             unchanged=recipe.changes_nothing,
+            shapes=told_shapes(parts),
         )
         report.write(run.path / "report.json")
     return CompressResult(Student(student, Path(output) if output is not None else None), report)

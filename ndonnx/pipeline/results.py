@@ -78,6 +78,13 @@ def summaries(
     return found
 
 
+def told_shapes(parts: Partition) -> dict[str, list[int]] | None:
+    """Shape of each input that MACs are told for; None where they cannot be told."""
+    if parts.whole.macs is None or parts.shapes.inputs is None:
+        return None
+    return {name: list(shape) for name, shape in parts.shapes.inputs.items()}
+
+
 def zero_weights(model: ir.Model) -> int:
     """How many elements of floating-point initializers are exactly 0."""
     tensors = (value.const_value for value in model.graph.initializers.values())

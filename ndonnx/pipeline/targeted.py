@@ -12,7 +12,7 @@ from ndonnx.pipeline.distilling import Outcome
 from ndonnx.pipeline.measuring import finite
 from ndonnx.pipeline.opening import open_all
 from ndonnx.pipeline.reaching import Reaching
-from ndonnx.pipeline.results import CompressResult, Student, compare, drop_of, summaries
+from ndonnx.pipeline.results import CompressResult, Student, compare, drop_of, summaries, told_shapes
 from ndonnx.pipeline.workbench import Whole, Workbench, held_out
 from ndonnx.progress import Progress
 from ndonnx.recipe import Recipe
@@ -67,6 +67,7 @@ def compress_to_target(
             seconds=clock.seconds(),
             peak_rss_bytes=peak_rss_bytes() + bench.workers_rss,
             run_dir=str(folder),
+            shapes=told_shapes(bench.parts),
             target=TargetReport(
                 target=shares,
                 max_drop=max_drop,

@@ -123,6 +123,8 @@ class CompressReport:
     seconds: Seconds
     peak_rss_bytes: int
     run_dir: str
+    shapes: dict[str, list[int]] | None = None
+    """Shape of each input in the run that MACs are told for; None where they are not told."""
     target: TargetReport | None = None
     """None where there was none; the document then has no such key."""
     unchanged: bool = False

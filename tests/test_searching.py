@@ -79,6 +79,13 @@ def test_too_few_rows_are_one_line(folder: Path) -> None:
         searched(folder)
 
 
+def test_what_few_rows_cannot_tell_is_told(folder: Path) -> None:
+    np.savez(folder / "data.npz", **inputs_of(residual_cnn(), 60))  # type: ignore[arg-type]
+    recorder = Recorder()
+    searched(folder, recorder, dry_run=True)
+    assert [note.partition("leave ")[2][:11] for note in recorder.notes] == ["6 to compare"[:11], "8 to choose"]
+
+
 # The library
 
 

@@ -201,11 +201,13 @@ def test_a_function_that_gives_less_the_second_time_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "fewer_rows.py").write_text(
-        "import numpy as np\n\nleft = [30, 30, 9]\n\ndef rows():\n"
-        "    return [{'x': np.zeros((3, 4, 4), np.float32)}] * (left.pop(0) if left else 9)\n"
+        "import numpy as np\nfrom pathlib import Path\n\ndef rows():\n"
+        "    return [{'x': np.zeros((3, 4, 4), np.float32)}] * int(Path('count').read_text())\n"
     )
     monkeypatch.chdir(tmp_path)
+    Path("count").write_text("30")
     split = draw(open_source("fewer_rows:rows", [IMAGE], DataRecipe()), 300, seed=0, holdout=0.05)
+    Path("count").write_text("9")
     with pytest.raises(DataError, match="ended after 9 samples, and gave more on an earlier pass"):
         list(split.to_train(20).batches(4))
 

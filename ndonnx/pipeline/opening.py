@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -121,7 +121,8 @@ def open_all(
     judge = source_of(eval_data, fixed=source.fixed) if eval_data is not None else split.to_compare()
     if mixed:
         judge.inputs = held(judge.inputs)
-    remarks = [*([ONE_AT_A_TIME] if mixed else []), *(() if eval_data is not None else _remarks(split))]
+    few = _remarks(split, compared=eval_data is None, searched=choosing > 0)
+    remarks = [*([ONE_AT_A_TIME] if mixed else []), *few]
     interface = interface_of(source.inputs, source.fixed)
     opened = open_branches(teacher, interface.fixed)
     return Given(model, teacher, opened, interface, split, judge, min(wanted, split.available), tuple(remarks))
@@ -134,18 +135,23 @@ ONE_AT_A_TIME = (
 """What is told where the graph's own numbers hold the batch."""
 
 
-def _remarks(split: Split) -> tuple[str, ...]:
-    count = len(split.comparison)
-    if count >= _FEW:
-        return ()
-    return (
-        f"{split.source.spec}: so few samples leave {count} to compare teacher and student on, which says little; "
-        "give --eval, or more data",
-    )
+def _remarks(split: Split, *, compared: bool, searched: bool) -> Iterator[str]:
+    """What so few samples cannot tell, a line each."""
+    spec, chosen_by, compared_on = split.source.spec, len(split.validation), len(split.comparison)
+    if compared and compared_on < _FEW:
+        yield (
+            f"{spec}: so few samples leave {compared_on} to compare teacher and student on, which says little; "
+            "give --eval, or more data"
+        )
+    if searched and chosen_by < _FEW:
+        yield (
+            f"{spec}: so few samples leave {chosen_by} to choose candidates by, so that luck has a part in the choice; "
+            "give more data"
+        )
 
 
 _FEW = 50
-"""Samples under which a comparison says little: its standard error can be over seven points."""
+"""Samples under which a measurement says little: its standard error can be over seven points."""
 
 
 _OTHER_SEED = 2**31

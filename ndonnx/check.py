@@ -176,7 +176,9 @@ def _needed(value: ir.Value) -> set[ir.Node]:
 
 
 def _without(parts: Partition, reasons: Mapping[str, str]) -> Partition:
-    """The partition with these neighbourhoods kept."""
+    """The partition with these neighbourhoods kept, and those that would have the same student."""
+    shared = {use.name: reasons[n.name] for n in parts.distillable if n.name in reasons for use in parts.uses(n)}
+    reasons = shared | dict(reasons)
     return replace(
         parts,
         neighbourhoods=tuple(

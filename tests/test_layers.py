@@ -131,15 +131,12 @@ def test_frozen_layers_are_kept_with_the_reason() -> None:
     )
 
 
-def test_a_weight_that_two_operators_share_is_left_out() -> None:
+def test_a_weight_that_two_operators_share_has_one_student() -> None:
     net = Net()
     weight = net.weight("w", 8, 8)
     y = net.op("Gemm", net.relu(net.op("Gemm", net.input("x", "N", 8), weight)), weight)
     parts = layers(net.proto(net.gemm(y, 8, 5, out="y")))
-    assert [n.exit.name for n in parts.distillable if n.exit] == ["y"]
-    assert [n.reason for n in parts.neighbourhoods if not n.distillable] == [
-        "shares the weight 'w' with another operator"
-    ]
+    assert [len(parts.uses(n)) for n in parts.trained] == [2, 1]
 
 
 def test_what_has_weights_and_no_linear_operator_is_kept_with_its_reason() -> None:

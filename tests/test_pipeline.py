@@ -319,8 +319,8 @@ def test_zeros_and_what_they_save_are_told(bench: Bench) -> None:
 
 
 def test_a_student_that_fails_at_its_place_is_left_out(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    def careless(teacher: ir.Model, students: dict[str, ir.Model]) -> ir.Model:
-        model = splice(teacher, students)
+    def careless(teacher: ir.Model, students: dict[str, ir.Model], shared: dict[str, str]) -> ir.Model:
+        model = splice(teacher, students, shared)
         if "n03" in students:
             value = model.graph.initializers["first2.bias"]
             assert value.const_value is not None
@@ -336,8 +336,8 @@ def test_a_student_that_fails_at_its_place_is_left_out(bench: Bench, monkeypatch
 
 
 def test_a_whole_that_is_not_the_teachers_gets_no_name(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    def careless(teacher: ir.Model, students: dict[str, ir.Model]) -> ir.Model:
-        model = splice(teacher, students)
+    def careless(teacher: ir.Model, students: dict[str, ir.Model], shared: dict[str, str]) -> ir.Model:
+        model = splice(teacher, students, shared)
         model.graph.outputs[0].name = "another"
         return model
 

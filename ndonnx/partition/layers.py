@@ -62,9 +62,8 @@ def layer_runs(
 ) -> list[Run]:
     """Regions of one operator each, in the graph's order.
 
-    Left out are those whose weight another operator reads too (a layer of its own would need a second
-    one), those that read no value of the stream besides constants, or several, and those whose ends cannot be
-    captured.
+    Left out are those whose weight one operator reads twice, those that read no value of the stream besides constants,
+    or several, and those whose ends cannot be captured.
 
     Args:
         flow: of the model.
@@ -74,11 +73,11 @@ def layer_runs(
     runs = []
     for node in flow.graph:
         weight = _weight(node) if node.op_type in operators else None
-        if weight is None or len(weight.uses()) != 1 or weight.is_graph_output():
+        if weight is None or weight.is_graph_output():
             continue
         data = flow.stream_reads(node)
         output = node.outputs[0]
-        if len(data) != 1 or output not in flow.flow:
+        if len(data) != 1 or output not in flow.flow or sum(value is weight for value in node.inputs) != 1:
             continue
         exit_ = output if output in cuts else _behind_bias(output)
         if not all(can_be_boundary(value) for value in (data[0], exit_)):
@@ -86,16 +85,14 @@ def layer_runs(
         nodes, _ = region_nodes(flow, data[0], exit_)
         groups = find_groups(nodes, exit_)
         size = weight.const_value.size if weight.const_value is not None else 0
-        runs.append(Run(data[0], exit_, groups, size, size if weight.name in groups.weights() else 0, len(nodes)))
+        touched = size if weight.name in groups.weights() else 0
+        runs.append(Run(data[0], exit_, groups, size, touched, len(nodes), len(weight.uses()) > 1))
     return runs
 
 
 def why_left_out(nodes: Iterable[ir.Node]) -> str:
     """Why nodes with weights are no layers."""
-    weights = [weight for node in nodes if (weight := _weight(node)) is not None]
-    shared = next((weight.name for weight in weights if len(weight.uses()) > 1), None)
-    if shared is not None:
-        return f"shares the weight '{shared}' with another operator"
+    del nodes
     return "no linear operator with a constant weight and one input that varies"
 
 

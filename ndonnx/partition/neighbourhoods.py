@@ -248,13 +248,17 @@ def partition(
     cuts, frozen = (frozenset(by_name[name] for name in names) for names in (cut, freeze))
     operators = operators_of(methods)
     if choice is None:
-        named = _name(
-            _with_rest(flow, layer_runs(flow, cuts, LINEAR_OPERATORS | operators), cuts, frozen, why_left_out)
-        )
+        runs = layer_runs(flow, cuts, LINEAR_OPERATORS | operators)
+        named = _name(_with_rest(flow, runs, cuts | _ends_of_shared(runs), frozen, why_left_out))
         return Partition(model, flow, tuple(_marked(named, find_sharing(flow, named))), Interface.of(model))
     if cuts or frozen:
         choice = Chooser(flow, find_chains(flow), cuts, frozen).best()
     return Partition(model, flow, tuple(_settled(flow, choice.runs(), cuts, frozen, operators)), Interface.of(model))
+
+
+def _ends_of_shared(layers: Iterable[Run]) -> frozenset[ir.Value]:
+    """Exits of layers that share their weight. What follows does not join them: at other places it may be another."""
+    return frozenset(run.exit for run in layers if run.shares)
 
 
 def _settled(
@@ -274,7 +278,7 @@ def _settled(
     def assembled(runs: list[Run]) -> tuple[list[Neighbourhood], Sharing]:
         left = leftover_runs(flow, runs, operators, cuts | ends) if operators else []
         why = why_left_over if operators else no_width
-        named = _name(_with_rest(flow, [*runs, *left], cuts | ends, frozen, why))
+        named = _name(_with_rest(flow, [*runs, *left], cuts | ends | _ends_of_shared(left), frozen, why))
         return named, find_sharing(flow, named)
 
     found, sharing = assembled(runs)
@@ -363,7 +367,8 @@ def _leaving_alone(
     groups = find_groups(n.nodes, n.exit, matrices) if matrices else n.groups
     held = frozenset(w.name or "" for w in elsewhere if is_matrix(w) or w.name not in groups.weights())
     reason = None
-    if n.groups.groups and not groups.groups:
+    free = any(is_matrix(weight) and weight not in elsewhere for weight in weights_in(n.nodes))
+    if matrices and ((n.groups.groups and not groups.groups) or not free):
         other = elsewhere[matrices[0]]
         how = "is kept" if other in by_name and not by_name[other].distillable else "computes something else with it"
         reason = f"shares the weight '{matrices[0].name}' with {other}, which {how}"

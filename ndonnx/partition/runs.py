@@ -60,6 +60,8 @@ class Run:
     touched: int
     """Elements of the weights that themselves have an axis in a channel group."""
     nodes: int
+    shares: bool = False
+    """Whether something outside it reads a matrix of its, as far as that was looked for."""
 
 
 @dataclass(frozen=True, slots=True)

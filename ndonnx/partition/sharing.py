@@ -79,7 +79,7 @@ def find_sharing(flow: Dataflow, pieces: Sequence[Piece]) -> Sharing:
 
 
 def aligning_cuts(flow: Dataflow, pieces: Sequence[Piece], sharing: Sharing) -> frozenset[ir.Value]:
-    """Values at which to cut so that all uses of some shared weights lie in pieces that are alike.
+    """Values at which to cut so that all uses of shared weights lie in pieces that are alike, where that can be.
 
     A piece may have grown at the first or the last layer, by what comes before or behind: cut as at another one, all
     are alike. Empty where no piece has its like at all uses of its shared matrices.
@@ -89,16 +89,19 @@ def aligning_cuts(flow: Dataflow, pieces: Sequence[Piece], sharing: Sharing) -> 
         for node in piece.nodes:
             for weight in weights_of(node) if flow.is_stream(node.outputs[0]) else ():
                 uses[weight].add(node)
+    found: set[ir.Value] = set()
+    settled: set[ir.Value] = set()
     for piece in sorted(pieces, key=lambda piece: len(piece.nodes)):
         matrices = [weight for weight in sharing.elsewhere.get(piece.name, {}) if is_matrix(weight)]
-        if not piece.distillable or not matrices or piece.exit is None:
+        if not piece.distillable or not matrices or piece.exit is None or not settled.isdisjoint(matrices):
             continue
         places = list(_disjoint(piece, [*_own(piece), *_images(flow, piece)]))
         covered = {value.producer() for pairs in places for value in pairs.values()}
         if len(places) > 1 and all(uses[weight] <= covered for weight in matrices):
             assert piece.entry is not None
-            return frozenset(pairs[end] for pairs in places for end in (piece.entry, piece.exit))
-    return frozenset()
+            found.update(pairs[end] for pairs in places for end in (piece.entry, piece.exit))
+            settled.update(matrices)
+    return frozenset(found)
 
 
 def _own(piece: Piece) -> list[Pairs]:

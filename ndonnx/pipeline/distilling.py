@@ -154,10 +154,14 @@ class Distillation:
 
     def _needed(self, neighbourhood: Neighbourhood) -> Task:
         """A student as the recipe says, trained no further than its neighbourhood needs."""
-        task = self.task(neighbourhood)
+        task, uses = self.task(neighbourhood), self.parts.uses(neighbourhood)
         if self.tolerances is None:
             return task
-        return replace(task, plan=self.tolerances.plan(neighbourhood.name, task.plan, self._workers()))
+        plans = [self.tolerances.plan(use.name, task.plan, self._workers()) for use in uses]
+        # One student has to be near enough at its most sensitive place, and may take the time of all.
+        plan = min(plans, key=lambda plan: 0.0 if plan.enough is None else plan.enough)
+        seconds = None if plan.seconds is None else sum(each.seconds or 0.0 for each in plans)
+        return replace(task, plan=replace(plan, seconds=seconds))
 
     def keep_the_rest(self) -> None:
         """Give what cannot be distilled its outcome."""

@@ -44,6 +44,7 @@ def harden(
     device: options.Device = None,
     precision: options.Precision = None,
     cache_budget: options.CacheBudget = None,
+    memory_budget: options.MemoryBudget = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,

@@ -248,6 +248,10 @@ CacheBudget = Annotated[
     str | None,
     _flag("--cache-budget", "SIZE", "Most disk that captured activations may take (4GB, 512MiB).", "4GB", _RUN),
 ]
+MemoryBudget = Annotated[
+    str | None,
+    _flag("--memory-budget", "SIZE", "Memory for the run and its workers (3GB).", "a quarter of the machine's", _RUN),
+]
 RunDir = Annotated[
     str | None,
     _flag("--run-dir", "DIR", "Where the run keeps its state, to continue from.", "beside the output", _RUN),

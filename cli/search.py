@@ -49,6 +49,7 @@ def search(
     device: options.Device = None,
     precision: options.Precision = None,
     cache_budget: options.CacheBudget = None,
+    memory_budget: options.MemoryBudget = None,
     run_dir: options.RunDir = None,
     json: options.Json = False,
     quiet: options.Quiet = False,

@@ -16,6 +16,7 @@ from ndonnx.distil import Plan, Training, train
 from ndonnx.distil.gate import Arrays, check_answer, open_slice, pass_gate
 from ndonnx.distil.losses import LABEL, DistillationLoss, NeighbourhoodLoss, Objective
 from ndonnx.distil.samples import SliceSamples, Source
+from ndonnx.distil.steps import with_fitting_batch
 from ndonnx.distil.trainer import OnStep
 from ndonnx.errors import ConversionError
 from ndonnx.graph import fold_constants, load, save
@@ -145,6 +146,7 @@ def finetune(
     objective = objective_of(output, temperature, label_weight if labels is not None else 0.0)
     constraint = zeros_of(whole)
     macs = macs_of(interface.applied(student), samples.shapes(inputs))
+    plan = with_fitting_batch(plan, whole, probe)
     training = train(module, samples, objective, plan, on_step, constraint, threads=threads, macs=macs)
     trained = {name: array for name, array in module.trained_weights().items() if holds(student, name, array)}
     tuned = write_back(student, trained)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 from ndonnx.errors import UsageError
 
@@ -13,6 +14,19 @@ def usable_cores() -> int:
     if sys.platform == "linux":
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def memory_bytes() -> int:
+    """Memory of the machine, or of the part of it that this process may use, in bytes."""
+    import psutil  # noqa: PLC0415 - not needed for help texts
+
+    total = int(psutil.virtual_memory().total)
+    limits = (path.read_text() for path in map(Path, _LIMITS) if path.is_file()) if sys.platform == "linux" else ()
+    return min([total, *(int(limit) for limit in limits if limit.strip().isdecimal())])
+
+
+_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+"""Where Linux tells how much a container may have."""
 
 
 def pick_device(wanted: str) -> str:

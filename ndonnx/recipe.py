@@ -271,7 +271,7 @@ class Recipe(_Section):
     steps: int = Field(1000, ge=0)
     """Optimiser steps per neighbourhood."""
     batch_size: int = Field(64, ge=1)
-    """Samples per optimiser step."""
+    """Samples per optimiser step, at most: down to 16 where they have more than 65,536 positions together."""
     lr: float = Field(0.1, gt=0)
     """Peak step, relative to the root mean square of each weight."""
     optimiser: Literal["muon", "adam"] = "muon"
@@ -317,6 +317,9 @@ class Recipe(_Section):
     """`auto`: bf16 where the machine computes in it, else fp32."""
     cache_budget: Bytes = 4 * 10**9
     """Most disk that captured activations may take, in bytes (`4GB`, `512MiB`)."""
+    memory_budget: Bytes | None = None
+    """Memory that the run may take with all its workers, in bytes: it decides how many there are, and where one alone
+    is too much, how many samples are computed at a time. None: a quarter of the machine's."""
 
     model_inputs: dict[str, InputRecipe] = {}
     """What the model's inputs are, by name. In a file `[inputs.NAME]`, or `[model_inputs.NAME]` where the file says

@@ -22,6 +22,7 @@ from ndonnx.graph.working_copy import batch_size
 from ndonnx.partition import Neighbourhood, Partition, extract, nodes_between
 from ndonnx.students.exit import refit_exit
 from ndonnx.teacher import ActivationStore, capture, input_type
+from ndonnx.teacher.store import StoredRows
 
 Batches = Callable[[], Iterator[Mapping[str, npt.NDArray[np.generic]]]]
 
@@ -118,9 +119,10 @@ class Prefix:
         """A whole batch, the last one filled up with its last sample; a constant as it is. In the model's type."""
         name = value.name or ""
         store = self._stores[name]
-        array = store.array(name)
-        if not store.is_constant(name):
-            array = array[np.minimum(np.arange(start, start + self._batch), self._samples - 1)]
+        if store.is_constant(name):
+            array = store.array(name)
+        else:
+            array = store.rows(name)[np.minimum(np.arange(start, start + self._batch), self._samples - 1)]
         return np.array(array, dtype=input_type(value, array))
 
     def _keep(self, store: ActivationStore) -> None:
@@ -195,8 +197,8 @@ def _refitted(
         return None
 
 
-def _arrays(stores: Mapping[str, ActivationStore]) -> dict[str, npt.NDArray[np.generic]]:
-    return {name: store.array(name) for name, store in stores.items()}
+def _arrays(stores: Mapping[str, ActivationStore]) -> dict[str, npt.NDArray[np.generic] | StoredRows]:
+    return {name: store.array(name) if store.is_constant(name) else store.rows(name) for name, store in stores.items()}
 
 
 def _inputs(neighbourhood: Neighbourhood) -> list[str]:

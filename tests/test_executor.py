@@ -482,3 +482,50 @@ def test_ctrl_c_ends_everything_with_one_traceback(tmp_path: Path) -> None:
     assert out == ""
     assert err.count("Traceback") == 1
     assert err.endswith("KeyboardInterrupt\n")
+
+
+@dataclass(frozen=True)
+class Number:
+    """The number of the process that it runs in."""
+
+    name: str = "number"
+
+    def __call__(self, on_step: OnStep) -> int:
+        return os.getpid()
+
+
+def test_kept_workers_serve_one_run_after_another_and_then_go() -> None:
+    executor = ProcessExecutor(2)
+    with executor:
+        first = {outcome.result for _ in range(3) for outcome in executor.run([Number("a"), Number("b")], silent)}
+        assert len(first) <= 2
+        assert {outcome.result for outcome in executor.run([Number()], silent)} <= first
+        assert {child.pid for child in multiprocessing.active_children()} == first
+    assert not multiprocessing.active_children()
+    (again,) = executor.run([Number()], silent)
+    assert again.result not in first
+    assert not multiprocessing.active_children()
+
+
+@posix
+def test_a_kept_worker_that_dies_between_two_runs_costs_nothing() -> None:
+    with ProcessExecutor(1) as executor:
+        (first,) = executor.run([Number()], silent)
+        os.kill(first.result, signal.SIGKILL)
+        for child in multiprocessing.active_children():
+            child.join()
+        (second,) = executor.run([Number()], silent)
+        assert second.fault is None
+        assert second.result != first.result
+
+
+def test_a_run_that_ends_early_leaves_no_kept_worker_at_its_job() -> None:
+    with ProcessExecutor(2) as executor:
+        outcomes = executor.run([Double("n0", 0), Stay()], silent)
+        next(outcomes)
+        outcomes.close()  # type: ignore[attr-defined]
+        assert not multiprocessing.active_children()
+        assert by_name(executor.run([Double("n1", 1)], silent))["n1"].result == 2
+    with pytest.raises(RunDirError), ProcessExecutor(2) as executor:
+        list(executor.run([Stay(), Fail("bad", RunDirError("no such place"))], silent))
+    assert not multiprocessing.active_children()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,37 @@ def test_values_come_back_whatever_they_are_called(tmp_path: Path) -> None:
         np.testing.assert_array_equal(store.array(name), array)
         store.verify(name)
     assert {path.parent for path in tmp_path.rglob("*") if path.is_file()} == {directory}
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 30), st.lists(st.integers(0, 29), max_size=40), st.booleans(), st.sampled_from(["f2", "i8", "?"]))
+def test_rows_are_read_as_numpy_takes_them(samples: int, rows: list[int], in_order: bool, dtype: str) -> None:
+    array = np.arange(samples * 6).reshape(samples, 2, 3).astype(dtype)
+    wanted = np.array(sorted(rows) if in_order else rows, np.int64) % samples
+    with tempfile.TemporaryDirectory() as folder:
+        stored = write(Path(folder), {"x": array}).rows("x")
+        assert (len(stored), stored.shape, stored.dtype, stored.ndim) == (samples, array.shape, array.dtype, 3)
+        found = stored[wanted]
+        np.testing.assert_array_equal(found, array[wanted])
+        assert found.flags.writeable
+        np.testing.assert_array_equal(stored[1:7], array[1:7])
+        np.testing.assert_array_equal(stored[:0], array[:0])
+        with pytest.raises(IndexError):
+            stored[np.array([samples])]
+
+
+def test_rows_of_a_file_that_has_become_shorter_are_refused(tmp_path: Path, values: np.ndarray) -> None:
+    stored = write(tmp_path, {"x": values}).rows("x")
+    os.truncate(only_file(tmp_path), only_file(tmp_path).stat().st_size - 1)
+    with pytest.raises(RunDirError, match="ends early; capture again"):
+        stored[len(stored) - 1 :]
+
+
+def test_a_constant_has_no_rows(tmp_path: Path) -> None:
+    writer = ActivationStore.create(tmp_path, {}, 3)
+    writer.add_constant("table", np.zeros((2, 2), np.float32))
+    with pytest.raises(RunDirError, match="'table' has no rows"):
+        writer.finish().rows("table")
 
 
 @pytest.mark.parametrize("dtype", ["bool", "uint8", "int64", "float16", "float32", "float64"])

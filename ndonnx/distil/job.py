@@ -16,6 +16,7 @@ from ndonnx.convert import TorchSlice, to_torch, write_back
 from ndonnx.distil.gate import Arrays, check_answer, free_sizes, open_slice, pass_gate
 from ndonnx.distil.losses import Head, LookAheadLoss, NeighbourhoodLoss, Objective, target_variance
 from ndonnx.distil.samples import Samples, SharedSamples, SliceSamples, Source
+from ndonnx.distil.steps import with_fitting_batch
 from ndonnx.distil.trainer import OnStep, Plan, train
 from ndonnx.errors import ConversionError
 from ndonnx.graph import load, save, slice_cost
@@ -114,7 +115,7 @@ class DistilJob:
             module,
             samples,
             objective,
-            self.plan,
+            with_fitting_batch(self.plan, candidate.model, probes[0]),
             on_step,
             candidate.constraint,
             threads=self.threads,

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+_CHUNK = 2**22
+"""Numbers that are converted at a time."""
 LABEL = "label"
 """Under this name an objective finds the class numbers of the samples, where there are any."""
 
@@ -123,8 +125,10 @@ def target_variance(target: Tensor) -> float:
 
     A student that answered with the teacher's mean activation would have an NMSE of 1.
     """
-    values = target.double()
-    return float(values.var(dim=0, correction=0).mean())
+    columns = target.reshape(len(target), -1)
+    step = max(1, _CHUNK // len(target))  # in double precision all of them would be twice as large again
+    parts = [part.double().var(dim=0, correction=0).sum() for part in torch.split(columns, step, dim=1)]
+    return float(sum(parts)) / max(1, columns.shape[1])
 
 
 def nmse(squared_error: float, variance: float) -> float:

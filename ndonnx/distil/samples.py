@@ -1,4 +1,4 @@
-"""Captured activations as training batches: a memory map in, tensors out."""
+"""Captured activations as training batches: rows of a store in, tensors out."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from torch import Tensor
 
 from ndonnx.errors import TrainingError
 from ndonnx.teacher import ActivationStore
-
-_RELEASE_EVERY = 64 * 2**20
-"""Bytes read from the memory map after which its pages are given back."""
+from ndonnx.teacher.store import StoredRows
 
 
 @dataclass(frozen=True)
@@ -70,15 +68,17 @@ class SliceSamples:
         """
         for name, source in sources.items():
             _check(source, is_context=name in inputs[1:], is_entry=name == inputs[0])
-        self._stores = {id(source.store): source.store for source in sources.values()}
+        stores = [source.store for source in sources.values()]
         self._constant = {name for name, source in sources.items() if source.store.is_constant(source.name)}
         self.inputs = tuple(inputs)
-        self._maps: dict[str, npt.NDArray[np.generic]] = {
-            name: source.store.array(source.name) for name, source in sources.items()
+        self._values: dict[str, StoredRows | npt.NDArray[np.generic]] = {
+            name: np.array(source.store.array(source.name))
+            if name in self._constant
+            else source.store.rows(source.name)
+            for name, source in sources.items()
         }
-        self._maps.update(arrays or {})
-        self.blocks = Blocks.split(min(store.samples for store in self._stores.values()), holdout)
-        self._read = 0
+        self._values.update(arrays or {})
+        self.blocks = Blocks.split(min(store.samples for store in stores), holdout)
 
     @classmethod
     def of(cls, store: ActivationStore, inputs: Sequence[str], values: Sequence[str], holdout: float) -> SliceSamples:
@@ -88,11 +88,11 @@ class SliceSamples:
     @property
     def names(self) -> tuple[str, ...]:
         """All values."""
-        return tuple(self._maps)
+        return tuple(self._values)
 
     def arrays(self, start: int, stop: int) -> dict[str, np.ndarray]:
         """Rows of all values, floats as float32."""
-        return {name: _float32(self._rows(name, slice(start, stop))) for name in self._maps}
+        return {name: _float32(self._rows(name, slice(start, stop))) for name in self._values}
 
     def training_rows(self, count: int) -> dict[str, np.ndarray]:
         """The first `count` training rows (fewer if there are fewer), floats as float32."""
@@ -105,7 +105,7 @@ class SliceSamples:
 
     def shapes(self, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
         """The shapes that values have for one sample."""
-        whole = {name: self._maps[name].shape for name in names}
+        whole = {name: self._values[name].shape for name in names}
         return {name: shape if self.is_constant(name) else (1, *shape[1:]) for name, shape in whole.items()}
 
     def heldout(self, count: int) -> list[Rows]:
@@ -122,29 +122,22 @@ class SliceSamples:
 
     def batch(self, rows: np.ndarray) -> dict[str, Tensor]:
         """All values of these rows, in the types in which they are stored."""
-        tensors = {name: torch.from_numpy(np.ascontiguousarray(self._rows(name, rows))) for name in self._maps}
-        self._read += sum(tensor.nbytes for tensor in tensors.values())
-        if self._read > _RELEASE_EVERY:
-            for store in self._stores.values():
-                store.release()
-            self._read = 0
-        return tensors
+        return {name: torch.from_numpy(np.ascontiguousarray(self._rows(name, rows))) for name in self._values}
 
     def form(self) -> Hashable:
         """Equal where rows of two places can stand in one batch: shapes, types, and the constants themselves."""
+        constants = {name: np.asarray(self._rows(name, slice(0))).tobytes() for name in self._constant}
         return tuple(
-            (name, values.dtype.kind, values.tobytes() if self.is_constant(name) else values.shape[1:])
-            for name, values in self._maps.items()
+            (name, values.dtype.kind, constants.get(name, values.shape[1:])) for name, values in self._values.items()
         )
 
     def bytes_per_sample(self) -> int:
         """Bytes of one sample of all values as float32."""
-        return sum(int(np.prod(values.shape[1:])) * 4 for values in self._maps.values())
+        return sum(int(np.prod(values.shape[1:])) * 4 for values in self._values.values())
 
     def _rows(self, name: str, rows: slice | np.ndarray) -> np.ndarray:
-        if self.is_constant(name):
-            return np.array(self._maps[name])  # torch warns of arrays that cannot be written
-        return np.asarray(self._maps[name][rows])
+        values = self._values[name]
+        return np.asarray(values) if isinstance(values, np.ndarray) and self.is_constant(name) else values[rows]
 
 
 class SharedSamples:

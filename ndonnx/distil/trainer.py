@@ -17,6 +17,7 @@ from ndonnx.convert import TorchSlice
 from ndonnx.distil.losses import Objective, nmse, target_variance
 from ndonnx.distil.optimiser import Optimiser
 from ndonnx.distil.samples import Rows, Samples
+from ndonnx.distil.steps import loss_of, samples_in_memory
 from ndonnx.errors import TrainingError
 from ndonnx.students import Constraint
 
@@ -57,10 +58,13 @@ class Plan:
 
     optimiser: Literal["muon", "adam"] = "adam"
     """What moves matrices where that is cheap; see `ndonnx.distil.optimiser`."""
+    memory: int | None = None
+    """Bytes of activations that a step may keep, where memory is scarce; gradients are then added up from parts of a
+    batch, whose sizes decide the last bits. None: as many as `ndonnx.distil.steps` gives to each thread."""
 
     def key(self) -> dict[str, Any]:
         """What a student depends on. Without what older students did not have, so that they are found again."""
-        older = {"enough": None, "optimiser": "adam"}
+        older = {"enough": None, "optimiser": "adam", "memory": None}
         return {name: value for name, value in asdict(self).items() if name not in older or value != older[name]}
 
 
@@ -133,7 +137,10 @@ def _train(
     macs: float,
     began: float,
 ) -> Training:
-    judge = _Judge(module, samples, objective, torch.device(plan.device), lanes)
+    at_once = plan.batch_size
+    if plan.device == "cpu":
+        at_once = samples_in_memory(module, samples, objective, plan, lanes.count, bf16=plan.bf16)
+    judge = _Judge(module, samples, objective, torch.device(plan.device), lanes, at_once)
     free = _copy(module)
     if constraint is not None:
         impose(constraint, module, 1.0)
@@ -147,7 +154,7 @@ def _train(
     step = 0
     trainable = any(weight.requires_grad for weight in module.parameters())
     if plan.steps and trainable and not _is_enough(best, plan):
-        for step, done in _descend(module, samples, objective, plan, constraint, lanes, macs):
+        for step, done in _descend(module, samples, objective, plan, constraint, lanes, macs, at_once):
             if constraint is None or done >= constraint.settled:
                 errors = judge.errors()
                 if errors.loss < best.loss:
@@ -189,6 +196,7 @@ def _descend(
     constraint: Constraint | None,
     lanes: _Lanes,
     macs: float,
+    at_once: int,
 ) -> Iterator[tuple[int, float]]:
     """Run the steps; yield the step and the part that is over whenever the held-out error is to be measured."""
     weights = [weight for weight in module.parameters() if weight.requires_grad]
@@ -196,7 +204,7 @@ def _descend(
     masked = [weight for name, weight in zip(module.weight_names, module.weights, strict=True) if name in held]
     work = _GRADIENT * macs * plan.batch_size
     optimiser = Optimiser(weights, work, muon=plan.optimiser == "muon", masked=masked)
-    slope = _Slope(module, samples, objective, plan, weights)
+    slope = _Slope(module, samples, objective, plan, weights, at_once)
     clock = _Clock(plan)
     measured = 0.0
     for step, rows in enumerate(_batches(samples, plan), start=1):
@@ -240,7 +248,13 @@ class _Slope:
     """Gradients of a batch, each lane's from its own samples; their sum does not depend on who is faster."""
 
     def __init__(
-        self, module: TorchSlice, samples: Samples, objective: Objective, plan: Plan, weights: list[nn.Parameter]
+        self,
+        module: TorchSlice,
+        samples: Samples,
+        objective: Objective,
+        plan: Plan,
+        weights: list[nn.Parameter],
+        at_once: int,
     ) -> None:
         self._module = module
         self._samples = samples
@@ -248,34 +262,34 @@ class _Slope:
         self._device = torch.device(plan.device)
         self._bf16 = plan.bf16
         self._weights = weights
+        self._at_once = at_once
 
     def descend(self, rows: np.ndarray, lanes: _Lanes) -> float:
         """Put the gradients into the weights; the loss."""
-        parts = self._samples.split(rows, lanes.count)
-        found = lanes.map(self._of, parts)
-        shares = [len(part) / len(rows) for part in parts]
-        for number, weight in enumerate(self._weights):
-            weight.grad = _weighted(weight, [gradients[number] for _, gradients in found], shares)
-        return sum(share * loss for share, (loss, _) in zip(shares, found, strict=True))
+        parts = self._samples.split(rows, max(lanes.count, -(-len(rows) // self._at_once)))
+        total = 0.0
+        for weight in self._weights:
+            weight.grad = None
+        for start in range(0, len(parts), lanes.count):
+            some = parts[start : start + lanes.count]
+            for part, (loss, gradients) in zip(some, lanes.map(self._of, some), strict=True):
+                share = len(part) / len(rows)
+                total += share * loss
+                for weight, gradient in zip(self._weights, gradients, strict=True):
+                    _add_gradient(weight, gradient, share)
+        return total
 
     def _of(self, rows: np.ndarray) -> tuple[float, Sequence[Tensor | None]]:
         batch = self._samples.batch(rows)
-        device = self._device
-        with torch.autocast(device.type, torch.bfloat16, enabled=self._bf16):
-            answer = self._module(*(_to_float(batch[name], device, self._bf16) for name in self._samples.inputs))
-            captured = {name: _to_float(batch[name], device, False) for name in self._objective.values}
-            loss = self._objective(answer.float(), captured)
+        loss = loss_of(self._module, self._samples.inputs, self._objective, batch, self._device, bf16=self._bf16)
         return float(loss.detach()), torch.autograd.grad(loss, self._weights, allow_unused=True)
 
 
-def _weighted(weight: Tensor, gradients: Sequence[Tensor | None], shares: Sequence[float]) -> Tensor | None:
-    """The mean gradient in the weight's own memory layout, which the fused optimiser takes for granted."""
-    total: Tensor | None = None
-    for gradient, share in zip(gradients, shares, strict=True):
-        if gradient is not None:
-            total = torch.zeros_like(weight) if total is None else total
-            total.add_(gradient, alpha=share)
-    return total
+def _add_gradient(weight: Tensor, gradient: Tensor | None, share: float) -> None:
+    """Add a part's share in the weight's own memory layout, which the fused optimiser takes for granted."""
+    if gradient is not None:
+        weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        weight.grad.add_(gradient, alpha=share)
 
 
 class _Clock:
@@ -340,19 +354,26 @@ class _Judge:
     """The held-out errors of a module, in float32 whatever it is trained in."""
 
     def __init__(
-        self, module: TorchSlice, samples: Samples, objective: Objective, device: torch.device, lanes: _Lanes
+        self,
+        module: TorchSlice,
+        samples: Samples,
+        objective: Objective,
+        device: torch.device,
+        lanes: _Lanes,
+        at_once: int,
     ) -> None:
         self._module = module
         self._inputs = samples.inputs
         self._objective = objective
         self._device = device
         self._lanes = lanes
+        self._batch = min(_EVALUATION_BATCH, at_once)
         most = max(1, _HOLDOUT_BYTES // max(1, samples.bytes_per_sample()))
         rows = samples.heldout(min(samples.blocks.holdout, _HOLDOUT_SAMPLES, most))
         self._sets = [_Held.of(each, objective.target) for each in rows]
         self._count = sum(held.count for held in self._sets)
         self._variance = _variance([held.values[objective.target] for held in self._sets])
-        self._batches = [(h, start) for h in self._sets for start in range(0, h.count, _EVALUATION_BATCH)]
+        self._batches = [(h, start) for h in self._sets for start in range(0, h.count, self._batch)]
 
     def errors(self) -> _Errors:
         """The objective, and the NMSE of the target, on the held-out samples."""
@@ -363,7 +384,7 @@ class _Judge:
     def _of(self, part: tuple[_Held, int]) -> tuple[float, float, int]:
         """Loss times samples, squared error and number of elements of one batch."""
         held, start = part
-        stop = min(start + _EVALUATION_BATCH, held.count)
+        stop = min(start + self._batch, held.count)
         batch = {
             name: (tensor if name in held.constant else tensor[start:stop]).to(self._device)
             for name, tensor in held.values.items()
@@ -373,12 +394,6 @@ class _Judge:
             target = batch[self._objective.target]
             loss = float(self._objective(answer, batch)) * (stop - start)
             return loss, float(((answer - target).double() ** 2).sum()), target.numel()
-
-
-def _to_float(tensor: Tensor, device: torch.device, bf16: bool) -> Tensor:
-    if not tensor.is_floating_point():
-        return tensor.to(device)
-    return tensor.to(device, torch.bfloat16 if bf16 else torch.float32)
 
 
 def _copy(module: TorchSlice) -> list[Tensor]:

@@ -6,7 +6,8 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from types import TracebackType
+from typing import Any, Protocol, Self, TypeAlias
 
 from ndonnx.faults import Fault, fault_of
 
@@ -54,6 +55,16 @@ class Executor(ABC):
         Raises:
             RunDirError: the disk is full, or the run directory cannot be used; workers are stopped first.
         """
+
+    def __enter__(self) -> Self:
+        """Keep what jobs run in from one `run` to the next, until the block is left."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Let it go; by default there is nothing."""
+        del kind, error, traceback
 
     @property
     @abstractmethod

@@ -2,7 +2,8 @@
 
 Every worker has a pipe of its own, so that one killed in the middle of a sentence leaves no lock
 behind and spoils nobody else's. Workers are started as they are needed and dismissed when no job
-is left. A worker that dies takes its job with it, and the next job gets a fresh one.
+is left, or inside `with executor:` when the block is left: importing torch takes seconds. A worker
+that dies takes its job with it, and the next job gets a fresh one.
 """
 
 from __future__ import annotations
@@ -40,15 +41,30 @@ class ProcessExecutor(Executor):
     def __init__(self, workers: int) -> None:
         self._workers = workers
         self._peak_rss = 0
+        self._kept: _Crew | None = None
 
     @property
     def peak_rss_bytes(self) -> int:
         """The largest sum of the peaks of workers that lived at the same time, in bytes."""
         return self._peak_rss
 
+    def __enter__(self) -> Self:
+        self._kept = self._crew()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._kept is not None:
+            self._kept.__exit__(kind, error, traceback)
+        self._kept = None
+
+    def _crew(self) -> _Crew:
+        return _Crew(threads=max(1, usable_cores() // self._workers))
+
     def run(self, jobs: Iterable[Job], on_step: OnStepNamed) -> Iterator[Outcome]:
         waiting = iter(jobs)
-        with _Crew(threads=max(1, usable_cores() // self._workers)) as crew:
+        with self._crew() if self._kept is None else self._kept.shift() as crew:
             for _ in range(self._workers):
                 yield from crew.take_next(waiting)
             while crew.busy:
@@ -109,6 +125,8 @@ class _Crew:
     def __init__(self, threads: int) -> None:
         self._threads = threads
         self._busy: list[_Worker] = []
+        self._idle: list[_Worker] = []
+        self._keeps = False
         self._dismissed: list[_Worker] = []
         self._lived_together: list[list[_Worker]] = []
 
@@ -120,9 +138,22 @@ class _Crew:
     ) -> None:
         for worker in self._busy:
             worker.process.terminate()
-        for worker in [*self._busy, *self._dismissed]:
+        for worker in self._idle:
+            worker.pipe.close()
+        for worker in [*self._busy, *self._idle, *self._dismissed]:
             worker.process.join(_PATIENCE)
             _bury(worker)
+        self._busy, self._idle, self._dismissed = [], [], []
+
+    @contextmanager
+    def shift(self) -> Iterator[Self]:
+        """One of several runs: workers that have nothing to do wait for the next one. All go if it ends early."""
+        self._keeps = True
+        try:
+            yield self
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
 
     @property
     def busy(self) -> bool:
@@ -146,16 +177,32 @@ class _Crew:
                 unsent.append(Outcome(job.name, None, fault_of(error)))
                 continue
             if worker is None:
-                worker = _Worker(self._threads)
+                worker = self._rested() or self._new()
                 self._busy.append(worker)
-                self._lived_together.append(list(self._busy))
             worker.give(job.name, packed)
             return unsent
         if worker is not None:
             self._busy.remove(worker)
-            self._dismissed.append(worker)
-            worker.pipe.close()
+            if self._keeps:
+                self._idle.append(worker)
+            else:
+                self._dismissed.append(worker)
+                worker.pipe.close()
         return unsent
+
+    def _rested(self) -> _Worker | None:
+        """A worker that waits for a job, if one is alive."""
+        while self._idle:
+            worker = self._idle.pop()
+            if worker.process.is_alive():
+                return worker
+            _bury(worker)
+        return None
+
+    def _new(self) -> _Worker:
+        worker = _Worker(self._threads)
+        self._lived_together.append([*self._busy, *self._idle, worker])
+        return worker
 
     def listen(self) -> list[tuple[_Worker, Message | None]]:
         """Wait until some worker speaks or dies; one message of each that did, None for the dead."""

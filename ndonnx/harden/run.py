@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from ndonnx.partition import Partition
 from ndonnx.pipeline import partition_model
 from ndonnx.pipeline.answers import capture_answers, run_alone
 from ndonnx.pipeline.batches import probe, whole_batches
+from ndonnx.pipeline.memory import MemoryPlan
 from ndonnx.pipeline.opening import Given, open_all
 from ndonnx.pipeline.schedule import Schedule
 from ndonnx.progress import Progress, Silent
@@ -178,7 +179,10 @@ class _Run:
             labels_path=answers.labels,
             noises=noises,
             entry=entry,
-            plan=Schedule(recipe, finetunable=True).plan(steps, recipe.finetune_lr),
+            plan=replace(
+                Schedule(recipe, finetunable=True).plan(steps, recipe.finetune_lr),
+                memory=MemoryPlan.of(recipe, self.parts, usable_cores()).whole_step(),
+            ),
             temperature=recipe.temperature,
             label_weight=recipe.label_weight,
             holdout=answers.holdout,

@@ -29,12 +29,15 @@ from ndonnx.partial.quality import Array, Quality, check_labels
 from ndonnx.partition import Neighbourhood, Partition, extract, nodes_between
 from ndonnx.teacher import capture, capture_bytes, make_session
 from ndonnx.teacher.sessions import OrtError
+from ndonnx.teacher.sizes import rows_at_once
 
 Batches = Callable[[], Iterator[Mapping[str, Array]]]
 Change = Callable[[Array, int], Array]
 """From rows of a value and the number of the first sample to what shall stand in their place."""
 
 _BATCH = 64
+_FEW = 2
+"""Samples by which sizes are found."""
 _SESSION_BYTES = 2**30
 """Weights that the sessions kept open may hold together."""
 
@@ -104,7 +107,7 @@ class PartialModels:
         )
         self.samples = samples
         fixed = batch_size(parts.model.graph)
-        self._batch = fixed or _BATCH
+        self._batch = fixed or self._rows_at_once(names, batches)
         self._padded = fixed is not None
         self._variances: dict[str, float] = {}
         self._sessions: OrderedDict[str, _Behind] = OrderedDict()
@@ -244,9 +247,10 @@ class PartialModels:
                 raise TrainingError(f"the teacher's activation '{exit_}' has no sample axis")
             if exit_ in self._store.nonfinite:
                 raise TrainingError(f"the teacher's activation '{exit_}' holds NaN or Inf on this data")
-            batches = [slice(start, start + self._batch) for start in self.starts()]
-            mean = sum(rows[batch].sum(axis=0, dtype=np.float64) for batch in batches) / self.samples
-            self._variances[name] = float(sum(np.sum(np.square(rows[batch] - mean)) for batch in batches) / rows.size)
+            counts = [(start, min(self._batch, self.samples - start)) for start in self.starts()]
+            mean = sum(self._rows(exit_, s)[:n].sum(axis=0, dtype=np.float64) for s, n in counts) / self.samples
+            squares = sum(np.sum(np.square(self._rows(exit_, s)[:n] - mean)) for s, n in counts)
+            self._variances[name] = float(squares / rows.size)
         return self._variances[name]
 
     def whole(
@@ -300,6 +304,10 @@ class PartialModels:
         assert exit_ is not None
         return exit_.name or ""
 
+    def _rows_at_once(self, names: Sequence[str], batches: Batches) -> int:
+        few = {name: rows[:_FEW] for name, rows in next(iter(batches())).items()}
+        return rows_at_once(self.parts.model, names, few, _BATCH)
+
     def _sample_bytes(self, names: Sequence[str], batches: Batches) -> int:
         try:
             return capture_bytes(self.parts.model, names, 1, np.float32)
@@ -340,14 +348,17 @@ class PartialModels:
         return np.minimum(np.arange(start, stop if self._padded else min(stop, self.samples)), self.samples - 1)
 
     def _rows(self, name: str, start: int) -> Array:
-        array = self.value(name)
-        return np.array(array) if self.is_constant(name) else array[self._numbers(start)]
+        if self.is_constant(name):
+            return np.array(self.value(name))
+        if name in self._store.unstorable:
+            raise TrainingError(f"value '{name}' cannot be captured: {self._store.unstorable[name]}")
+        # Opened for each batch: a graph may have more values than a process may have open files.
+        return self._store.rows(name)[self._numbers(start)]
 
     def _gather(self, run: Callable[[int], dict[str, Array]]) -> dict[str, Array]:
         """All samples' answers; outputs that the run does not give are the teacher's."""
         with ThreadPoolExecutor(self._threads, thread_name_prefix="partial") as lanes:
             parts = list(lanes.map(run, self.starts()))
-        self._store.release()
         answers = dict(self.outputs)
         for name in parts[0]:
             pieces = [part[name] for part in parts]

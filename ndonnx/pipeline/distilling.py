@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -14,16 +15,17 @@ import numpy as np
 from ndonnx.data.split import Split
 from ndonnx.distil import DistilJob, DistilResult, load_student, read_result
 from ndonnx.errors import RecipeError, RunDirError
-from ndonnx.executor import make_executor
+from ndonnx.executor import Executor, make_executor
 from ndonnx.faults import Fault, tried
 from ndonnx.machine import pick_device, usable_cores
 from ndonnx.partition import Neighbourhood, Partition
 from ndonnx.pipeline.batches import read_batch, value_bytes, whole_batches
 from ndonnx.pipeline.clock import Clock
 from ndonnx.pipeline.jobs import Jobs, Task
+from ndonnx.pipeline.memory import MemoryPlan
 from ndonnx.pipeline.schedule import Schedule
 from ndonnx.pipeline.tolerating import Tolerances
-from ndonnx.pipeline.waves import Waves
+from ndonnx.pipeline.waves import Waves, gigabytes
 from ndonnx.progress import Progress
 from ndonnx.recipe import Recipe
 from ndonnx.report import NeighbourhoodReport
@@ -34,6 +36,8 @@ from ndonnx.teacher.moments import entry_noise
 from ndonnx.teacher.noise import EntryNoise, noise_store
 from ndonnx.walk import Prefix, held_values
 
+Stores = Sequence[Mapping[str, Path]]
+"""The activation store of each value that a job needs; of several places with one student, one after the other."""
 Rounds = Callable[[Sequence[Task]], Iterator[Sequence[Task]]]
 """Tasks of one wave in the order of their training: each round is over before the next one is asked for."""
 
@@ -102,6 +106,10 @@ class Distillation:
     jobs: Jobs = field(init=False)
     _waves: Waves = field(init=False)
     _plan: tuple[int, list[list[Neighbourhood]]] | None = None
+    _executor: Executor = field(init=False)
+    """Where jobs run, inside `_workers_kept`."""
+    _done: int = 0
+    """Tasks of `apart` that are over."""
 
     def __post_init__(self) -> None:
         self.jobs = Jobs(self.run, self.model_path, self.parts, self.recipe)
@@ -131,6 +139,7 @@ class Distillation:
     ) -> Task:
         """A student of a neighbourhood, as the recipe says where nothing else is given."""
         plan = self.schedule.distil(len(self.parts.trained), self._workers())
+        plan = replace(plan, memory=self._memory.step(self._workers()))
         plan = plan if steps is None else replace(plan, steps=steps)
         return Task(label or neighbourhood.name, neighbourhood, method or method_of(self.recipe), plan)
 
@@ -139,9 +148,11 @@ class Distillation:
         self.keep_the_rest()
         samples, waves = self.planned()
         if self.recipe.inputs == "student":
-            self._in_order(waves, samples)
+            with self._workers_kept():
+                self._in_order(waves, samples)
         elif self.recipe.inputs == "noise":
-            self._on_noise(waves, samples)
+            with self._workers_kept():
+                self._on_noise(waves, samples)
         else:
             self.apart([self._needed(n) for n in self.parts.trained])
         for name, first in self.parts.shared.items():
@@ -192,28 +203,33 @@ class Distillation:
         of_wave = [[task for n in wave for task in of_each.get(n.name, ())] for wave in waves]
         open_ = [[t for t in several if t.label not in self.outcomes and not self._reuse(t)] for several in of_wave]
         self._waves.estimate([wave for wave, todo in zip(waves, open_, strict=True) if todo], samples)
-        total = sum(map(len, open_))
-        done = 0
-        for wave, several, todo in zip(waves, of_wave, open_, strict=True):
-            if not todo:
+        self._done, total = 0, sum(map(len, open_))
+        with self._workers_kept():
+            for wave, several, todo in zip(waves, of_wave, open_, strict=True):
+                if todo:
+                    self._train_wave(wave, rounds(several) if rounds is not None else [several], total, unit, ordered)
+
+    def _train_wave(
+        self, wave: Sequence[Neighbourhood], rounds: Iterable[Sequence[Task]], total: int, unit: str, ordered: bool
+    ) -> None:
+        samples, _ = self.planned()
+        values = self.jobs.wanted(wave)
+        entry = self.run.entry("activations", fingerprint(*self.data, values))
+        store: ActivationStore | None = None
+        for these in rounds:
+            left = [task for task in these if task.label not in self.outcomes]
+            if not left:
                 continue
-            values = self.jobs.wanted(wave)
-            entry = self.run.entry("activations", fingerprint(*self.data, values))
-            store: ActivationStore | None = None
-            for these in rounds(several) if rounds is not None else iter([several]):
-                left = [task for task in these if task.label not in self.outcomes]
-                if not left:
-                    continue
-                if store is None:
-                    with self.clock.measure("capture"):
-                        store = self._capture(entry, values, samples)
-                with self.clock.measure("distil"):
-                    self.progress.stage("distil", total, unit)
-                    self.progress.advance(done)
-                    stores = dict.fromkeys(values, store.path)
-                    self._train(self._jobs(left, stores), ordered)
-                done += len(left)
-            entry.remove()
+            if store is None:
+                with self.clock.measure("capture"):
+                    store = self._capture(entry, values, samples)
+            stores = [dict.fromkeys(values, store.path)]
+            with self.clock.measure("distil"):
+                self.progress.stage("distil", total, unit)
+                self.progress.advance(self._done)
+                self._train(left, {task.label: stores for task in left}, ordered)
+            self._done += len(left)
+        entry.remove()
 
     def _on_noise(self, waves: list[list[Neighbourhood]], samples: int) -> None:
         """Each on Gaussian noise at its own input, rectified behind a ReLU: no data at all (section 6)."""
@@ -222,20 +238,22 @@ class Distillation:
         drawn = entry_noise(self.parts, carry=False, seed=self.recipe.seed, threads=1)
         folder = self.run.path / "noise"
         for wave in waves:
-            jobs: dict[str, DistilJob] = {}
+            stores: dict[str, Stores] = {}
+            tasks = []
             with self.clock.measure("capture"):
                 for number, neighbourhood in enumerate(wave):
                     task = self._needed(neighbourhood)
                     if self._reuse(task):
                         continue
-                    stores = tried(partial(self._noise, neighbourhood, folder / f"{number:04}", samples, drawn))
-                    if isinstance(stores, Fault):
-                        self._keep(task.label, stores)
+                    places = tried(partial(self._noise, neighbourhood, folder / f"{number:04}", samples, drawn))
+                    if isinstance(places, Fault):
+                        self._keep(task.label, places)
                     else:
-                        jobs |= self._jobs([task], *stores)
+                        stores[task.label] = places
+                        tasks.append(task)
             with self.clock.measure("distil"):
-                self.progress.stage("distil", len(jobs), "neighbourhoods")
-                self._train(jobs)
+                self.progress.stage("distil", len(tasks), "neighbourhoods")
+                self._train(tasks, stores)
             shutil.rmtree(folder, ignore_errors=True)
 
     def _noise(
@@ -289,7 +307,7 @@ class Distillation:
             if isinstance(stores, Fault):
                 self._keep(task.label, stores)
             else:
-                self._train(self._jobs([task], *stores))
+                self._train([task], {task.label: stores})
         for following in self._up_to_next(neighbourhood):
             self._go_on(prefix, following)
         self.progress.advance()
@@ -367,23 +385,59 @@ class Distillation:
         entry.commit({"samples": samples}, digest=False)
         return store
 
-    def _train(self, jobs: Mapping[str, DistilJob], ordered: bool = False) -> None:
-        executor = make_executor(self.recipe.executor, self._workers())
-        sizes = self._waves.sizes
-        in_order = list(jobs.values())
+    def _train(self, tasks: Sequence[Task], stores: Mapping[str, Stores], ordered: bool = False) -> None:
+        """Train tasks, each job made when it can start.
+
+        Args:
+            tasks: in any order.
+            stores: of each task, by its label.
+            ordered: start them as they come; otherwise those with the largest activations first.
+        """
+        in_order = list(tasks)
         if not ordered:
             # Those with most of a time budget first, so that no worker is left with one alone in the end.
-            in_order.sort(key=lambda job: (-(job.plan.seconds or 0.0), -sum(sizes.get(name, 0) for name in job.stores)))
-        for outcome in executor.run(in_order, self.progress.step):
+            in_order.sort(key=lambda task: (-(task.plan.seconds or 0.0), -self._boundary_bytes(task)))
+        entries = {task.label: self.jobs.entry(task) for task in tasks}
+        for outcome in self._executor.run(self._jobs(in_order, stores), self.progress.step):
             if outcome.fault is not None:
                 self._keep(outcome.name, outcome.fault)
             else:
                 result: DistilResult | None = outcome.result
-                self.outcomes[outcome.name] = Outcome("distilled", jobs[outcome.name].entry, result)
+                self.outcomes[outcome.name] = Outcome("distilled", entries[outcome.name], result)
                 self.progress.finished(outcome.name, "distilled", result.nmse if result else None, None)
             if self.recipe.inputs != "student":
                 self.progress.advance()
-        self.workers_rss = max(self.workers_rss, executor.peak_rss_bytes)
+        self.workers_rss = max(self.workers_rss, self._executor.peak_rss_bytes)
+
+    def _boundary_bytes(self, task: Task) -> int:
+        return sum(self._waves.sizes.get(name, 0) for name in self.jobs.wanted([task.neighbourhood]))
+
+    @contextmanager
+    def _workers_kept(self) -> Iterator[None]:
+        """Keep worker processes from one training to the next."""
+        with make_executor(self.recipe.executor, self._workers()) as self._executor:
+            yield
+
+    @cached_property
+    def _memory(self) -> MemoryPlan:
+        plan = MemoryPlan.of(self.recipe, self.parts, usable_cores())
+        if plan.least > plan.budget:
+            self.progress.note(
+                f"the memory budget of {gigabytes(plan.budget)} is less than the {gigabytes(plan.least)}, about, that "
+                "this model takes with one job at a time, and will be exceeded; raise --memory-budget"
+            )
+        return plan
+
+    @cached_property
+    def _most_workers(self) -> int:
+        wanted = self.recipe.workers or min(usable_cores(), len(self.parts.trained))
+        found = self._memory.workers(wanted)
+        if found < wanted:
+            self.progress.note(
+                f"{found} of {wanted} workers: more would take more than the memory budget of "
+                f"{gigabytes(self._memory.budget)}; --memory-budget raises it"
+            )
+        return found
 
     def _keep(self, label: str, fault: Fault) -> None:
         """End a task without a student."""
@@ -394,25 +448,18 @@ class Distillation:
         # From the recipe and the partition alone: threads decide the last bits, and a continued run has fewer jobs.
         if self.recipe.inputs == "student" or (self.recipe.executor == "serial" and self.recipe.workers is None):
             return 1
-        return self.recipe.workers or min(usable_cores(), len(self.parts.trained))
+        return self._most_workers
 
-    def _jobs(self, tasks: Iterable[Task], *stores: Mapping[str, Path]) -> dict[str, DistilJob]:
-        """The jobs of these tasks by their labels; a task of which none can be made ends here.
-
-        Args:
-            tasks: as they are started.
-            stores: of each value, by its name; of several places with one student, one after the other.
-        """
+    def _jobs(self, tasks: Iterable[Task], stores: Mapping[str, Stores]) -> Iterator[DistilJob]:
+        """The job of each task, made when it is asked for; a task of which none can be made ends here."""
         threads = max(1, usable_cores() // self._workers())
-        first, further = stores[0], list(stores[1:]) or None
-        found = {}
         for task in tasks:
-            job = tried(partial(self.jobs.job, task, first, threads, further))
+            first, *further = stores[task.label]
+            job = tried(partial(self.jobs.job, task, first, threads, further or None))
             if isinstance(job, Fault):
                 self._keep(task.label, job)
             else:
-                found[task.label] = job
-        return found
+                yield job
 
 
 def unchanged_outcomes(parts: Partition) -> dict[str, Outcome]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import onnx_ir as ir
@@ -21,6 +22,7 @@ from ndonnx.machine import usable_cores
 from ndonnx.partition import Partition
 from ndonnx.pipeline.answers import capture_answers, run_alone
 from ndonnx.pipeline.batches import read_batch, sample_bytes, value_bytes, whole_batches
+from ndonnx.pipeline.memory import MemoryPlan
 from ndonnx.pipeline.schedule import Schedule
 from ndonnx.progress import Progress
 from ndonnx.recipe import Recipe
@@ -46,6 +48,10 @@ class Finishing:
     schedule: Schedule
     progress: Progress
     workers_rss: int = 0
+
+    @cached_property
+    def _memory(self) -> MemoryPlan:
+        return MemoryPlan.of(self.recipe, self.parts, usable_cores())
 
     def refit(self, students: Mapping[str, ir.Model], key: tuple[str, ...]) -> dict[str, ir.Model]:
         """Walk down the chain and refit each student's last linear operator; see `ndonnx.walk.refit_walk`.
@@ -111,7 +117,7 @@ class Finishing:
         """
         if (reason := why_not_finetuned(student)) is not None:
             return self._not_finetuned(student, Fault(reason))
-        plan = self.schedule.finetune()
+        plan = replace(self.schedule.finetune(), memory=self._memory.whole_step())
         samples, views = self._finetune_samples()
         rows = self.split.to_train(samples).fingerprint()
         settings: list[object] = [self.recipe.temperature, self.recipe.label_weight, self.recipe.holdout, rows]
@@ -149,7 +155,8 @@ class Finishing:
         try:
             answers = capture_answers(self.parts, self.split, samples, scratch, self.recipe, self.progress, views)
             save(student, scratch / STUDENT_FILE)
-            plan = self.schedule.finetune()  # now, when the answers' time is spent
+            # Now, when the answers' time is spent.
+            plan = replace(self.schedule.finetune(), memory=self._memory.whole_step())
             job = FinetuneJob(
                 name="student",
                 student_path=scratch / STUDENT_FILE,

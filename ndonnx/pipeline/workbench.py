@@ -36,6 +36,7 @@ from ndonnx.students import method_of
 _DECIDING = {
     *("inputs", "finetune_steps", "finetune_samples", "finetune_lr", "augment", "temperature", "label_weight"),
     *("holdout", "batch_size", "optimiser", "warmup", "seed", "precision", "device", "cache_budget", "parity", "steps"),
+    "memory_budget",
 }
 """Keys of the recipe that decide what is done to students together."""
 

@@ -35,7 +35,7 @@ from ndonnx.students.base import Candidate, StudentMethod, TeacherSlice
 from ndonnx.students.exit import find_exit
 from ndonnx.students.factors import fit_of
 from ndonnx.students.features import from_matrix
-from ndonnx.students.least_squares import Regression
+from ndonnx.students.least_squares import MOST_FEATURES, Regression
 from ndonnx.students.linear import every_reader, set_weight
 from ndonnx.students.width import Init
 
@@ -240,7 +240,7 @@ def _fit_end(teacher: TeacherSlice, student: ir.Model) -> ir.Model:
     end = find_exit(student)
     target = _same_place(student, teacher.model, end.total) if end is not None else None
     reader = next((r for r in every_reader(student) if end is not None and r.node is end.node), None)
-    if end is None or target is None or reader is None:
+    if end is None or target is None or reader is None or reader.features > MOST_FEATURES:
         return student
     problem = Regression(reader.node, teacher.count)
     names = (end.data, reader.output, end.total)

@@ -7,7 +7,7 @@ inputs that it really gets, is a least-squares problem with one solution.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,12 +19,17 @@ from ndonnx.errors import ShrinkError, first_line
 from ndonnx.graph.costs import constant_of
 from ndonnx.graph.working_copy import slice_batch
 from ndonnx.students.features import from_matrix, is_plain, offset_of
-from ndonnx.students.least_squares import Regression, ridge_of, solve, solve_masked
-from ndonnx.teacher.probe import Probe, run_batches, sample_count
+from ndonnx.students.least_squares import (
+    MOST_FEATURES,
+    Regression,
+    features_of,
+    ridge_of,
+    shape_of,
+    solve,
+    solve_masked,
+)
+from ndonnx.teacher.probe import Probe, Rows, run_batches, sample_count
 from ndonnx.teacher.sessions import REFUSALS
-
-Rows = Mapping[str, npt.NDArray[np.generic]]
-"""Inputs of a slice by name; the first axis is the sample, except for constants."""
 
 _RIDGE = 1e-4
 """Ridge, relative to the mean energy of a feature: what is corrected is small, so a little damping costs nothing."""
@@ -144,7 +149,7 @@ def refit_exit(
     """
     end = find_exit(student, held)
     names = {value.name for node in teacher.graph for value in node.outputs}
-    if end is None or end.total not in names:
+    if end is None or end.total not in names or features_of(end.node, shape_of(end.node)) > MOST_FEATURES:
         return None
     exit_ = teacher.graph.outputs[0].name or ""
     pairs = _Pairs(teacher, student, teacher_rows, student_rows, constants, threads)

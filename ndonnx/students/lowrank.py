@@ -14,7 +14,7 @@ from ndonnx.graph.load import infer_shapes
 from ndonnx.students.base import Candidate, StudentMethod, TeacherSlice
 from ndonnx.students.factors import Cut, Fit, Form, Problem, fit_of, forms_of
 from ndonnx.students.features import LinearReader, from_matrix
-from ndonnx.students.least_squares import Regression
+from ndonnx.students.least_squares import MOST_FEATURES, Regression
 from ndonnx.students.linear import add_weight, every_reader, set_weight, unique_name
 from ndonnx.students.tables import Table, lookups, measure, split_table
 from ndonnx.students.width import Init, randomise
@@ -62,7 +62,7 @@ class LowRank(StudentMethod):
 
     def _build(self, teacher: TeacherSlice, rng: np.random.Generator) -> Candidate:
         spec = f"lowrank k={self.keep:g}"
-        readers = every_reader(teacher.model, teacher.held)
+        readers = [r for r in every_reader(teacher.model, teacher.held) if r.features <= MOST_FEATURES]
         fits = self._fits(teacher, teacher.model, readers)
         pieces: list[Linear | Table] = [*measure(teacher, lookups(teacher.model, teacher.held))]
         pieces += [Linear(reader, fits[reader].problem) for reader in readers]

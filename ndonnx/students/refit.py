@@ -17,7 +17,7 @@ import onnx_ir as ir
 from ndonnx.partition import stays
 from ndonnx.students.base import TeacherSlice
 from ndonnx.students.features import LinearReader, from_matrix, linear_readers
-from ndonnx.students.least_squares import Regression
+from ndonnx.students.least_squares import MOST_FEATURES, Regression, features_of
 from ndonnx.students.linear import every_reader
 
 
@@ -60,6 +60,8 @@ def _is_own(student: ir.Model, reader: LinearReader) -> bool:
 def _refit(teacher: TeacherSlice, student: ir.Model, reader: LinearReader, kept: npt.NDArray[np.bool_]) -> None:
     weight = student.graph.initializers[reader.weight]
     shape = _shape(weight)
+    if features_of(reader.node, shape) > MOST_FEATURES:
+        return
     problem = Regression(reader.node, teacher.count, shape)
     for samples, (theirs, ours) in teacher.batches((teacher.model, [reader.output]), (student, [reader.data])):
         expected = _kept_outputs(teacher, reader, theirs[reader.output], kept)

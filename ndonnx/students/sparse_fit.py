@@ -17,7 +17,18 @@ import torch
 from torch import Tensor
 
 from ndonnx.graph.costs import constant_of
-from ndonnx.students.least_squares import Moments, cholesky, groups_of, one_thread, ridge_of, solve, solve_masked
+from ndonnx.students.least_squares import (
+    MOST_FEATURES,
+    Moments,
+    cholesky,
+    features_of,
+    groups_of,
+    one_thread,
+    ridge_of,
+    shape_of,
+    solve,
+    solve_masked,
+)
 
 _RIDGE = 1e-4
 """Ridge, relative to the mean energy of a feature; it draws towards the teacher's weights."""
@@ -33,7 +44,9 @@ ChooseMask = Callable[[Tensor, float], Tensor]
 def can_fit(node: ir.Node) -> bool:
     """Whether an operator has a closed form here: 2-D `Conv`, plain `Gemm`, `MatMul` by a matrix on the right."""
     tensor = constant_of(node.inputs[1]) if len(node.inputs) > 1 else None
-    if tensor is None or node.domain not in ("", "ai.onnx"):
+    if tensor is None or len(tensor.shape) < 2 or node.domain not in ("", "ai.onnx"):
+        return False
+    if features_of(node, shape_of(node)) > MOST_FEATURES:
         return False
     attributes = node.attributes
     match node.op_type:

@@ -13,9 +13,12 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ndonnx.graph.working_copy import slice_batch
 from ndonnx.teacher.sessions import make_session
+from ndonnx.teacher.store import StoredRows
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 """Values by name; the first axis is the sample, except for constants."""
+Rows = Mapping[str, npt.NDArray[Any] | StoredRows]
+"""The same, in memory or on the disk."""
 
 BATCH_BYTES = 32 * 2**20
 """Bytes, about, of the values that one batch gives."""
@@ -97,7 +100,7 @@ def _behind(pieces: Sequence[npt.NDArray[Any]], batch: int, rows: int) -> npt.ND
 
 
 def run_batches(
-    runs: Sequence[tuple[Callable[[Arrays], dict[str, npt.NDArray[Any]]], Arrays]],
+    runs: Sequence[tuple[Callable[[Arrays], dict[str, npt.NDArray[Any]]], Rows]],
     constants: Collection[str] = (),
     samples: range | None = None,
     size: int | None = None,
@@ -127,13 +130,14 @@ def run_batches(
         start = stop
 
 
-def sample_count(feeds: Arrays, constants: Collection[str] = ()) -> int:
+def sample_count(feeds: Rows, constants: Collection[str] = ()) -> int:
     """Samples that all feeds have."""
     return min(len(array) for name, array in feeds.items() if name not in constants)
 
 
-def _part(feeds: Arrays, constants: Collection[str], rows: slice) -> dict[str, npt.NDArray[Any]]:
-    return {name: _plain(array if name in constants else array[rows]) for name, array in feeds.items()}
+def _part(feeds: Rows, constants: Collection[str], rows: slice) -> dict[str, npt.NDArray[Any]]:
+    whole = {name: array for name, array in feeds.items() if name in constants and isinstance(array, np.ndarray)}
+    return {name: _plain(whole[name] if name in whole else array[rows]) for name, array in feeds.items()}
 
 
 def _plain(array: npt.NDArray[Any]) -> npt.NDArray[Any]:

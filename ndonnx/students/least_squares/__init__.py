@@ -7,16 +7,28 @@ goes into moments chunk by chunk (`moments.py`), and symmetric systems are solve
 
 from ndonnx.students.least_squares.moments import Accumulator, Moments
 from ndonnx.students.least_squares.regression import FeatureEnergies, Regression
-from ndonnx.students.least_squares.rows import RowSampler, groups_of, kernel_of, output_rows, rows_needed, rows_of
+from ndonnx.students.least_squares.rows import (
+    MOST_FEATURES,
+    RowSampler,
+    features_of,
+    groups_of,
+    kernel_of,
+    output_rows,
+    rows_needed,
+    rows_of,
+    shape_of,
+)
 from ndonnx.students.least_squares.solver import cholesky, one_thread, ridge_of, solve, solve_masked
 
 __all__ = [
+    "MOST_FEATURES",
     "Accumulator",
     "FeatureEnergies",
     "Moments",
     "Regression",
     "RowSampler",
     "cholesky",
+    "features_of",
     "groups_of",
     "kernel_of",
     "one_thread",
@@ -24,6 +36,7 @@ __all__ = [
     "ridge_of",
     "rows_needed",
     "rows_of",
+    "shape_of",
     "solve",
     "solve_masked",
 ]

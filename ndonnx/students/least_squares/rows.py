@@ -23,6 +23,9 @@ _ROWS_PER_UNKNOWN = 32
 than any number would: 3%."""
 _LEAST_ROWS = 16_384
 """Rows of narrow operators, which cost nothing; neighbouring positions of one sample say much of the same."""
+MOST_FEATURES = 5000
+"""Features of an operator beyond which it has no closed form: the matrix of their products would take over 200 MB. A
+3x3 window on 512 channels has 4,608."""
 _CHUNK_NUMBERS = 2**22
 """Numbers of features, about, that are in memory at a time."""
 

@@ -15,9 +15,10 @@ import torch
 
 import ndonnx
 from ndonnx.errors import UsageError
-from ndonnx.graph import Cost, cost_of, fold_constants
+from ndonnx.graph import Cost, fold_constants
 from ndonnx.graph.fused import is_inside_fused, take_apart
 from ndonnx.graph.load import infer_shapes
+from ndonnx.graph.macs import sample_cost
 from ndonnx.graph.targets import shape_readers
 from ndonnx.partition import find_groups
 from ndonnx.pipeline import distilling, finishing
@@ -150,7 +151,7 @@ def test_costs_of_a_recurrent_layer() -> None:
     _, parts = parted(exported(Tagger(layers=1), families.bytes_example()))
     (layer,) = (node for node in parts.model.graph if node.op_type == "LSTM")
     weights = 2 * 4 * 12 * (8 + 12)
-    assert cost_of([layer]) == Cost(weights + 2 * 2 * 4 * 12, families.STEPS * weights)
+    assert sample_cost([layer], parts.shapes) == Cost(weights + 2 * 2 * 4 * 12, families.STEPS * weights)
 
 
 def test_states_that_others_hand_in_keep_their_size() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from ndonnx.students.zeroing import check_by_zeroing
 from ndonnx.teacher import ActivationStore
 from ndonnx.verify import check_no_larger
 from tests import sharing
-from tests.models import Array, inputs_of, loaded, parted, residual_cnn, run
+from tests.models import Array, Net, inputs_of, loaded, parted, residual_cnn, run
 from tests.runs import ALONE, Bench
 
 pytestmark = pytest.mark.usefixtures("one_core")
@@ -157,6 +157,45 @@ def test_a_tied_weight_counts_once(name: str) -> None:
     feed = inputs_of(model)
     expected, found = run(model, feed)["y"], run(working, feed)["y"]
     assert np.array_equal(expected, found)
+
+
+def views(*paths: Sequence[str]) -> ir.Model:
+    """A model, folded, in which one matrix is read by way of operators: `t` transposes, `c` casts, `r` reshapes."""
+    net = Net(1)
+    weight, ends = net.constant("w", net.rng.standard_normal((4, 4)).astype(np.float16)), []
+    for path in paths:
+        value = weight
+        for step in path:
+            match step:
+                case "t":
+                    value = net.op("Transpose", value, perm=[1, 0])
+                case "c":
+                    value = net.op("Cast", value, to=1)
+                case "i":
+                    value = net.op("Identity", value)
+                case "r":
+                    value = net.op("Reshape", value, net.ints(2, 8))
+        size = 2 if "r" in path else 4
+        ends.append(net.op("MatMul", net.input(f"x{len(ends)}", "N", size), value, out=f"y{len(ends)}"))
+    return fold_constants(loaded(net.proto(*ends)))
+
+
+@pytest.mark.parametrize(
+    ("paths", "held", "left"),
+    [
+        (["c", "c"], 1, []),
+        (["ct", "ct"], 1, []),
+        (["tc", "tic"], 1, []),
+        (["c", "ct"], 1, ["Transpose"]),
+        (["ci", "ctt"], 1, ["Transpose", "Transpose"]),
+        (["ct", "ct", "c", "cr"], 1, ["Reshape", "Transpose"]),
+    ],
+)
+def test_views_of_a_matrix_are_one_weight(paths: list[str], held: int, left: list[str]) -> None:
+    model = views(*paths)
+    weights = [value for value in model.graph.initializers.values() if value.dtype is ir.DataType.FLOAT]
+    assert len(weights) == held
+    assert sorted(node.op_type for node in model.graph if node.op_type != "MatMul") == left
 
 
 @pytest.mark.parametrize("name", SHRINKING)
@@ -293,12 +332,12 @@ def test_the_distance_of_a_thing_to_itself_stays_nought(method: str, options: di
 
 
 @pytest.mark.parametrize("method", ["lowrank", "sparsity", "removal", "activation"])
-@pytest.mark.parametrize("name", ["albert", "head", "transposed"])
+@pytest.mark.parametrize("name", ["albert", "head", "transposed", "language model", "unrolled", "vectors"])
 def test_no_other_method_makes_the_model_larger(name: str, method: str, tmp_path: Path) -> None:
     bench = Bench(tmp_path).put(MODELS[name]())
     go(bench, method=method, inputs="teacher")
     assert left(bench) <= 1
-    assert reading(bench.student) == reading(bench.model) or method in ("lowrank", "removal")
+    assert method in ("lowrank", "removal") or reading(bench.student) == reading(bench.model)
 
 
 def test_training_behind_each_other_goes_on_to_the_same_student(tmp_path: Path) -> None:

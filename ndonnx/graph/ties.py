@@ -18,19 +18,30 @@ _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.Data
 
 
 def unite_views(graph: ir.Graph) -> None:
-    """Let equal views of a constant be one, and an `Identity` of it the constant itself. In place, at the top level."""
+    """Let equal views of a constant be one, and an `Identity` of it the constant itself. In place, at the top level.
+
+    An `Identity` of what nothing else reads stays: folding gives the constant its name.
+    """
+    while _unite_once(graph):
+        pass
+
+
+def _unite_once(graph: ir.Graph) -> bool:
+    """One pass; whether anything was united, so that more may be equal now."""
     found: dict[Hashable, ir.Value] = {}
+    changed = False
     for node in list(graph):
-        source = node.inputs[0] if _is_view(node) else None
-        if source is None or not _is_constant(origin_of(source)) or node.outputs[0].is_graph_output():
+        source, value = node.inputs[0] if _is_view(node) else None, node.outputs[0]
+        if source is None or not _is_constant(origin_of(source)) or value.is_graph_output():
             continue
-        if len(source.uses()) < _SEVERAL and not source.is_graph_output():
-            continue  # nothing shares it
-        key = _signature(node)
-        same = source if node.op_type == "Identity" else found.setdefault(key, node.outputs[0]) if key else None
-        if same is not None and same is not node.outputs[0]:
-            node.outputs[0].replace_all_uses_with(same)
+        same = found.setdefault(_signature(node), value)
+        if node.op_type == "Identity" and _is_shared(source):
+            same = source
+        if same is not value:
+            value.replace_all_uses_with(same)
             graph.remove(node, safe=True)
+            changed = True
+    return changed
 
 
 def is_tie(node: ir.Node) -> bool:
@@ -41,7 +52,7 @@ def is_tie(node: ir.Node) -> bool:
     if not _is_view(node) or node.outputs[0].is_graph_output():
         return False
     source = node.inputs[0]
-    if source is None or (len(source.uses()) < _SEVERAL and not source.is_graph_output()):
+    if source is None or not _is_shared(source):
         return False
     tensor = _tensor(source)
     dtype, shape = (tensor.dtype, tensor.shape) if tensor is not None else (source.dtype, source.shape)
@@ -50,7 +61,9 @@ def is_tie(node: ir.Node) -> bool:
     return sum(size != 1 for size in shape) > 1
 
 
-_SEVERAL = 2
+def _is_shared(value: ir.Value) -> bool:
+    """Whether more than one reads a value, an output of the model among them."""
+    return len(value.uses()) + value.is_graph_output() > 1
 
 
 def origin_of(value: ir.Value) -> ir.Value:
@@ -102,7 +115,7 @@ def _tensor(value: ir.Value) -> ir.TensorProtocol | None:
 
 
 def _signature(node: ir.Node) -> Hashable:
-    """Equal for nodes that compute the same; None where that cannot be told cheaply."""
+    """Equal for nodes that compute the same."""
     further: list[Hashable] = []
     for value in node.inputs[1:]:
         tensor = _tensor(value) if value is not None else None

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
+import re
 import resource
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -319,14 +322,73 @@ def test_a_large_model_is_saved_with_its_data_beside_it(tmp_path: Path, monkeypa
     for _ in range(2):  # the second time over the first, from which the model reads
         model = load(path) if path.exists() else loaded(mlp())
         save(model, path)
-        assert sorted(os.listdir(tmp_path)) == ["large.onnx", "large.onnx.data"]
-        assert path.stat().st_size < (tmp_path / "large.onnx.data").stat().st_size
+        name, data = sorted(os.listdir(tmp_path), key=len)
+        assert name == "large.onnx"
+        assert re.fullmatch(r"large\.onnx\.[0-9a-f]{16}\.data", data)
+        assert path.stat().st_size < (tmp_path / data).stat().st_size
         onnx.checker.check_model(str(path))
         again = load(path)
         assert tensor_bytes(again) == tensor_bytes(loaded(mlp()))
         np.testing.assert_array_equal(
             run(onnx.load_from_string(serialise(again)), inputs_of(mlp()))["y"], run(mlp(), inputs_of(mlp()))["y"]
         )
+
+
+class Killed(BaseException):
+    """In place of a signal that no process survives."""
+
+
+class Killing:
+    """Ends what runs before or after one of its changes to names on the disk."""
+
+    def __init__(self, moment: int) -> None:
+        self.moment, self.done = moment, 0
+
+    def watch(self, change: Callable[..., Any]) -> Callable[..., Any]:
+        def changed(*names: Any, **options: Any) -> Any:
+            self._tick()
+            found = change(*names, **options)
+            self._tick()
+            return found
+
+        return changed
+
+    def _tick(self) -> None:
+        self.done += 1
+        if self.done == self.moment:
+            raise Killed
+
+
+@pytest.mark.parametrize("large", [True, False])
+def test_a_kill_at_any_moment_of_a_save_leaves_the_old_model_or_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: bool
+) -> None:
+    path, feed = tmp_path / "m.onnx", inputs_of(mlp())
+    old, new = loaded(mlp()), loaded(mlp())
+    for name in list(new.graph.initializers)[:2]:
+        value = new.graph.initializers[name]
+        value.const_value = ir.tensor(value.const_value.numpy() * 2, name=name)  # type: ignore[union-attr]
+    answers = [run(onnx.load_from_string(serialise(model)), feed)["y"] for model in (old, new)]
+    assert not np.array_equal(*answers)
+    kept: list[int] = []
+    for moment in itertools.count(1):
+        monkeypatch.setattr(load_module, "PROTOBUF_LIMIT", 100)
+        save(old, path)
+        monkeypatch.setattr(load_module, "PROTOBUF_LIMIT", 100 if large else 10**9)
+        killing = Killing(moment)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "replace", killing.watch(os.replace))
+            patch.setattr(Path, "unlink", killing.watch(Path.unlink))
+            with suppress(Killed):
+                save(new, path)
+        found = run(onnx.load_from_string(serialise(load(path))), feed)["y"]
+        kept.append(next(number for number, answer in enumerate(answers) if np.array_equal(found, answer)))
+        if killing.done < moment:  # it came to its end
+            break
+    assert kept == sorted(kept)
+    assert set(kept) == {0, 1}
+    # What was left behind went with the next save.
+    assert len(list(tmp_path.iterdir())) == (2 if large else 1)
 
 
 @contextmanager

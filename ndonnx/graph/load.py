@@ -17,6 +17,7 @@ from ndonnx.errors import ModelError, RunDirError, first_line
 from ndonnx.graph.collector import collector_paused
 from ndonnx.graph.dataflow import reads, sub_graphs
 from ndonnx.graph.external import external_tensors, resolve_external_data
+from ndonnx.graph.files import model_files, name_by_contents, own_data, rename_data
 from ndonnx.graph.inference import open_negative_sizes, take_inferred, weightless
 from ndonnx.graph.maps import remember_maps, set_maps_aside, write_maps
 from ndonnx.graph.opsets import ONNX_NAMES, let_functions_follow, remember_opsets, settle_opsets, write_opsets
@@ -198,7 +199,9 @@ def _as_in_file(model: ir.Model, proto: onnx.ModelProto) -> onnx.ModelProto:
 def save(model: ir.Model, path: str | Path) -> None:
     """Write a model under its final name only when it is complete.
 
-    Above 1.9 GB of tensors the weights go into `<name>.data` beside the file.
+    Above 1.9 GB of tensors the weights go into a file beside it, named after its contents: `<name>.<digest>.data`. So
+    whenever the process is killed, the model's name stands for the old pair of files or for the new one. The old
+    weights go when nothing reads them any more.
 
     Raises:
         RunDirError: the folder is missing, unwritable, or full.
@@ -208,13 +211,19 @@ def save(model: ir.Model, path: str | Path) -> None:
         with tempfile.TemporaryDirectory(prefix=".ndonnx-", dir=path.parent) as scratch:
             whole = Path(scratch) / path.name
             if tensor_bytes(model) > PROTOBUF_LIMIT:
-                ir.save(model, whole, external_data=f"{path.name}.data")
+                data = whole.with_name(f"{path.name}.data")
+                ir.save(model, whole, external_data=data.name)
+                named = name_by_contents(data, path.name)
                 proto = _as_in_file(model, onnx.load(whole, load_external_data=False))
+                rename_data(proto, named.name)
                 whole.write_bytes(proto.SerializeToString(deterministic=True))
+                os.replace(named, path.parent / named.name)
             else:
                 whole.write_bytes(serialise(model))
-            for part in sorted(Path(scratch).iterdir(), key=lambda part: part == whole):
-                os.replace(part, path.parent / part.name)
+            own = own_data(path)
+            os.replace(whole, path)
+        for unread in own.difference(model_files(path)):
+            unread.unlink(missing_ok=True)
     except OSError as error:
         raise RunDirError(f"{path}: cannot write the model: {error.strerror}") from error
 

@@ -300,9 +300,10 @@ def test_a_gemm_may_add_whatever_broadcasts(
 
 
 @pytest.mark.parametrize("shape", [lambda n: (4, 1), lambda n: (4, n)])
-def test_a_gemm_that_adds_another_number_to_each_sample_of_a_batch_is_kept(
+def test_a_gemm_may_add_another_number_to_each_sample_of_a_batch(
     tmp_path: Path, shape: Callable[[int], tuple[int, ...]]
 ) -> None:
     bench = Bench(tmp_path).put(odd_gemm(shape, 4), free=odd_gemm(lambda n: (n,)))
     result = bench.compress(inputs="student")
-    assert set(statuses(result).values()) == {"kept"} and not result.report.unforeseen
+    assert not result.report.unforeseen
+    assert run(onnx.load(bench.student), inputs_of(onnx.load(bench.model), 4))["logits"].shape == (4, 5)

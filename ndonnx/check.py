@@ -21,12 +21,13 @@ from numpy.typing import NDArray
 
 from ndonnx.data import DataSource, InputSpec, input_specs, open_source
 from ndonnx.data.made_up import made_up_samples
-from ndonnx.distil.gate import open_slice, pass_gate
+from ndonnx.distil.gate import check_answer, open_slice, pass_gate
 from ndonnx.distil.samples import SliceSamples
 from ndonnx.errors import ConversionError, DataError, ModelError, ParityError
 from ndonnx.faults import Fault, tried
 from ndonnx.graph.dataflow import reads
 from ndonnx.graph.load import infer_shapes
+from ndonnx.graph.precision import in_float32, in_own_types, rounding_error
 from ndonnx.machine import usable_cores
 from ndonnx.partition import ChannelGroups, Neighbourhood, Partition, extract
 from ndonnx.partition.removable import kept_width
@@ -112,7 +113,8 @@ def check_neighbourhood(
         SliceError: with the operator, where it can be told, and what is wrong.
     """
     assert neighbourhood.exit is not None
-    model = infer_shapes(parts.slice_of(neighbourhood))
+    own = infer_shapes(parts.slice_of(neighbourhood))
+    model = in_float32(own)
     names = [value.name or "" for value in model.graph.inputs]
     target = neighbourhood.exit.name or ""
     samples = SliceSamples.of(store, names, [target], 0.5)
@@ -132,7 +134,9 @@ def check_neighbourhood(
     kept = any_units(groups, recipe.keep if recipe.keep < 1 else _HALF, recipe.round_to, recipe.seed)
     student = shrink(model, groups, kept)
     check_by_zeroing(TeacherSlice(neighbourhood.name, model, groups, probe, threads, constants), student, kept)
-    _, shrunk = pass_gate(student, probe, recipe.parity, threads)
+    module, shrunk = pass_gate(student, probe, recipe.parity, threads)
+    again = in_own_types(student, own)
+    check_answer(module, again, probe, max(recipe.parity, rounding_error(again)), threads)
     return max(error, shrunk)
 
 

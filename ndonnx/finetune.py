@@ -25,6 +25,7 @@ from ndonnx.graph.dataflow import real_inputs
 from ndonnx.graph.interface import Interface
 from ndonnx.graph.load import infer_shapes
 from ndonnx.graph.macs import sample_cost
+from ndonnx.graph.precision import in_float32, rounding_error
 from ndonnx.graph.working_copy import hold_batch
 from ndonnx.rundir import Entry
 from ndonnx.students.masks import zeros_of
@@ -140,7 +141,8 @@ def finetune(
     sources = {name: Source(store, name) for name in (*inputs, output.name or "")}
     samples = SliceSamples(sources, inputs, holdout, {} if labels is None else {LABEL: labels})
     probe = {name: rows for name, rows in samples.arrays(0, _PROBE).items() if name in inputs}
-    whole = _as_slice(student, interface, inputs, probe)
+    own = _as_slice(student, interface, inputs, probe)
+    whole = in_float32(own)
     module, _ = pass_gate(whole, probe, parity)
     train_only(module, student, kept)
     objective = objective_of(output, temperature, label_weight if labels is not None else 0.0)
@@ -150,7 +152,7 @@ def finetune(
     training = train(module, samples, objective, plan, on_step, constraint, threads=threads, macs=macs)
     trained = {name: array for name, array in module.trained_weights().items() if holds(student, name, array)}
     tuned = write_back(student, trained)
-    check_answer(module, _as_slice(tuned, interface, inputs, probe), probe, parity)
+    check_answer(module, _as_slice(tuned, interface, inputs, probe), probe, max(parity, rounding_error(own)))
     return tuned, training
 
 

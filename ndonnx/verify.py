@@ -16,6 +16,7 @@ from ndonnx.graph import save
 from ndonnx.graph.costs import held_weights
 from ndonnx.graph.dataflow import real_inputs, sub_graphs
 from ndonnx.graph.interface import sample_axis, samples_first, set_sample_axis
+from ndonnx.graph.precision import in_float32, rounding_error
 from ndonnx.partition import Partition
 from ndonnx.splice import splice
 from ndonnx.teacher import make_session
@@ -46,15 +47,18 @@ def verify(
     values = _run(student, parts, names, probe)
     for neighbourhood in watched:
         assert neighbourhood.entry is not None and neighbourhood.exit is not None
-        inputs = [values[value.name or ""] for value in (neighbourhood.entry, *neighbourhood.context)]
+        inputs = [_float32(values[value.name or ""]) for value in (neighbourhood.entry, *neighbourhood.context)]
+        own, found = students[neighbourhood.name], values[neighbourhood.exit.name or ""]
         try:
-            check_parity(
-                to_torch(students[neighbourhood.name]), inputs, values[neighbourhood.exit.name or ""], tolerance
-            )
+            check_parity(to_torch(in_float32(own)), inputs, found, max(tolerance, rounding_error(own)))
         except ParityError as error:
             raise VerificationError(
                 f"{neighbourhood.name}: in the spliced student, {error}", neighbourhood.name
             ) from error
+
+
+def _float32(array: np.ndarray) -> np.ndarray:
+    return array.astype(np.float32) if array.dtype.kind == "f" else array
 
 
 def check_no_larger(teacher: ir.Model, students: Mapping[str, ir.Model], shared: Mapping[str, str]) -> None:

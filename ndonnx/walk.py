@@ -18,6 +18,7 @@ import onnx_ir as ir
 from ndonnx.errors import DataError, ModelError, ShrinkError, TrainingError
 from ndonnx.faults import Fault, tried
 from ndonnx.graph.dataflow import real_inputs
+from ndonnx.graph.precision import in_float32, in_own_types
 from ndonnx.graph.working_copy import batch_size
 from ndonnx.partition import Neighbourhood, Partition, extract, nodes_between
 from ndonnx.students.exit import refit_exit
@@ -191,10 +192,13 @@ def _refitted(
     """The student, fitted to what the teacher makes of its own values; None where that does not lower its error."""
     given, found = (_arrays(prefix.inputs_of(neighbourhood)) for prefix in (theirs, ours))
     constants = frozenset(name for name, store in ours.inputs_of(neighbourhood).items() if store.is_constant(name))
+    theirs32, ours32 = in_float32(slice_), in_float32(student)
+    held = neighbourhood.held
     try:
-        return refit_exit(slice_, student, given, found, constants=constants, threads=threads, held=neighbourhood.held)
+        refitted = refit_exit(theirs32, ours32, given, found, constants=constants, threads=threads, held=held)
     except ShrinkError:  # there is nothing to refit
         return None
+    return None if refitted is None else in_own_types(refitted, slice_)
 
 
 def _arrays(stores: Mapping[str, ActivationStore]) -> dict[str, npt.NDArray[np.generic] | StoredRows]:

@@ -321,6 +321,36 @@ def custom_op(*, op: str = "Magic", domain: str = CUSTOM) -> onnx.ModelProto:
     return model
 
 
+def retyped(model: onnx.ModelProto, kind: Any, *, ends: bool = True) -> onnx.ModelProto:
+    """The model with weights of another float type; without `ends`, its inputs and outputs stay float32."""
+    copy, wanted = onnx.ModelProto(), helper.np_dtype_to_tensor_dtype(np.dtype(kind))
+    copy.CopyFrom(model)
+    del copy.graph.value_info[:]
+    for tensor in copy.graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(kind), tensor.name))
+    for value in (*copy.graph.input, *copy.graph.output):
+        if ends and value.type.tensor_type.elem_type == TensorProto.FLOAT:
+            value.type.tensor_type.elem_type = wanted
+    if not ends:
+        _cast_ends(copy, wanted)
+    return onnx.shape_inference.infer_shapes(copy)
+
+
+def _cast_ends(model: onnx.ModelProto, wanted: int) -> None:
+    inputs, outputs = ({value.name for value in values} for values in (model.graph.input, model.graph.output))
+    for node in model.graph.node:
+        for names, ends in ((node.input, inputs), (node.output, outputs)):
+            for position, name in enumerate(names):
+                if name in ends:
+                    names[position] = f"{name}/cast"
+    casts = [helper.make_node("Cast", [name], [f"{name}/cast"], to=wanted) for name in sorted(inputs)]
+    nodes = [*casts, *model.graph.node]
+    nodes += [helper.make_node("Cast", [f"{name}/cast"], [name], to=TensorProto.FLOAT) for name in sorted(outputs)]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+
+
 def _unit(net: Net, x: str, channels: int, out: str) -> str:
     y = net.conv(net.relu(net.conv(x, channels, channels)), channels, channels)
     return net.op("Add", y, x, out=out)

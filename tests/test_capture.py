@@ -133,7 +133,7 @@ def test_a_value_that_overflows_half_is_stored_in_full(tmp_path: Path, row: int)
     nodes = [helper.make_node("Mul", ["x", "scale"], ["big"]), helper.make_node("Relu", ["x"], ["small"])]
     weights = {"scale": np.array(-65500, np.float32)}
     model = build(nodes, {"x": (TensorProto.FLOAT, ["N", 4])}, ["big", "small"], weights)
-    x = np.full((50, 4), 0.5, np.float32)
+    x = np.random.default_rng(0).uniform(0.1, 0.9, (50, 4)).astype(np.float32)
     x[row, 3] = 3
     counts: list[int] = []
     store = capture(model, ["big", "small"], batched(16, x=x), tmp_path, samples=50, on_batch=counts.append)
@@ -143,6 +143,39 @@ def test_a_value_that_overflows_half_is_stored_in_full(tmp_path: Path, row: int)
     assert store.nonfinite == ()
     assert sum(counts) == 50
     assert len(list(tmp_path.glob("*.npy"))) == 2
+
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.mark.parametrize(
+    ("values", "halved"),
+    [
+        (RNG.standard_normal((50, 4)), True),
+        (RNG.standard_normal((50, 4)) * 1e-3, True),
+        (RNG.standard_normal((50, 4)) * 1e-9, False),  # all of them become zeros
+        (RNG.standard_normal((50, 4)) * 1e-6, False),  # a few steps are left
+        (1000 + RNG.standard_normal((50, 4)) * 0.1, False),  # the steps are as large as the differences
+        (10 + RNG.standard_normal((50, 4)), True),
+        (np.where(np.arange(50)[:, None] < 16, 0, RNG.standard_normal((50, 4)) * 1e-9), False),  # nothing in batch 1
+        (RNG.standard_normal((50, 4)) * [1, 1, 1, 1e-9], True),  # beside the others, the last tells nothing
+    ],
+)
+def test_values_are_halved_only_where_they_bear_it(tmp_path: Path, values: np.ndarray, halved: bool) -> None:
+    x = values.astype(np.float32)
+    found = capture(one_node("Neg"), ["y"], batched(16, x=x), tmp_path, samples=50).array("y")
+    assert found.dtype == (np.float16 if halved else np.float32)
+    error, spread = np.square(found.astype(np.float64) + x).sum(), np.square(x - x.mean(axis=0)).sum(dtype=np.float64)
+    assert error <= 1e-5 * spread
+    if not halved:
+        np.testing.assert_array_equal(found, -x)
+
+
+@pytest.mark.parametrize("kind", [TensorProto.FLOAT16, TensorProto.DOUBLE])
+def test_other_floats_are_stored_as_they_are(tmp_path: Path, kind: int) -> None:
+    x = RNG.standard_normal((20, 4)).astype(helper.tensor_dtype_to_np_dtype(kind)) * 1e-4
+    model = build([helper.make_node("Neg", ["x"], ["y"])], {"x": (kind, ["N", 4])}, ["y"])
+    np.testing.assert_array_equal(capture(model, ["y"], batched(8, x=x), tmp_path, samples=20).array("y"), -x)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -303,7 +336,7 @@ def test_an_error_of_the_source_or_the_writer_ends_the_sweep(tmp_path: Path, x: 
 
 
 def test_memory_does_not_grow_with_the_samples(tmp_path: Path) -> None:
-    model, batch = one_node("Neg"), {"x": np.ones((64, 4096), np.float32)}
+    model, batch = one_node("Neg"), {"x": RNG.standard_normal((64, 4096), np.float32)}
     model.graph.inputs[0].shape = ir.Shape(["N", 4096])
     model.graph.outputs[0].shape = ir.Shape(["N", 4096])
 

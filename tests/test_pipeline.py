@@ -221,21 +221,6 @@ def test_if_every_neighbourhood_fails_the_student_is_the_teacher(bench: Bench) -
     assert answers[0] == answers[1]
 
 
-@pytest.mark.parametrize("kind", [np.float16, np.float64])
-def test_a_teacher_that_is_not_in_float32_is_kept_with_the_reason(tmp_path: Path, kind: type) -> None:
-    model = mlp()
-    for tensor in model.graph.initializer:
-        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(kind), tensor.name))
-    del model.graph.value_info[:]
-    for value in (*model.graph.input, *model.graph.output):
-        value.type.tensor_type.elem_type = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(kind))
-    bench = Bench(tmp_path).put(model)
-    np.savez(bench.data, x=np.random.default_rng(0).standard_normal((20, 10)).astype(kind))
-    result = bench.compress()
-    assert set(statuses(result).values()) == {"kept"}
-    assert any("export the teacher in float32" in (n.reason or "") for n in result.report.neighbourhoods)
-
-
 # Teachers of one batch size
 
 

@@ -29,6 +29,7 @@ from ndonnx.convert.lower import lower
 from ndonnx.convert.registry import convert
 from ndonnx.errors import ConversionError, ParityError
 from ndonnx.graph.costs import is_weight
+from ndonnx.graph.precision import of_type
 from ndonnx.graph.working_copy import slice_batch
 
 
@@ -107,6 +108,7 @@ def write_back(model: ir.Model, weights: Mapping[str, np.ndarray]) -> ir.Model:
     Raises:
         KeyError: a weight has no initializer of its name.
         ValueError: a weight's shape differs from its initializer's.
+        TrainingError: a weight is too large for its initializer's type.
     """
     copy = model.clone()
     for name, array in weights.items():
@@ -115,7 +117,7 @@ def write_back(model: ir.Model, weights: Mapping[str, np.ndarray]) -> ir.Model:
         assert old is not None
         if tuple(array.shape) != tuple(old.shape.numpy()):
             raise ValueError(f"{name}: shape {array.shape} does not fit the initializer's {tuple(old.shape.numpy())}")
-        value.const_value = ir.tensor(array.astype(old.dtype.numpy()), name=name)
+        value.const_value = ir.tensor(of_type(array, old.dtype, name), name=name)
     return copy
 
 
@@ -156,13 +158,13 @@ def check_parity(module: TorchSlice, inputs: list[np.ndarray], expected: np.ndar
 
 
 def _check_types(model: ir.Model) -> None:
-    """Training is in float32 against onnxruntime's float32: another floating type would not be the teacher's."""
+    """Training is in float32 against onnxruntime's float32; see `ndonnx.graph.precision` for other types."""
     values = [*model.graph.inputs, *filter(is_weight, model.graph.initializers.values())]
     for value in values:
         if value.dtype is not None and value.dtype.is_floating_point() and value.dtype is not ir.DataType.FLOAT:
             raise ConversionError(
-                f"does not convert to torch: '{value.name}' is {value.dtype}, only FLOAT is trained; "
-                "export the teacher in float32"
+                f"does not convert to torch: '{value.name}' is {value.dtype}, which is not trained; "
+                "export the teacher in float32 or float16"
             )
 
 

@@ -12,7 +12,7 @@ from ndonnx.convert import TorchSlice, check_parity, relative_error, to_torch
 from ndonnx.errors import ParityError, first_line
 from ndonnx.graph.load import infer_shapes
 from ndonnx.graph.working_copy import slice_batch
-from ndonnx.teacher import make_session
+from ndonnx.teacher import input_type, make_session
 from ndonnx.teacher.probe import run_held
 from ndonnx.teacher.sessions import REFUSALS
 
@@ -90,7 +90,7 @@ def open_slice(model: ir.Model, inputs: Sequence[str], probe: Arrays, threads: i
 
 
 def answer(model: ir.Model, probe: Arrays, threads: int = 1) -> npt.NDArray[Any]:
-    """What onnxruntime makes of the probe: the slice's one output.
+    """What onnxruntime makes of the probe, in the types of the slice's inputs: its one output.
 
     Raises:
         ParityError: onnxruntime does not run the slice.
@@ -98,7 +98,10 @@ def answer(model: ir.Model, probe: Arrays, threads: int = 1) -> npt.NDArray[Any]
     try:
         session = make_session(model, threads=threads)
         names = [model.graph.outputs[0].name or ""]
-        found: npt.NDArray[Any] = run_held(session, names, probe, slice_batch(model))[0]
+        feeds = {
+            v.name or "": probe[v.name or ""].astype(input_type(v, probe[v.name or ""])) for v in model.graph.inputs
+        }
+        found: npt.NDArray[Any] = run_held(session, names, feeds, slice_batch(model))[0]
     except REFUSALS as error:
         raise ParityError(f"onnxruntime does not run the slice: {first_line(error)}") from error
     return found

@@ -20,6 +20,7 @@ from ndonnx.distil.steps import with_fitting_batch
 from ndonnx.distil.trainer import OnStep, Plan, train
 from ndonnx.errors import ConversionError
 from ndonnx.graph import load, save, slice_cost
+from ndonnx.graph.precision import in_float32, in_own_types, rounding_error
 from ndonnx.partition import ChannelGroups
 from ndonnx.rundir import Entry
 from ndonnx.students import StudentMethod, TeacherSlice
@@ -101,7 +102,8 @@ class DistilJob:
         captured = [rows.arrays for rows in samples.heldout(_PROBE)]
         probes = [{name: arrays[name] for name in self.inputs} for arrays in captured]
         varying = [name for name in self.inputs if not samples.is_constant(name)]
-        slice_ = open_slice(load(self.slice_path), varying, probes[0], self.threads)
+        own = load(self.slice_path)
+        slice_ = open_slice(in_float32(own), varying, probes[0], self.threads)
         model = free_sizes(slice_.clone(), probes)
         for arrays, probe in zip(captured, probes, strict=True):
             pass_gate(model, probe, self.parity, self.threads, arrays[self.target].shape)
@@ -121,9 +123,10 @@ class DistilJob:
             threads=self.threads,
             macs=cost.macs or 0,
         )
-        student = write_back(candidate.model, module.trained_weights())
+        student = in_own_types(write_back(candidate.model, module.trained_weights()), own)
+        tolerance = max(self.parity, rounding_error(student))
         for probe in probes:
-            check_answer(module, student, probe, self.parity, self.threads)
+            check_answer(module, student, probe, tolerance, self.threads)
         save(student, folder / STUDENT_FILE)
         result = DistilResult(
             candidate.spec + (f", look-ahead {len(heads)}" if heads else ""),
@@ -166,7 +169,7 @@ class DistilJob:
         found: list[Head] = []
         for head in self.heads:
             try:
-                module = to_torch(load(head.path))
+                module = to_torch(in_float32(load(head.path)))
             except ConversionError:
                 break  # the spec of the student tells how far it looked
             found.append(Head(module, head.context, head.output))

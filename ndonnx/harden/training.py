@@ -22,6 +22,7 @@ from ndonnx.graph import load, save
 from ndonnx.graph.branches import open_branches
 from ndonnx.graph.dataflow import real_inputs
 from ndonnx.graph.interface import Interface, samples_first
+from ndonnx.graph.precision import in_float32, rounding_error
 from ndonnx.graph.working_copy import hold_batch, slice_batch, working_copy
 from ndonnx.harden.noise import NoisyBody
 from ndonnx.rundir import Entry
@@ -77,7 +78,7 @@ def harden_whole(
     held = slice_batch(noisy)
     if held is not None:
         noisy = hold_batch(noisy, list(drawn), held)
-    whole = open_slice(noisy, [*inputs, *drawn], rows | drawn)
+    whole = open_slice(in_float32(noisy), [*inputs, *drawn], rows | drawn)
     module, _ = pass_gate(whole, rows | drawn, parity)
     module.input_names = tuple(inputs)
     module.body = body = NoisyBody(module.body, len(inputs), noises, plan.seed)
@@ -90,7 +91,7 @@ def harden_whole(
     quiet = interface.applied(hardened).clone()
     quiet = free_batch(quiet, inputs) if module.batch is None else hold_batch(quiet, inputs, module.batch)
     clean = answer(quiet, rows)
-    check_parity(module, [rows[name] for name in inputs], clean, parity)
+    check_parity(module, [rows[name] for name in inputs], clean, max(parity, rounding_error(quiet)))
     return hardened, training
 
 

@@ -15,6 +15,7 @@ from ndonnx.distil.gate import open_slice
 from ndonnx.errors import SliceError, UsageError
 from ndonnx.faults import Fault, tried
 from ndonnx.graph.load import infer_shapes
+from ndonnx.graph.precision import in_float32, in_own_types
 from ndonnx.partial import PartialModels, Quality
 from ndonnx.progress import Progress, Silent
 from ndonnx.splice import splice
@@ -306,7 +307,8 @@ def _shrunk(
 
 
 def _measured(partials: PartialModels, quality: Quality, teacher: TeacherSlice, method: Width, seed: int) -> Shrunk:
-    student = method.build(teacher, np.random.default_rng(seed)).model
+    slice_ = partials.parts.slice_of(next(n for n in partials.parts.distillable if n.name == teacher.name))
+    student = in_own_types(method.build(teacher, np.random.default_rng(seed)).model, slice_)
     outputs, nmse = partials.measured(teacher.name, partials.answer_of(teacher.name, student))
     return Shrunk(teacher.name, method.keep, nmse, quality.drop(outputs), quality.divergence(outputs))
 
@@ -330,7 +332,7 @@ def _teacher_slice(partials: PartialModels, name: str, threads: int) -> TeacherS
     constants = frozenset(value for value in first if partials.is_constant(value))
     per_sample = sum(array.nbytes for value, array in first.items() if value not in constants)
     samples = partials.inputs_of(name, min(SHAPING_SAMPLES, max(1, _SHAPING_BYTES // max(1, per_sample))))
-    model = infer_shapes(partials.parts.slice_of(n))
+    model = in_float32(infer_shapes(partials.parts.slice_of(n)))
     probe = {value: array if value in constants else array[:_PROBE] for value, array in samples.items()}
     model = open_slice(model, [value for value in samples if value not in constants], probe, threads)
     return TeacherSlice(name, model, n.groups, samples, threads, constants)

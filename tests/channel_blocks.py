@@ -98,6 +98,21 @@ def _unit_length(net: Net, y: str) -> str:
     return net.op("Div", y, length)
 
 
+def _unit_length_spread(net: Net, y: str) -> str:
+    """As torch exports it: the length is first repeated for every channel."""
+    length = net.op("Clip", net.op("ReduceL2", y, net.ints(1)), number(net, 1e-12))
+    return net.op("Div", y, net.op("Expand", length, net.op("Shape", y)))
+
+
+def _computed_halves(net: Net, y: str) -> str:
+    """The first half of the channels, by the length of the axis, gates the second."""
+    size = net.op("Gather", net.op("Shape", y), net.ints(1))
+    half = net.op("Div", net.op("Add", size, net.ints(1)), net.ints(2))
+    gate = net.op("Slice", y, net.ints(0), half, net.ints(1))
+    halves = net.op("Mul", net.op("Slice", y, half, net.op("Mul", half, net.ints(2)), net.ints(1)), gate)
+    return net.op("Concat", halves, net.op("Neg", gate), axis=1)
+
+
 def _response_norm(net: Net, y: str) -> str:
     """ConvNeXt-V2's global response normalisation."""
     energy = net.op("ReduceL2", y, net.ints(2, 3))
@@ -190,6 +205,8 @@ CHANNEL_BLOCKS: dict[str, Block] = {
     "channels_first_norm": _between(_channels_first),
     "root_mean_square": _between(_root_mean_square),
     "unit_length": _between(_unit_length),
+    "unit_length_spread": _between(_unit_length_spread),
+    "computed_halves": _between(_computed_halves),
     "lp_normalization": _between(lambda net, y: net.op("LpNormalization", y, axis=1)),
     "response_norm": _between(_response_norm),
     "spatial_attention": _between(_spatial_attention),

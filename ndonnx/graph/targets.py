@@ -1,4 +1,4 @@
-"""Target shapes as constants: `Reshape` and `Expand` take them from the graph's own shapes without need.
+"""Target shapes as constants: `Reshape`, `Expand` and `Slice` take them from the graph's own shapes without need.
 
 A number that a graph computes from one of its shapes is a riddle when channels go: it follows some widths
 and not others. Where the sizes are known, a constant says the same, and a rule can see what it stands for.
@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from ndonnx.graph.costs import constant_of
 from ndonnx.graph.dataflow import STANDARD_DOMAINS, sub_graphs
 from ndonnx.graph.lengths import Axes, lengths_read
+from ndonnx.graph.shapes import known_numbers
 
 _READERS = "ndonnx.shape_readers"
 """Key of a value's metadata."""
@@ -58,9 +60,33 @@ def write_targets(model: ir.Model) -> bool:
         if target is None or measured is None or (means_zero and 0 in target):
             continue
         _remember(node, measured)
-        _write(model.graph, node, target)
+        _write(model.graph, node, 1, np.array(target, dtype=np.int64))
+        changed = True
+    return changed | _write_bounds(model)
+
+
+def _write_bounds(model: ir.Model) -> bool:
+    """Put constants for bounds of `Slice` that are computed from known lengths (halves of the channels)."""
+    cut = [node for node in model.graph if node.op_type == "Slice" and node.domain in STANDARD_DOMAINS]
+    bounds = [(node, slot) for node in cut for slot in range(1, len(node.inputs)) if _is_computed(node, slot)]
+    numbers = known_numbers(model) if bounds else {}
+    changed = False
+    for node, slot in bounds:
+        value = node.inputs[slot]
+        found, measured = (numbers.get(value), _measured(value)) if value is not None else (None, None)
+        if value is None or found is None or measured is None or not all(type(n) is int for n in found.reshape(-1)):
+            continue
+        _remember(node, measured)
+        _write(model.graph, node, slot, found.astype(np.int32 if value.dtype == ir.DataType.INT32 else np.int64))
         changed = True
     return changed
+
+
+def _is_computed(node: ir.Node, slot: int) -> bool:
+    """Whether a bound of a cut through activations is no constant; lists of sizes are cut as the graph says."""
+    value, data = node.inputs[slot], node.inputs[0]
+    is_list = data is None or data.dtype is None or not data.dtype.is_floating_point()
+    return value is not None and constant_of(value) is None and not is_list
 
 
 def note_reader(node: ir.Node, read: ir.Value) -> bool:
@@ -121,16 +147,15 @@ def _expanded(before: list[int | str], after: list[int | str]) -> list[int] | No
 _RULES = {"Expand": _expanded, "Reshape": _reshaped}
 
 
-def _write(graph: ir.Graph, node: ir.Node, target: list[int]) -> None:
-    array = np.array(target, dtype=np.int64)
-    name = f"{node.outputs[0].name}/target"
+def _write(graph: ir.Graph, node: ir.Node, slot: int, array: npt.NDArray[np.integer]) -> None:
+    name = f"{node.outputs[0].name}/{'target' if slot == 1 else f'target{slot}'}"
     while name in graph.initializers:
         name += "'"
     value = ir.Value(
         name=name,
         const_value=ir.tensor(array, name=name),
         shape=ir.Shape(array.shape),
-        type=ir.TensorType(ir.DataType.INT64),
+        type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
     )
     graph.register_initializer(value)
-    node.replace_input_with(1, value)
+    node.replace_input_with(slot, value)

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ndonnx.graph.costs import constant_of, dims
-from ndonnx.partition.labels import FROZEN, Labels, on_axis
+from ndonnx.partition.labels import FROZEN, Labels, axis_labels, on_axis
 from ndonnx.partition.rules.reshaping import reshape
 from ndonnx.partition.rules.tracker import (
     Edit,
@@ -227,7 +227,7 @@ def expand(tracker: Tracker, node: ir.Node) -> bool:
     """`Expand`: repeated heads are the same heads."""
     labels = tracker.labels(node.inputs[0])
     if labels is None:
-        return True
+        return _spread(tracker, node)
     rank = rank_of(node.outputs[0])
     after = dims(node.outputs[0])
     if rank is None or after is None:
@@ -246,6 +246,29 @@ def expand(tracker: Tracker, node: ir.Node) -> bool:
                 return False
             tracker.edits.append(Edit(node, 1, axis, result, axis))
     return tracker.set(node.outputs[0], result)
+
+
+def _spread(tracker: Tracker, node: ir.Node) -> bool:
+    """`Expand` of one value for all positions of an axis (a length to divide by): there may be fewer of them."""
+    data, out = node.inputs[0], node.outputs[0]
+    given, after = dims(data), dims(out)
+    if given is None or after is None:
+        return True
+    before = (1,) * (len(after) - len(given)) + given
+    axes = [axis for axis, size in enumerate(after) if size > before[axis]]
+    source = number_source(node, 1, axes[0]) if len(axes) == 1 else None
+    if source is None or not isinstance(out.shape[axes[0]] if out.shape is not None else None, int):
+        return True
+    (axis,), size = axes, after[axes[0]]
+    origin = source.length_of
+    theirs = axis_labels(tracker.labels(origin[0]), origin[1]) if origin is not None else None
+    if theirs is not None and theirs.size == size:
+        return tracker.set(out, on_axis(theirs, axis, len(after)))
+    if source.number != size or not source.writable:
+        return True
+    labels = on_axis(tracker.sets.fresh(size), axis, len(after))
+    tracker.edits.append(Edit(node, 1, axis, labels, axis))
+    return tracker.set(out, labels)
 
 
 def depth_to_space(tracker: Tracker, node: ir.Node) -> bool:

@@ -11,6 +11,8 @@ import onnx_ir as ir
 
 from ndonnx.errors import VerificationError
 from ndonnx.graph.dataflow import reads
+from ndonnx.graph.fused import take_node_apart
+from ndonnx.graph.fused_writer import is_read
 from ndonnx.graph.lengths import axes_measured
 from ndonnx.graph.load import add_initializer, infer_shapes
 from ndonnx.graph.shapes import resolve_shapes
@@ -98,6 +100,12 @@ def _replace(
     values = ir.convenience.create_value_mapping(graph, include_subgraphs=False)
     exit_ = values[student.graph.outputs[0].name or ""]
     producer = exit_.producer()
+    if producer is not None and sum(is_read(producer, at) for at in range(len(producer.outputs))) > 1:
+        # The student makes one of them: a fused operator would make the others of what it made that one of before.
+        take_node_apart(model, producer)
+        values = ir.convenience.create_value_mapping(graph, include_subgraphs=False)
+        exit_ = values[student.graph.outputs[0].name or ""]
+        producer = exit_.producer()
     if producer is None:
         raise KeyError(f"{name}: '{exit_.name}' is made by no node")
     inputs = {value: values[value.name or ""] for value in student.graph.inputs}

@@ -16,13 +16,15 @@ import torch
 import ndonnx
 from ndonnx.errors import UsageError
 from ndonnx.graph import Cost, fold_constants
-from ndonnx.graph.fused import is_inside_fused, take_apart
+from ndonnx.graph.fused import take_apart
+from ndonnx.graph.fused_writer import is_inside_fused
 from ndonnx.graph.load import infer_shapes
 from ndonnx.graph.macs import sample_cost
 from ndonnx.graph.targets import shape_readers
 from ndonnx.partition import find_groups
 from ndonnx.pipeline import distilling, finishing
 from ndonnx.recipe import Recipe
+from ndonnx.splice import splice
 from ndonnx.students import TeacherSlice
 from ndonnx.students.width import check_by_zeroing, shrink
 from ndonnx.teacher import sessions
@@ -239,21 +241,27 @@ def test_what_onnxruntime_fuses_is_taken_apart(name: str, opset: int) -> None:
     np.testing.assert_allclose(run(working, feed)["y"], run(proto, feed)["y"], rtol=1e-4, atol=1e-5)
 
 
-def test_the_sum_that_a_fused_norm_hands_on_is_no_boundary() -> None:
-    """A student that made the sum would leave the norm of the teacher's own sum in the model."""
+def test_the_sum_that_a_fused_norm_hands_on_is_a_boundary() -> None:
+    """A student that makes the sum: the norm of the teacher's is taken apart, and reads the student's."""
     net = Net(6)
     x = net.input("x", "N", 3, 8)
-    y = net.op("MatMul", net.relu(net.op("MatMul", x, net.weight("a", 8, 16))), net.weight("b", 16, 8))
-    outs = ["normed", "", "", "sum"]
-    net.op(
-        "SkipLayerNormalization", x, y, net.weight("scale", 8), net.weight("shift", 8), domain="com.microsoft", out=outs
-    )
-    z = net.op("MatMul", net.relu(net.op("MatMul", "normed", net.weight("c", 8, 16))), net.weight("d", 16, 8))
-    types = {name: floats(name, "N", 3, 8) for name in ("normed", "sum")}
-    proto = net.proto(net.op("Add", z, "sum"), domains={"com.microsoft": 1}, types=types)
-    _, parts = parted(proto)
-    assert parts.distillable
-    assert not {"normed", "sum"} & {name for n in parts.distillable for name in boundary(n)}
+    for layer in range(3):
+        y = net.op(
+            "MatMul", net.relu(net.op("MatMul", x, net.weight(f"a{layer}", 8, 16))), net.weight(f"b{layer}", 16, 8)
+        )
+        sides = [net.weight(f"{side}{layer}", 8) for side in ("scale", "shift")]
+        before = "sum" + str(layer - 1) if layer else "x"
+        outs = [f"normed{layer}", "", "", f"sum{layer}"]
+        x = net.op("SkipLayerNormalization", y, before, *sides, domain="com.microsoft", out=outs)
+    types = {name: floats(name, "N", 3, 8) for name in ("normed2", "sum2")}
+    proto = net.proto(*types, domains={"com.microsoft": 1}, types=types)
+    teacher, parts = parted(proto)
+    assert {"sum0", "sum1"} <= {name for n in parts.distillable for name in boundary(n)}
+    student = splice(teacher, {n.name: parts.slice_of(n) for n in parts.distillable})
+    assert len([node for node in student.graph if node.op_type == "Relu"]) == 3
+    feed = {"x": np.random.default_rng(0).standard_normal((2, 3, 8)).astype(np.float32)}
+    for name, value in run(proto, feed).items():
+        np.testing.assert_allclose(run(student, feed)[name], value, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("op", sorted({name.strip() for name in FUSED}))

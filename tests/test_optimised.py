@@ -10,8 +10,10 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from onnx import TensorProto
 
-from ndonnx.graph import load, runtime_types
+from ndonnx.graph import fold_constants, load, runtime_types
+from ndonnx.graph.fused import take_apart
 from ndonnx.pipeline import compress
 from ndonnx.recipe import Recipe
 from tests import families
@@ -130,3 +132,202 @@ def test_an_optimised_encoder_shrinks_and_all_of_its_width_is_itself(tmp_path: P
     np.testing.assert_array_equal(run(onnx.load(output), feed)["logits"], run(teacher, feed)["logits"])
     report = compress(path, data=str(data), output=output, recipe=Recipe(**SMALL | {"keep": 0.5})).report
     assert report.student.parameters < 0.75 * report.teacher.parameters
+
+
+# Attention and embedding, taken apart
+
+WIDTH, HEADS, STEPS = 8, 2, 5
+
+
+def _lengths(net: Net) -> str:
+    return net.input("lengths", "N", dtype=TensorProto.INT32)
+
+
+def _mask(net: Net, *shape: int | str) -> str:
+    return net.input("mask", *shape, dtype=TensorProto.INT32)
+
+
+def packed(*, widths: tuple[int, int, int] = (8, 8, 8), **attributes: Any) -> Callable[[Net], str]:
+    """`Attention` without a mask."""
+
+    def build(net: Net) -> str:
+        weights = net.weight("packed", 6, sum(widths)), net.weight("shift", sum(widths))
+        return _attention(net, net.input("x", "N", "S", 6), *weights, **attributes)
+
+    return build
+
+
+def _attention(net: Net, *inputs: str, **attributes: Any) -> str:
+    return net.op("Attention", *inputs, out="y", domain="com.microsoft", num_heads=HEADS, **attributes)
+
+
+def masked(mask: Callable[[Net], str], added: bool = False, **attributes: Any) -> Callable[[Net], str]:
+    """`Attention` with a mask, and with something added to its scores."""
+
+    def build(net: Net) -> str:
+        x = net.input("x", "N", "S", 6)
+        more = ["", net.input("bias", "N", HEADS, "S", "S")] if added else []
+        return _attention(net, x, net.weight("packed", 6, 24), net.weight("shift", 24), mask(net), *more, **attributes)
+
+    return build
+
+
+def apart(*more: Callable[[Net], str], values: int = WIDTH, **attributes: Any) -> Callable[[Net], str]:
+    """`MultiHeadAttention` of queries of one sequence and keys and values of another."""
+
+    def build(net: Net) -> str:
+        sides = [net.input("x", "N", "S", WIDTH), net.input("k", "N", "T", WIDTH), net.input("v", "N", "T", values)]
+        rest = [make(net) for make in more]
+        return net.op(
+            "MultiHeadAttention", *sides, *rest, out="y", domain="com.microsoft", num_heads=HEADS, **attributes
+        )
+
+    return build
+
+
+def _nothing(net: Net) -> str:
+    return ""
+
+
+def embedded(*, kinds: bool = True, mask: bool = False, places: bool = False) -> Callable[[Net], str]:
+    """`EmbedLayerNormalization` with three tables or two."""
+
+    def build(net: Net) -> str:
+        ids = net.input("ids", "N", "S", dtype=TensorProto.INT32)
+        others = [net.input("kinds", "N", "S", dtype=TensorProto.INT32) if kinds else ""]
+        tables = [net.weight("words", 11, WIDTH), net.weight("places", 7, WIDTH)]
+        tables.append(net.weight("two", 2, WIDTH) if kinds else "")
+        sides = [net.weight("scale", WIDTH), net.weight("shift", WIDTH)]
+        more = [_mask(net, "N", "S") if mask else ""] if mask or places else []
+        more += [net.input("numbers", "N", "S", dtype=TensorProto.INT32)] if places else []
+        outs = ["y", "lengths_of"]
+        net.op("EmbedLayerNormalization", ids, *others, *tables, *sides, *more, out=outs, domain="com.microsoft")
+        return "y"
+
+    return build
+
+
+FORMS: dict[str, Callable[[Net], str]] = {
+    "packed": packed(),
+    "packed, narrow values": packed(widths=(8, 8, 4), qkv_hidden_sizes=[8, 8, 4]),
+    "packed, one direction": packed(unidirectional=1),
+    "packed, scaled": packed(scale=0.25),
+    "packed, mask": masked(lambda net: _mask(net, "N", "S")),
+    "packed, mask and filter": masked(lambda net: _mask(net, "N", "S"), mask_filter_value=-50.0),
+    "packed, mask by position": masked(lambda net: _mask(net, "N", "S", "S")),
+    "packed, lengths": masked(_lengths),
+    "packed, lengths, one direction": masked(_lengths, unidirectional=1),
+    "packed, mask and bias": masked(lambda net: _mask(net, "N", "S"), added=True),
+    "apart": apart(),
+    "apart, bias": apart(lambda net: net.weight("shift", 24)),
+    "apart, wide values": apart(values=12),
+    "apart, mask": apart(_nothing, lambda net: _mask(net, "N", "T")),
+    "apart, added": apart(_nothing, _nothing, lambda net: net.input("bias", 1, HEADS, "S", "T")),
+    "apart, scaled": apart(scale=0.2),
+    "embedding": embedded(),
+    "embedding of two": embedded(kinds=False),
+    "embedding, lengths": embedded(mask=True),
+    "embedding, numbered": embedded(places=True),
+}
+
+
+def _drawn(model: onnx.ModelProto) -> dict[str, Any]:
+    rng = np.random.default_rng(1)
+    sizes = {"N": 3, "S": STEPS, "T": 4}
+    found: dict[str, Any] = {}
+    for value in model.graph.input:
+        dims = value.type.tensor_type.shape.dim
+        shape = [dim.dim_value or sizes[dim.dim_param] for dim in dims]
+        highest = {"ids": 11, "numbers": 7, "lengths": STEPS + 1}.get(value.name, 2)
+        if value.type.tensor_type.elem_type == TensorProto.FLOAT:
+            found[value.name] = rng.standard_normal(shape, np.float32)
+        else:
+            found[value.name] = rng.integers(1 if value.name == "lengths" else 0, highest, shape).astype(np.int32)
+        if value.name == "mask":
+            found[value.name][..., 0] = 1  # each sees something
+    return found
+
+
+@pytest.mark.parametrize("opset", [11, 13, 18])
+@pytest.mark.parametrize("name", FORMS)
+def test_attention_and_embedding_are_taken_apart(name: str, opset: int) -> None:
+    net = Net(8)
+    y = FORMS[name](net)
+    outputs = [y, "lengths_of"] if "embedding, lengths" in name else [y]
+    types = {y: floats(y, "N", "S", "C")}
+    types["lengths_of"] = onnx.helper.make_tensor_value_info("lengths_of", TensorProto.INT32, ["N"])
+    proto = net.proto(*outputs, opset=opset, domains={"com.microsoft": 1}, types=types)
+    working = fold_constants(loaded(proto))
+    assert {node.domain for node in working.graph} == {""}
+    onnx.checker.check_model(ir.to_proto(working), full_check=True)
+    feed = _drawn(proto)
+    for output, value in run(proto, feed).items():
+        np.testing.assert_allclose(run(working, feed)[output], value, rtol=1e-4, atol=1e-5)
+
+
+STAYING: dict[str, Callable[[Net], str]] = {
+    "weights that are computed": lambda net: _attention(
+        net, net.input("x", "N", "S", 6), net.relu(net.input("w", 6, 24)), net.weight("shift", 24)
+    ),
+    "lengths of another batch": masked(lambda net: net.input("ends", "M", dtype=TensorProto.INT32)),
+    "heads that do not fit": lambda net: net.op(
+        "Attention",
+        net.input("x", "N", "S", 6),
+        net.weight("packed", 6, 24),
+        out="y",
+        domain="com.microsoft",
+        num_heads=3,
+    ),
+    "queries, keys and values in one": lambda net: net.op(
+        "MultiHeadAttention", net.input("x", "N", "S", HEADS, 3, 4), out="y", domain="com.microsoft", num_heads=HEADS
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STAYING)
+def test_another_form_stays_whole(name: str) -> None:
+    net = Net(9)
+    y = STAYING[name](net)
+    model = ir.from_proto(net.proto(y, domains={"com.microsoft": 1}, types={y: floats(y, "N", "S", 8)}))
+    before = [node.op_type for node in model.graph]
+    assert not take_apart(model)
+    assert [node.op_type for node in model.graph] == before
+
+
+def test_two_operators_of_one_packed_weight_share_its_parts() -> None:
+    net = Net(10)
+    x = net.input("x", "N", "S", 8)
+    net.weight("packed", 8, 24)
+    net.weight("shift", 24)
+    for layer in range(2):
+        y = net.op("Attention", x, "packed", "shift", domain="com.microsoft", num_heads=HEADS, out=f"seen{layer}")
+        x = net.op("Add", net.matmul(y, 8, 8), x)
+    working = fold_constants(loaded(net.proto(x, domains={"com.microsoft": 1}, types={x: floats(x, "N", "S", 8)})))
+    parts = [name for name in working.graph.initializers if name.startswith(("packed", "shift"))]
+    assert len(parts) == 6
+    assert all(len(working.graph.initializers[name].uses()) == 2 for name in parts)
+
+
+def test_heads_of_fused_attention_go(tmp_path: Path) -> None:
+    """With a mask that is computed inside the fused operator, and so inside each student."""
+    net = Net(11)
+    x = net.matmul(net.input("x", "N", "S", 12), 12, 12, out="first")
+    mask = net.input("mask", "N", "S", dtype=TensorProto.INT32)
+    for layer in range(2):
+        weights = net.weight(f"packed{layer}", 12, 36), net.weight(f"shift{layer}", 36)
+        y = net.op("Attention", x, *weights, mask, domain="com.microsoft", num_heads=4, out=f"seen{layer}")
+        outs = [f"normed{layer}", "", "", f"sum{layer}"]
+        sides = net.weight(f"scale{layer}", 12), net.weight(f"shift_{layer}", 12)
+        net.op("SkipLayerNormalization", net.matmul(y, 12, 12), x, *sides, domain="com.microsoft", out=outs)
+        x = outs[0]
+    teacher = net.proto(x, opset=14, domains={"com.microsoft": 1}, types={x: floats(x, "N", "S", 12)})
+    _, parts = parted(teacher)
+    assert [n.widths for n in parts.distillable] == [[4], [4]]
+    path, data, output = tmp_path / "teacher.onnx", tmp_path / "data.npz", tmp_path / "student.onnx"
+    onnx.save(teacher, path)
+    rng = np.random.default_rng(2)
+    seen = (np.arange(STEPS) < rng.integers(2, STEPS + 1, (16, 1))).astype(np.int32)
+    np.savez(data, x=rng.standard_normal((16, STEPS, 12), np.float32), mask=seen)
+    report = compress(path, data=str(data), output=output, recipe=Recipe(**SMALL | {"keep": 0.5})).report
+    assert report.student.parameters < 0.7 * report.teacher.parameters
+    assert [n.status for n in report.neighbourhoods].count("distilled") == 2

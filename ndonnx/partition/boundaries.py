@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from ndonnx.graph.fused import is_inside_fused
+from ndonnx.graph.fused_writer import is_inside_fused
 from ndonnx.graph.interface import NOWHERE, sample_axis
 
 

@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from ndonnx.graph.costs import weights_of
 from ndonnx.graph.dataflow import Dataflow, Kind
-from ndonnx.graph.fused import is_inside_fused
+from ndonnx.graph.fused_writer import is_inside_fused
 from ndonnx.graph.lengths import Axes
 from ndonnx.graph.targets import shape_readers
 from ndonnx.partition.boundaries import can_be_boundary

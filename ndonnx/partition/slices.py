@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import onnx_ir as ir
 
 from ndonnx.graph.dataflow import SOURCE, STANDARD_DOMAINS, Dataflow, Kind, reads, sub_graphs
+from ndonnx.graph.fused_writer import is_inside_fused
 from ndonnx.graph.interface import name_inside, samples_first
 from ndonnx.graph.load import infer_shapes
 
@@ -14,7 +15,8 @@ from ndonnx.graph.load import infer_shapes
 def region_nodes(flow: Dataflow, entry: ir.Value, exit_: ir.Value) -> tuple[list[ir.Node], list[ir.Value]]:
     """Nodes between entry and exit in order, with the metadata they need, and the context they read.
 
-    A stream value from elsewhere, of which only the shape is read, is context too.
+    A stream value from elsewhere, of which only the shape is read, is context too. Context inside a fused operator,
+    which the model does not have by itself, is computed once more inside.
     """
     inside = _between(flow, entry, exit_)
     nodes: set[ir.Node] = set()
@@ -26,7 +28,8 @@ def region_nodes(flow: Dataflow, entry: ir.Value, exit_: ir.Value) -> tuple[list
         if value is entry or flow.kinds[value] is Kind.CONSTANT or producer in nodes:
             continue
         elsewhere = flow.is_stream(value) and value in flow.flow and value not in inside
-        if flow.kinds[value] is Kind.CONTEXT or producer is None or elsewhere:
+        given = flow.kinds[value] is Kind.CONTEXT and not is_inside_fused(value)
+        if given or producer is None or elsewhere:
             context[value] = None
             continue
         nodes.add(producer)

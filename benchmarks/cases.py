@@ -179,11 +179,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         names = [name for name in names if name in options.only.split(",")]
     if not names:
         raise UsageError(f"{options.folder}: no case here; expected NAME.onnx beside NAME.npz")
-    with ThreadPoolExecutor(options.jobs) as pool:
-        findings = list(pool.map(lambda name: try_case(options.folder, name), names))
     print(_LINE.format("case", "right", "found", "verdict"))
-    for found in findings:
-        print(_LINE.format(*_row(found)))
+    findings = []
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for found in pool.map(lambda name: try_case(options.folder, name), names):
+            print(_LINE.format(*_row(found)), flush=True)
+            findings.append(found)
     right = sum(not found.wrong for found in findings)
     print(f"{right} of {len(findings)} right")
     if options.out:

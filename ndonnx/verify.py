@@ -61,7 +61,9 @@ def _float32(array: np.ndarray) -> np.ndarray:
     return array.astype(np.float32) if array.dtype.kind == "f" else array
 
 
-def check_no_larger(teacher: ir.Model, students: Mapping[str, ir.Model], shared: Mapping[str, str]) -> None:
+def check_no_larger(
+    teacher: ir.Model, student: ir.Model, students: Mapping[str, ir.Model], shared: Mapping[str, str]
+) -> None:
     """Refuse students with which the file would hold more weights than the teacher's, in number or in bytes.
 
     A student may be smaller than its neighbourhood and the model larger all the same: where the teacher's weight has
@@ -69,6 +71,7 @@ def check_no_larger(teacher: ir.Model, students: Mapping[str, ir.Model], shared:
 
     Args:
         teacher: as loaded.
+        student: the teacher with these students in it, and no others.
         students: by the name of the neighbourhood, for `splice`.
         shared: as for `splice`.
 
@@ -76,7 +79,7 @@ def check_no_larger(teacher: ir.Model, students: Mapping[str, ir.Model], shared:
         VerificationError: naming the neighbourhood whose student adds most.
     """
     before = held_weights(teacher)
-    growth = _growth(before, held_weights(splice(teacher, students, shared)))
+    growth = _growth(before, held_weights(student))
     if growth <= 0:
         return
     alone: dict[str, float] = {}

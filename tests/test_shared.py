@@ -385,9 +385,10 @@ def test_a_student_that_would_make_the_model_larger_is_refused_by_name() -> None
             if value.name in ("first1.weight", "first3.weight") and value.const_value is not None:
                 value.const_value = ir.tensor(np.tile(value.const_value.numpy(), (2 if name == "n02" else 3, 1, 1, 1)))
     with pytest.raises(VerificationError, match="n04: with its student the model would be larger") as caught:
-        check_no_larger(teacher, students, {})
+        check_no_larger(teacher, splice(teacher, students), students, {})
     assert caught.value.neighbourhood == "n04"
-    check_no_larger(teacher, {"n03": students["n03"]}, {})
+    one = {"n03": students["n03"]}
+    check_no_larger(teacher, splice(teacher, one), one, {})
 
 
 def test_copies_of_a_shared_weight_count_as_larger() -> None:
@@ -396,6 +397,6 @@ def test_copies_of_a_shared_weight_count_as_larger() -> None:
     assert first.groups is not None
     student = shrink(parts.slice_of(first), first.groups, np.arange(first.groups.units) % 2 == 0)
     students = {use.name: parts.at(use, student) for use in parts.uses(first)}
-    check_no_larger(teacher, students, parts.shared)
+    check_no_larger(teacher, splice(teacher, students, parts.shared), students, parts.shared)
     with pytest.raises(VerificationError):
-        check_no_larger(teacher, students, {})
+        check_no_larger(teacher, splice(teacher, students), students, {})

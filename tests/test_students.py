@@ -264,10 +264,43 @@ def test_a_refit_without_an_offset_is_the_least_squares_solution_through_zero() 
     np.testing.assert_allclose(weights(build(teacher, Width(0.5)).model)["b.weight"], solution, atol=5e-3)
 
 
-def test_a_weight_that_two_operators_share_is_refitted_for_neither() -> None:
+def test_a_weight_that_two_operators_share_is_refitted_for_both() -> None:
     teacher = shared()
     refitted, cut = (weights(build(teacher, Width(0.5, None, init)).model) for init in ("least-squares", "teacher"))
-    assert {name for name in cut if not np.array_equal(refitted[name], cut[name])} == {"b.weight", "b.bias"}
+    changed = {name for name in cut if not np.array_equal(refitted[name], cut[name])}
+    assert changed == {"shared", "offset", "b.weight", "b.bias"}
+
+
+def test_no_other_weight_suits_two_operators_better() -> None:
+    """Two convolutions with one weight, each on features of its own: the sum of their errors is the least."""
+    net = Net(3)
+    x, same = net.input("x", "N", 3, 6, 6), net.weight("same", 5, 8, 3, 3)
+    first = [net.relu(net.conv(x, 3, 8, out=f"own{i}")) for i in range(2)]
+    ends = [
+        net.op("Conv", y, same, net.weight(f"bias{i}", 5), out=f"end{i}", pads=[1] * 4) for i, y in enumerate(first)
+    ]
+    teacher = teacher_of(net, net.op("Add", *ends, out="y"), samples=60)
+    student = build(teacher, Width(0.5, 1)).model
+    data = [next(n.inputs[0].name or "" for n in student.graph if n.outputs[0].name == f"end{i}") for i in range(2)]
+    given = run(student, teacher.samples, data)
+    wanted = run(teacher.model, teacher.samples, ["end0", "end1"])
+    held = weights(student)
+
+    def error(weight: Array) -> float:
+        total = 0.0
+        for i, name in enumerate(data):
+            answer = torch.nn.functional.conv2d(
+                torch.from_numpy(given[name]).double(), torch.from_numpy(weight).double(), padding=1
+            )
+            target = torch.from_numpy(wanted[f"end{i}"] - held[f"bias{i}"].reshape(-1, 1, 1)).double()
+            total += float((answer - target).square().sum())
+        return total
+
+    best = error(held["same"])
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        other = held["same"] + 0.01 * rng.standard_normal(held["same"].shape).astype(np.float32)
+        assert error(other) > best
 
 
 # Which channels

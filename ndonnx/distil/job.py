@@ -179,16 +179,18 @@ class DistilJob:
         if not heads:
             return NeighbourhoodLoss(self.target)
         loss = LookAheadLoss(self.target, heads, self.head_weights[: len(heads)])
-        rows = samples.shaping(_PROBE).arrays
+        rows = samples.shaping(_PROBE)[0].arrays
         loss.scales = {name: target_variance(torch.from_numpy(rows[name])) for name in loss.values}
         return loss
 
     def _teacher(self, model: ir.Model, samples: Samples) -> TeacherSlice:
         count = min(_SHAPING_SAMPLES, max(_PROBE, _SHAPING_BYTES // max(1, samples.bytes_per_sample())))
-        rows = samples.shaping(count)
-        given = {name: rows.arrays[name] for name in self.inputs}
-        constants = rows.constant & given.keys()
-        return TeacherSlice(self._slice_name, model, self.groups, given, self.threads, constants, self.held)
+        found = samples.shaping(count)
+        given, *further = ({name: rows.arrays[name] for name in self.inputs} for rows in found)
+        constants = found[0].constant & given.keys()
+        return TeacherSlice(
+            self._slice_name, model, self.groups, given, self.threads, constants, self.held, tuple(further)
+        )
 
 
 def read_result(entry: Entry) -> DistilResult:

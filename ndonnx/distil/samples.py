@@ -112,9 +112,9 @@ class SliceSamples:
         """The first `count` rows; a list, since not all need have the same shape where there are several places."""
         return [Rows(self.arrays(0, count), frozenset(self._constant))]
 
-    def shaping(self, count: int) -> Rows:
-        """The first `count` training rows, by which a candidate is shaped."""
-        return Rows(self.training_rows(count), frozenset(self._constant))
+    def shaping(self, count: int) -> list[Rows]:
+        """The first `count` training rows, by which a candidate is shaped; a list as with `heldout`."""
+        return [Rows(self.training_rows(count), frozenset(self._constant))]
 
     def split(self, rows: np.ndarray, parts: int) -> list[np.ndarray]:
         """The rows in so many parts (fewer of few rows), each of which can be a batch."""
@@ -175,12 +175,12 @@ class SharedSamples:
         each = max(1, count // len(self._places))
         return [self._together(numbers, 0, each) for numbers in self._alike.values()]
 
-    def shaping(self, count: int) -> Rows:
-        """About so many of the training rows, of those alike places that have most numbers in all."""
-        numbers = max(self._alike.values(), key=lambda these: len(these) * self._places[these[0]].bytes_per_sample())
+    def shaping(self, count: int) -> list[Rows]:
+        """About the first `count` training rows, those of alike places together, the largest first."""
         first = self.blocks.holdout // len(self._places)
-        last = self.blocks.samples // len(self._places)
-        return self._together(numbers, first, min(last, first + max(1, count // len(numbers))))
+        last = min(self.blocks.samples // len(self._places), first + max(1, count // len(self._places)))
+        largest = sorted(self._alike.values(), key=lambda numbers: -self._places[numbers[0]].bytes_per_sample())
+        return [self._together(numbers, first, last) for numbers in largest]
 
     def split(self, rows: np.ndarray, parts: int) -> list[np.ndarray]:
         """The rows in parts of alike places, each of which can be a batch."""

@@ -135,8 +135,15 @@ class Partition:
 
     def uses(self, neighbourhood: Neighbourhood) -> list[Neighbourhood]:
         """All places of a neighbourhood's student, in order: itself, and those that share its weights."""
-        first = neighbourhood.first or neighbourhood.name
-        return [n for n in self.distillable if first in (n.name, n.first)]
+        return self._places[neighbourhood.first or neighbourhood.name]
+
+    @cached_property
+    def _places(self) -> dict[str, list[Neighbourhood]]:
+        """All places of each student, by the name of its first neighbourhood."""
+        found: dict[str, list[Neighbourhood]] = {}
+        for n in self.distillable:
+            found.setdefault(n.first or n.name, []).append(n)
+        return found
 
     @property
     def shared(self) -> dict[str, str]:

@@ -94,11 +94,11 @@ class Composition:
         key: tuple[str, ...] = (*data, *(entry.path.name for entry in entries.values()))
         with self.clock.measure("splice"):
             students = self._students(entries)
-            check_no_larger(self.teacher, self._promising(students, entries), self.parts.shared)
         inputs = self.recipe.inputs
         if inputs == "refit" or (inputs is None and not self.schedule.finetunes):
             students = self._refitted(students, key)
         student, tuned = self._spliced(students), None
+        self._check_size(student, students, entries)
         if self.schedule.finetunes and students:
             with self.clock.measure("finetune"):
                 student, tuned = self.finishing.finetune(student, students, (*key, str(inputs)))
@@ -138,11 +138,14 @@ class Composition:
                 found |= {use.name: self.parts.at(use, student) for use in self.parts.uses(n)}
         return {n.name: found[n.name] for n in self.parts.neighbourhoods if n.name in found}
 
-    def _promising(self, students: Mapping[str, ir.Model], entries: Mapping[str, Entry]) -> dict[str, ir.Model]:
-        """Those that their method promises to be no larger than the teacher."""
+    def _check_size(self, student: ir.Model, students: Mapping[str, ir.Model], entries: Mapping[str, Entry]) -> None:
+        """Refuse students that make the whole larger, but for those of methods that promise nothing of the kind."""
         larger = {name for name, entry in entries.items() if read_result(entry).may_grow}
-        promising = (name for name in students if self.parts.shared.get(name, name) not in larger)
-        return {name: self.parts.as_in_teacher(students[name]) for name in promising}
+        promising = {n: model for n, model in students.items() if self.parts.shared.get(n, n) not in larger}
+        if promising:
+            whole = student if len(promising) == len(students) else self._in_place(promising)
+            turned = {name: self.parts.as_in_teacher(model) for name, model in promising.items()}
+            check_no_larger(self.teacher, whole, turned, self.parts.shared)
 
 
 def costs_of(model: ir.Model, parts: Partition) -> Cost:

@@ -40,14 +40,16 @@ class TeacherSlice:
     """Inputs without a sample axis: one array for all samples."""
     held: frozenset[str] = frozenset()
     """Weights that stay as they are, because the teacher reads them elsewhere too."""
+    further: tuple[Mapping[str, np.ndarray], ...] = ()
+    """More samples, of other sizes: what the slice reads at other places where its student stands too."""
 
     def first(self, count: int) -> TeacherSlice:
-        """The same slice with at most so many samples."""
+        """The same slice with at most so many samples, all of one size."""
         few = {name: rows if name in self.constants else rows[:count] for name, rows in self.samples.items()}
-        return replace(self, samples=few)
+        return replace(self, samples=few, further=())
 
     def run(self, model: ir.Model, values: Sequence[str]) -> dict[str, np.ndarray]:
-        """Values inside `model` (the slice or a candidate of it) on all samples at once, by onnxruntime.
+        """Values inside `model` (the slice or a candidate of it) on all samples of the first size, by onnxruntime.
 
         For few samples, or values as small as the slice's own ends: everything is in memory together.
 
@@ -70,12 +72,16 @@ class TeacherSlice:
         """
         probes = [self._probe(model, values) for model, values in wanted]
         fixed = slice_batch(self.model)
-        yield from run_batches([(probe, self.samples) for probe in probes], self.constants, size=fixed)
+        before = 0
+        for samples in (self.samples, *self.further):
+            for rows, found in run_batches([(probe, samples) for probe in probes], self.constants, size=fixed):
+                yield range(before + rows.start, before + rows.stop), found
+            before += sample_count(samples, self.constants)
 
     @property
     def count(self) -> int:
-        """How many samples there are."""
-        return sample_count(self.samples, self.constants)
+        """How many samples there are, of all sizes."""
+        return sum(sample_count(samples, self.constants) for samples in (self.samples, *self.further))
 
     def _probe(self, model: ir.Model, values: Sequence[str]) -> Callable[[Arrays], dict[str, np.ndarray]]:
         try:

@@ -66,7 +66,7 @@ def linear_readers(model: ir.Model, groups: ChannelGroups, held: Collection[str]
     for node in model.graph:
         if not is_plain(node) or node.inputs[1] is None:
             continue
-        name, summed = node.inputs[1].name or "", _summed_axis(node)
+        name, summed = node.inputs[1].name or "", summed_axis(node)
         if (name, summed) not in units or name in held:
             continue
         data, bias = node.inputs[0], offset_of(node)
@@ -75,6 +75,22 @@ def linear_readers(model: ir.Model, groups: ChannelGroups, held: Collection[str]
         offset = bias.name if fitting and bias is not None else None
         found.append(LinearReader(node, data.name, node.outputs[0].name or "", name, offset, units[name, summed]))
     return found
+
+
+def summed(node: ir.Node, output: npt.NDArray[np.float32], *, offset: bool) -> npt.NDArray[np.float32]:
+    """What an operator's weight, and its offset if that is to be fitted, has to answer for.
+
+    Args:
+        node: `Conv`, `Gemm` or `MatMul` of the teacher.
+        output: all that it gives.
+        offset: whether its bias is fitted too; a constant bias that is not stays as it is.
+    """
+    tensor = constant_of(node.inputs[2]) if len(node.inputs) > 2 and not offset else None
+    if tensor is None:
+        return output
+    bias = tensor.numpy()
+    rest: npt.NDArray[np.float32] = output - (bias.reshape(-1, 1, 1) if node.op_type == "Conv" else bias)
+    return rest
 
 
 def offset_of(node: ir.Node) -> ir.Value | None:
@@ -90,7 +106,7 @@ def offset_of(node: ir.Node) -> ir.Value | None:
     return bias if offset.size == outputs and offset.shape[-1:] == (outputs,) else None
 
 
-def _summed_axis(node: ir.Node) -> int:
+def summed_axis(node: ir.Node) -> int:
     """The axis of a plain operator's weight that is summed over."""
     return 1 if node.op_type == "Conv" or _is_transposed(node) else 0
 

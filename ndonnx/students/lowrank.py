@@ -13,7 +13,7 @@ from ndonnx.errors import ShrinkError
 from ndonnx.graph.load import infer_shapes
 from ndonnx.students.base import Candidate, StudentMethod, TeacherSlice
 from ndonnx.students.factors import Cut, Fit, Form, Problem, fit_of, forms_of
-from ndonnx.students.features import LinearReader, from_matrix
+from ndonnx.students.features import LinearReader, from_matrix, summed
 from ndonnx.students.least_squares import MOST_FEATURES, Regression
 from ndonnx.students.linear import add_weight, every_reader, set_weight, unique_name
 from ndonnx.students.tables import Table, lookups, measure, split_table
@@ -89,7 +89,8 @@ class LowRank(StudentMethod):
         if readers:
             for samples, (theirs, ours) in teacher.batches((teacher.model, outputs), (model, inputs)):
                 for reader, problem in problems.items():
-                    problem.add(samples, ours[reader.data], theirs[reader.output])
+                    output = summed(reader.node, theirs[reader.output], offset=reader.has_bias)
+                    problem.add(samples, ours[reader.data], output)
         return {reader: fit_of(reader, problem) for reader, problem in problems.items()}
 
     def _factorise(

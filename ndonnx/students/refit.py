@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from ndonnx.partition import stays
 from ndonnx.students.base import TeacherSlice
-from ndonnx.students.features import LinearReader, from_matrix, linear_readers
+from ndonnx.students.features import LinearReader, from_matrix, linear_readers, offset_of, summed, summed_axis
 from ndonnx.students.least_squares import MOST_FEATURES, Regression, features_of
 from ndonnx.students.linear import every_reader
 
@@ -24,10 +24,13 @@ from ndonnx.students.linear import every_reader
 def refit_consumers(teacher: TeacherSlice, student: ir.Model, kept: npt.NDArray[np.bool_]) -> ir.Model:
     """A copy of the shrunk slice whose readers of shrunk groups are refitted on the samples."""
     copy = student.clone()
+    sharing: dict[str, list[LinearReader]] = {}
     for reader in _readers(teacher):
-        # A weight that several operators share cannot suit one of them alone.
-        if _is_own(copy, reader):
-            _refit(teacher, copy, reader, kept)
+        several = sharing.setdefault(reader.weight, [])
+        several.append(reader)
+        # A weight that several operators share has to suit them all: it is fitted when the last of them is reached.
+        if len(copy.graph.initializers[reader.weight].uses()) == len(several) and _are_alike(several):
+            _refit(teacher, copy, several, kept)
     return copy
 
 
@@ -52,27 +55,45 @@ def _behind(model: ir.Model, names: Sequence[str]) -> set[str]:
     return found
 
 
-def _is_own(student: ir.Model, reader: LinearReader) -> bool:
-    weights = (student.graph.initializers[name] for name in (reader.weight, reader.bias) if name is not None)
-    return all(len(value.uses()) == 1 for value in weights)
+def _are_alike(readers: Sequence[LinearReader]) -> bool:
+    """Whether operators with one weight read it along the same axis."""
+    return len({(reader.node.op_type, summed_axis(reader.node)) for reader in readers}) == 1
 
 
-def _refit(teacher: TeacherSlice, student: ir.Model, reader: LinearReader, kept: npt.NDArray[np.bool_]) -> None:
-    weight = student.graph.initializers[reader.weight]
-    shape = _shape(weight)
-    if features_of(reader.node, shape) > MOST_FEATURES:
+def _refit(
+    teacher: TeacherSlice, student: ir.Model, readers: Sequence[LinearReader], kept: npt.NDArray[np.bool_]
+) -> None:
+    """Fit the one weight of these operators, with the bias where it belongs to them alone."""
+    weight = student.graph.initializers[readers[0].weight]
+    node, shape = readers[0].node, _shape(weight)
+    if features_of(node, shape) > MOST_FEATURES:
         return
-    problem = Regression(reader.node, teacher.count, shape)
-    for samples, (theirs, ours) in teacher.batches((teacher.model, [reader.output]), (student, [reader.data])):
-        expected = _kept_outputs(teacher, reader, theirs[reader.output], kept)
-        problem.add(samples, ours[reader.data], expected)
+    bias = _own_bias(teacher, readers)
+    problem = Regression(node, teacher.count * len(readers), shape)
+    for number, reader in enumerate(readers):
+        first = number * teacher.count
+        for samples, (theirs, ours) in teacher.batches((teacher.model, [reader.output]), (student, [reader.data])):
+            whole = summed(reader.node, theirs[reader.output], offset=bias is not None)
+            expected = _kept_outputs(teacher, reader, whole, kept)
+            problem.add(range(first + samples.start, first + samples.stop), ours[reader.data], expected)
     if problem.rows < problem.features:
         return  # more unknowns than rows: any solution fits them, with weights as large as it likes
-    weights, offset = problem.solve(offset=reader.has_bias)
-    _set(weight, from_matrix(reader.node, weights[0].numpy(), shape))
-    if reader.bias is not None:
-        bias = student.graph.initializers[reader.bias]
-        _set(bias, offset[0].numpy().reshape(_shape(bias)))
+    weights, offset = problem.solve(offset=bias is not None)
+    _set(weight, from_matrix(node, weights[0].numpy(), shape))
+    if bias is not None:
+        value = student.graph.initializers[bias]
+        _set(value, offset[0].numpy().reshape(_shape(value)))
+
+
+def _own_bias(teacher: TeacherSlice, readers: Sequence[LinearReader]) -> str | None:
+    """The bias that all these operators have and nothing else has; None where there is none, or it has to stay."""
+    if len(readers) == 1:
+        return readers[0].bias
+    biases = {offset_of(reader.node) for reader in readers}
+    bias = biases.pop()
+    if biases or bias is None or bias.name in teacher.held:
+        return None
+    return bias.name if len(bias.uses()) == len(readers) else None
 
 
 def _kept_outputs(

@@ -12,6 +12,7 @@ import torch
 from ndonnx.errors import ShrinkError
 from ndonnx.graph.costs import constant_of
 from ndonnx.students.base import Candidate, StudentMethod, TeacherSlice
+from ndonnx.students.features import summed
 from ndonnx.students.least_squares import Regression
 from ndonnx.students.masks import GrowingZeros, LinearWeight, Pattern, linear_weights
 from ndonnx.students.sparse_fit import can_fit, fit, from_groups, to_groups
@@ -83,7 +84,7 @@ def _fit(teacher: TeacherSlice, student: ir.Model, node: ir.Node, pattern: Patte
     assert value is not None and data is not None and data.name and output
     problem = Regression(node, teacher.count)
     for samples, (theirs, ours) in teacher.batches((teacher.model, [output]), (student, [data.name])):
-        problem.add(samples, ours[data.name], theirs[output])
+        problem.add(samples, ours[data.name], summed(node, theirs[output], offset=bias is not None))
     moments = problem.moments() if bias is not None else problem.moments().about_zero()
 
     def choose(counts: torch.Tensor, part: float) -> torch.Tensor:

@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
 from numpy.typing import NDArray
 
-from ndonnx.benchmark import AGAINST, MODEL, PROCESSES, Plan, common_batch_size, feeds_for, made_up_feeds
+from ndonnx.benchmark import AGAINST, MODEL, PROCESSES, Plan, common_batch_size, feeds_for
 from ndonnx.benchmark import measure as measure_speed
-from ndonnx.data import DataSource, InputSpec, input_specs, open_source
+from ndonnx.data import DataSource, InputSpec, input_specs, is_made_up, open_source
 from ndonnx.data.inputs import interface_of, settle
+from ndonnx.data.made_up import made_up_samples
 from ndonnx.data.specs import declared_specs
 from ndonnx.data.split import draw
 from ndonnx.errors import DataError, ModelError
@@ -28,6 +31,7 @@ from ndonnx.evaluate import evaluate as measure
 from ndonnx.graph import load
 from ndonnx.graph.bound import one_sample
 from ndonnx.graph.branches import open_branches
+from ndonnx.graph.interface import Interface
 from ndonnx.graph.working_copy import working_copy
 from ndonnx.machine import usable_cores
 from ndonnx.partition import Partition
@@ -37,6 +41,7 @@ from ndonnx.recipe import Recipe
 from ndonnx.report.inspection import Inspection
 from ndonnx.report.speed import ModelSize, Speed, check_picture
 from ndonnx.teacher import make_session
+from ndonnx.teacher.made_up_inputs import settings_for
 from ndonnx.teacher.trying import hold_if_mixed
 
 if TYPE_CHECKING:
@@ -52,13 +57,19 @@ def partition(model: str | Path, recipe: Recipe | None = None) -> Partition:
     recipe = recipe or Recipe()
     teacher = load(model)
     inputs, fixed = settle(declared_specs(teacher.graph), recipe.model_inputs)
-    interface = interface_of(inputs, fixed)
-    working = working_copy(open_branches(teacher, fixed), interface)
+    bound = {spec.name: spec.sizes for spec in inputs if spec.sizes is not None}
+    return _partitioned(teacher, recipe, interface_of(inputs, fixed), bound)
+
+
+def _partitioned(
+    teacher: ir.Model, recipe: Recipe, interface: Interface, shapes: Mapping[str, Sequence[int]]
+) -> Partition:
+    """The neighbourhoods of a loaded model, with MACs told for these shapes of its inputs, samples first."""
+    working = working_copy(open_branches(teacher, interface.fixed), interface)
     parts = partition_graph(
         working, granularity=recipe.granularity, cut=recipe.cut, freeze=recipe.freeze, methods=(recipe.method,)
     )
-    shapes = {name: setting.shape for name, setting in recipe.model_inputs.items() if setting.shape is not None}
-    return replace(parts, stated=shapes or None)
+    return replace(parts, stated=one_sample(working, shapes, interface)) if shapes else parts
 
 
 def inspect(
@@ -82,13 +93,16 @@ def inspect(
     Raises:
         UsageError: as `partition`; with `check`, the data do not fit the model.
     """
-    parts = partition(model, recipe)
     if not check:
-        return Inspection.of(str(model), parts, recipe=recipe)
+        return Inspection.of(str(model), partition(model, recipe), recipe=recipe)
 
     from ndonnx.check import check as pass_gates  # noqa: PLC0415 - needs torch
+    from ndonnx.check import few_samples  # noqa: PLC0415
 
-    checked = pass_gates(Path(model), parts, recipe or Recipe(), data=data, progress=progress)
+    recipe, teacher = recipe or Recipe(), load(model)
+    given = few_samples(Path(model), teacher.graph, recipe, data)
+    parts = _partitioned(teacher, recipe, given.interface, {name: a.shape for name, a in given.arrays.items()})
+    checked = pass_gates(Path(model), parts, recipe, data=data, progress=progress, given=given)
     return Inspection.of(str(model), checked.parts, checked.parity, recipe)
 
 
@@ -107,7 +121,9 @@ def evaluate(
     """
     recipe = recipe or Recipe()
     session = make_session(Path(model))
-    source = open_source(data, input_specs(session), recipe.data, seed=recipe.seed, settings=recipe.model_inputs)
+    graph = load(model).graph if is_made_up(data) else None
+    settings = recipe.model_inputs if graph is None else settings_for(data, session, graph, recipe)
+    source = open_source(data, input_specs(session), recipe.data, seed=recipe.seed, graph=graph, settings=settings)
     hold_if_mixed(session, source)
     return measure(model, source, teacher=teacher, progress=progress)
 
@@ -164,22 +180,26 @@ def benchmark(
     )
     models = {MODEL: Path(model)} | ({} if against is None else {AGAINST: Path(against)})
     graphs = {name: load(path) for name, path in models.items()}
-    specs = {name: _specs_on(models[name], plan.providers) for name in models}
-    source, settings = None, recipe.model_inputs
+    sessions = {name: _opened_on(models[name], plan.providers) for name in models}
+    specs = {name: input_specs(session) for name, session in sessions.items()}
+    source, graph = None, graphs[MODEL].graph
+    settings = settings_for(data, sessions[MODEL], graph, recipe)
     if data is not None:
-        graph = graphs[MODEL].graph
         source = open_source(data, specs[MODEL], recipe.data, seed=recipe.seed, graph=graph, settings=settings)
+        hold_if_mixed(sessions[MODEL], source)
         inputs, fixed = list(source.inputs), source.fixed
     else:
         inputs, fixed = settle(specs[MODEL], settings)
+    del sessions
     plan = replace(plan, interface=interface_of(inputs, fixed))
     notes = []
-    size = common_batch_size({str(models[name]): _sampled(entry, recipe, fixed) for name, entry in specs.items()})
+    common = common_batch_size({str(models[name]): _sampled(entry, recipe, fixed) for name, entry in specs.items()})
+    size = common or plan.interface.batch  # the graph's own numbers may hold what the inputs leave open
     if size is not None:
         if plan.batch_sizes != (size,):
             notes.append(f"the batch size is fixed in the model: timed at {size} only")
         plan = replace(plan, batch_sizes=(size,))
-    batch = _one_batch(inputs, source, max(plan.batch_sizes))
+    batch = _one_batch(inputs, source, graph, recipe, max(plan.batch_sizes))
     arrays = {name: array.shape for name, array in batch.items()}
     sizes = {
         name: ModelSize.of(models[name], graph, one_sample(graph, arrays, plan.interface))
@@ -254,7 +274,8 @@ def threshold(
     check_study(samples, amplitudes, repeats, keep)
     progress.stage("load")
     path, teacher = Path(model), load(model)
-    session, settings = make_session(path), recipe.model_inputs
+    session = make_session(path)
+    settings = settings_for(data, session, teacher.graph, recipe)
     specs = input_specs(session)
     source = open_source(data, specs, recipe.data, seed=recipe.seed, graph=teacher.graph, settings=settings)
     hold_if_mixed(session, source)
@@ -314,10 +335,10 @@ def threshold(
     return report if folder is None else write_threshold(report, folder)
 
 
-def _specs_on(model: Path, providers: Sequence[str]) -> list[InputSpec]:
-    """The inputs of a model, after it was opened on every provider: what cannot be, is told before any timing."""
-    sessions = [make_session(model, device=provider) for provider in providers]
-    return input_specs(sessions[0])
+def _opened_on(model: Path, providers: Sequence[str]) -> ort.InferenceSession:
+    """A model on the first provider, after it was opened on every one: what cannot be, is told before any timing."""
+    first, *_ = [make_session(model, device=provider) for provider in providers]
+    return first
 
 
 def _sampled(specs: Sequence[InputSpec], recipe: Recipe, fixed: Mapping[str, object]) -> list[InputSpec]:
@@ -325,9 +346,11 @@ def _sampled(specs: Sequence[InputSpec], recipe: Recipe, fixed: Mapping[str, obj
     return [spec for spec in settle(specs, recipe.model_inputs)[0] if spec.name not in fixed]
 
 
-def _one_batch(specs: Sequence[InputSpec], source: DataSource | None, size: int) -> dict[str, NDArray[np.generic]]:
+def _one_batch(
+    specs: Sequence[InputSpec], source: DataSource | None, graph: ir.Graph, recipe: Recipe, size: int
+) -> dict[str, NDArray[np.generic]]:
     if source is None:
-        return made_up_feeds(specs, batch_size=size)
+        return made_up_samples(specs, graph, recipe.data, size, seed=recipe.seed)
     batch = next(iter(source.batches(size, samples=size)), None)
     if batch is None or not len(batch):
         raise DataError(f"{source.spec}: expected samples to run on, found none")

@@ -20,12 +20,15 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ndonnx.data import DataSource, InputSpec, input_specs, open_source
+from ndonnx.data.inputs import interface_of, settle
 from ndonnx.data.made_up import made_up_samples
+from ndonnx.data.preprocess import resolve
 from ndonnx.distil.gate import check_answer, open_slice, pass_gate
 from ndonnx.distil.samples import SliceSamples
 from ndonnx.errors import ConversionError, DataError, ModelError, ParityError
 from ndonnx.faults import Fault, tried
 from ndonnx.graph.dataflow import reads
+from ndonnx.graph.interface import Interface
 from ndonnx.graph.load import infer_shapes
 from ndonnx.graph.precision import in_float32, in_own_types, rounding_error
 from ndonnx.machine import usable_cores
@@ -37,6 +40,8 @@ from ndonnx.students import TeacherSlice
 from ndonnx.students.width import shrink
 from ndonnx.students.zeroing import check_by_zeroing
 from ndonnx.teacher import ActivationStore, capture, make_session
+from ndonnx.teacher.made_up_inputs import settings_for
+from ndonnx.teacher.trying import held, hold_if_mixed, mixes
 
 SAMPLES = 4
 """Samples on which everything is compared."""
@@ -48,6 +53,18 @@ _MOST_NODES = 150
 """Nodes of a slice in which the guilty operator is still looked for: one conversion for each."""
 
 Arrays = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a check runs on."""
+
+    inputs: Sequence[InputSpec]
+    """Those with samples."""
+    arrays: Arrays
+    """A few samples of them, samples first."""
+    interface: Interface
+    """How the model is fed."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +83,7 @@ def check(
     *,
     data: str | None = None,
     progress: Progress | None = None,
+    given: Given | None = None,
 ) -> Checked:
     """Take every distillable neighbourhood through the gates of a distil job.
 
@@ -75,13 +93,14 @@ def check(
         recipe: `keep`, `round_to`, `parity`, `data` and `seed` are used.
         data: a data source, of which a few samples are read. None: inputs are made up.
         progress: told of every neighbourhood.
+        given: what `few_samples` has read already. None: read now.
 
     Raises:
         DataError: the data do not fit the model, or it does not take made-up inputs.
     """
     progress = progress or Silent()
-    specs = input_specs(make_session(model))
-    samples = _samples(specs, parts, recipe, data)
+    given = given or few_samples(model, parts.model.graph, recipe, data)
+    specs, samples = given.inputs, given.arrays
     progress.stage("check", len(parts.distillable), "neighbourhoods")
     parity: dict[str, float] = {}
     reasons: dict[str, str] = {}
@@ -191,13 +210,41 @@ def _without(parts: Partition, reasons: Mapping[str, str]) -> Partition:
     )
 
 
-def _samples(specs: Sequence[InputSpec], parts: Partition, recipe: Recipe, data: str | None) -> Arrays:
-    """A few samples, as many as fill whole batches where the model fixes their size."""
-    count = _batch_size(specs) or SAMPLES
-    count *= -(-SAMPLES // count)
+def few_samples(model: Path, graph: ir.Graph, recipe: Recipe, data: str | None = None) -> Given:
+    """A few samples for a model, as many as fill whole batches where it fixes their size.
+
+    Args:
+        model: its file.
+        graph: of the same model.
+        recipe: `[inputs]`, `[data]` and the seed.
+        data: a data source. None: inputs are made up.
+
+    Raises:
+        DataError: the data do not fit the model, or no inputs could be made up.
+    """
+    session = make_session(model)
+    try:
+        settings = settings_for(data, session, graph, recipe)
+    except DataError as error:
+        raise DataError(f"{model}: does not take made-up inputs: {error}") from error
     if data is None:
-        return made_up_samples(specs, parts.model.graph, recipe.data, count, seed=recipe.seed)
-    return _first(open_source(data, specs, recipe.data, seed=recipe.seed), count)
+        settled, fixed = settle(input_specs(session), settings)
+        inputs = tuple(resolve(settled, recipe.data))
+        pair = made_up_samples(inputs, graph, recipe.data, 2, seed=recipe.seed)
+        if _batch_size(inputs) is None and mixes(session, interface_of(inputs, fixed), pair):
+            inputs = held(inputs)
+        arrays = made_up_samples(inputs, graph, recipe.data, _count(inputs), seed=recipe.seed)
+        return Given(inputs, arrays, interface_of(inputs, fixed))
+    specs = input_specs(session)
+    source = open_source(data, specs, recipe.data, seed=recipe.seed, graph=graph, settings=settings)
+    hold_if_mixed(session, source)
+    rows = _first(source, _count(source.inputs))
+    return Given(source.inputs, rows, interface_of(source.inputs, source.fixed))
+
+
+def _count(inputs: Sequence[InputSpec]) -> int:
+    count = _batch_size(inputs) or SAMPLES
+    return count * -(-SAMPLES // count)
 
 
 def _first(source: DataSource, count: int) -> Arrays:

@@ -23,7 +23,7 @@ from ndonnx.data.specs import Batch, InputSpec, input_specs
 from ndonnx.errors import DataError
 from ndonnx.recipe import DataRecipe, InputRecipe
 
-__all__ = ["DATA_FREE", "Batch", "DataSource", "InputSpec", "input_specs", "open_source"]
+__all__ = ["DATA_FREE", "Batch", "DataSource", "InputSpec", "input_specs", "is_made_up", "open_source"]
 
 DATA_FREE = "leaves"
 """The source that `data_free` stands for."""
@@ -34,6 +34,11 @@ _KINDS = (
     "a .npz, .npy or .parquet file, a directory of images, module:function, "
     f"or made-up samples: {', '.join(NOISES)} (or {DATA_FREE}:N for N of them)"
 )
+
+
+def is_made_up(spec: str) -> bool:
+    """Whether a source is made-up samples, as `gaussian` or `leaves:500`."""
+    return spec.partition(":")[0] in NOISES
 
 
 def open_source(

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ndonnx.data.images import BYTE_SCALE
-from ndonnx.data.made_up import whole_numbers
+from ndonnx.data.made_up import floats, longest_sequence, whole_numbers
 from ndonnx.data.preprocess import IMAGE_RANK, layout_of, normalise
 from ndonnx.data.source import RowSource
 from ndonnx.data.specs import Batch, InputSpec, cast
@@ -82,12 +82,16 @@ class NoiseSource(RowSource):
 
     def _content(self) -> Iterator[bytes]:
         yield f"{self._kind} {self.length} {self._seed}".encode()
+        bound = [(entry.sizes, entry.low, entry.high) for entry in self.inputs]
+        yield repr(bound).encode() if any(any(part is not None for part in each) for each in bound) else b""
 
     def _maker(self, place: int, entry: InputSpec, values: Mapping[str, ir.Value]) -> Make:
         image = self._kind != "gaussian" and len(entry.shape) == IMAGE_RANK
         if not entry.is_float and not (image and entry.dtype == np.uint8):
             return self._whole_numbers(place, entry, values)
         shape = _sample_shape(entry, self.spec)
+        if entry.low is not None or entry.high is not None or "mask" in entry.name.lower():
+            return lambda rows: self._each(rows, place, lambda rng: floats(entry, (1, *shape), rng).astype(entry.dtype))
         if self._kind == "gaussian":
             return lambda rows: self._normal(rows, place, shape).astype(entry.dtype, copy=False)
         if len(shape) == 1:
@@ -125,15 +129,14 @@ class NoiseSource(RowSource):
             raise DataError(
                 f"{self.spec}: input {entry} holds no floats, so random values mean nothing to it; give data"
             )
-        shape = _sample_shape(entry, self.spec)
+        shapes = {other.name: (1, *_sample_shape(other, self.spec)) for other in self.inputs}
+        longest, value = longest_sequence(self.inputs, shapes), values[entry.name]
+        shape = shapes[entry.name]
+        return lambda rows: self._each(rows, place, lambda rng: whole_numbers(entry, shape, value, rng, longest))
 
-        def make(rows: NDArray[np.int64]) -> Array:
-            made = [
-                whole_numbers(entry, (1, *shape), values[entry.name], self._rng(place, row)) for row in rows.tolist()
-            ]
-            return np.concatenate(made)
-
-        return make
+    def _each(self, rows: NDArray[np.int64], place: int, draw: Callable[[np.random.Generator], Array]) -> Array:
+        """What is drawn for each sample alone, one behind the other."""
+        return np.concatenate([draw(self._rng(place, row)) for row in rows.tolist()])
 
     def _pictures(self, place: int, entry: InputSpec, shape: tuple[int, ...]) -> Make:
         last = len(shape) == IMAGE_RANK - 1 and layout_of(entry, self.recipe) == "NHWC"
@@ -178,9 +181,12 @@ def _plane(shape: tuple[int, ...], *, channels_last: bool) -> tuple[int, int, in
 
 def _sample_shape(entry: InputSpec, spec: str) -> tuple[int, ...]:
     shape: list[int] = []
-    for axis, size in enumerate(entry.shape[1:], start=1):
+    bound = entry.shape if entry.sizes is None else entry.sizes
+    for axis, (declared, told) in enumerate(zip(entry.shape[1:], bound[1:], strict=True), start=1):
+        size = declared if isinstance(declared, int) else told
         if not isinstance(size, int):
-            way_out = "set size = [height, width] under [data]" if len(entry.shape) == IMAGE_RANK else "give data"
+            size_key = "set size = [height, width] under [data], " if len(entry.shape) == IMAGE_RANK else ""
+            way_out = f"{size_key}bind it by --shape {entry.name}=N,..., or give data"
             raise DataError(f"{spec}: dimension {axis} ({size or '?'}) of input {entry} is dynamic; {way_out}")
         shape.append(size)
     if not 0 < math.prod(shape) <= MOST_VALUES:

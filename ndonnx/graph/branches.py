@@ -43,6 +43,7 @@ def open_branches(model: ir.Model, fixed: Mapping[str, NDArray[Any]] | None = No
             taken = _taken(opened, fixed or {})
         for node, branch in taken.items():
             _put_in_place(opened, node, branch)
+        _drop_unread(opened.graph, before=model.graph)
         infer_shapes(opened)
     return opened
 
@@ -94,6 +95,24 @@ def _put_in_place(model: ir.Model, node: ir.Node, attribute: str) -> None:
         old.replace_all_uses_with(new, replace_graph_outputs=True)
         old.name, new.name = f"{name}/if", name
     graph.remove(node, safe=True)
+
+
+def _drop_unread(graph: ir.Graph, before: ir.Graph) -> None:
+    """Drop what only the other branches read."""
+    dead = {value.name for node in before for value in node.outputs if not _is_read(value)}
+    for node in reversed(list(graph)):
+        if not any(_is_read(value) or value.name in dead for value in node.outputs):
+            graph.remove(node, safe=True)
+    for name, value in list(graph.initializers.items()):
+        was_read = name not in before.initializers or _is_read(before.initializers[name])
+        if was_read and not _is_read(value):
+            del graph.initializers[name]
+            if value in graph.inputs:
+                graph.inputs.remove(value)
+
+
+def _is_read(value: ir.Value) -> bool:
+    return bool(value.uses()) or value.is_graph_output()
 
 
 def _rename(branch: ir.Graph, taken: Collection[str]) -> None:

@@ -27,6 +27,7 @@ from ndonnx.partition import Partition, partition
 from ndonnx.recipe import Recipe
 from ndonnx.teacher import make_session
 from ndonnx.teacher.balance import POOL, balanced
+from ndonnx.teacher.made_up_inputs import settings_for
 from ndonnx.teacher.trying import held, hold_if_mixed
 
 
@@ -97,7 +98,7 @@ def open_all(
     specs = input_specs(session)
 
     def source_of(spec: str, seed: int = recipe.seed, fixed: Mapping[str, NDArray[Any]] | None = None) -> DataSource:
-        settings = recipe.model_inputs
+        settings = settings_for(spec, session, teacher.graph, recipe)
         return open_source(spec, specs, recipe.data, seed=seed, graph=teacher.graph, settings=settings, fixed=fixed)
 
     wanted = recipe.samples if samples is None else samples

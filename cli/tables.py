@@ -214,7 +214,7 @@ def _comparison(report: ndonnx.CompressReport) -> Table:
 def measured(found: ndonnx.Evaluation) -> list[tuple[str, str]]:
     """Names and values of whatever could be measured, but the worst sample."""
     values = (
-        (f"accuracy on {count_text(found.samples)} samples", found.accuracy, part_text),
+        (f"accuracy on {count_text(found.samples)} sample{'s' * (found.samples != 1)}", found.accuracy, part_text),
         ("agreement with the teacher", found.agreement, part_text),
         ("NMSE of the outputs", found.nmse, nmse_text),
         ("largest error of an output", found.max_error, nmse_text),

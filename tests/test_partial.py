@@ -244,6 +244,20 @@ def test_the_bound_covers_the_true_drop_as_often_as_it_says(part: float) -> None
     assert covered >= 0.92 * 400  # 95% but for chance and the normal approximation
 
 
+def test_no_more_than_everything_can_be_lost() -> None:
+    quality = Quality(scores_of([0] * 2))
+    assert quality.bound(scores_of([0, 0])) == quality.bound(scores_of([1, 1])) == 1
+
+
+def test_the_bound_to_expect_of_other_samples_is_theirs() -> None:
+    """As many times over as good as these: what is known of few answers says what many of the kind would give."""
+    answers = [0] * 95 + [1] * 5
+    few, many = (Quality(scores_of([0] * 100 * k)) for k in (1, 30))
+    expected = few.bound(scores_of(answers), 0.96, 3000)
+    assert expected == pytest.approx(many.bound(scores_of(answers * 30), 0.96), rel=1e-3)
+    assert expected < few.bound(scores_of(answers), 0.96)
+
+
 def test_a_bound_shrinks_with_samples_and_grows_with_confidence() -> None:
     answers = [0] * 95 + [1] * 5
     few, many = (Quality(scores_of([0] * 100 * k)).bound(scores_of(answers * k)) for k in (1, 10))

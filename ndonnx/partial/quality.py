@@ -94,7 +94,7 @@ class Quality:
 
         Normal approximation for the mean of the paired differences, sample by sample. Where whole samples are
         counted, the variance is that of some more differing samples than were seen: so many that with none the
-        bound is the exact binomial one, -ln(1 - confidence) / samples.
+        bound is the exact binomial one, -ln(1 - confidence) / samples. No more than all can be lost.
         """
         drops = self._drops(outputs)
         mean, z = float(np.mean(drops)), NormalDist().inv_cdf(confidence)
@@ -103,7 +103,8 @@ class Quality:
         count = samples or self.samples
         unseen = (math.log(1 - confidence) / z) ** 2 if self.kind != "nmse" else 0.0
         variance = float(np.mean(np.square(drops))) + unseen / count - mean * mean
-        return mean + z * math.sqrt(max(0.0, variance) / count)
+        bound = mean + z * math.sqrt(max(0.0, variance) / count)
+        return bound if self.kind == "nmse" else min(1.0, bound)
 
     @property
     def _right(self) -> npt.NDArray[np.int64]:

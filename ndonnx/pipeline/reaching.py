@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from statistics import median
@@ -10,7 +9,7 @@ from statistics import median
 from ndonnx.errors import SearchError
 from ndonnx.pipeline.measuring import WholeLoss
 from ndonnx.pipeline.workbench import Whole, Workbench
-from ndonnx.search import Choice, Promise, Table, first_confidence, greedy_to, greedy_under, nearest, solve
+from ndonnx.search import Choice, Promise, Table, greedy_to, greedy_under, least_bound, nearest, solve
 
 _CLOSE = 0.95
 """Part of a latency target from which on no more is tried."""
@@ -70,7 +69,6 @@ class Reaching:
     def _within_drop(self, table: Table, first: Whole | None) -> Reached:
         """The smallest student that keeps the promise; where a target was missed with it, the nearest to that."""
         assert self.max_drop is not None
-        self._check_samples()
         measures, choices = self.bench.measures, {}
 
         def propose(allowed: float) -> Whole:
@@ -85,7 +83,7 @@ class Reaching:
 
         promise = Promise(
             self.max_drop,
-            self.bench.recipe.search.attempts,
+            self._corrections(),
             propose,
             lambda whole: whole.loss.bound,
             lambda whole, confidence: measures.confirmed(whole.entry, confidence).bound,
@@ -175,16 +173,19 @@ class Reaching:
             return max(max(losses.values(), default=0.0), 1e-9)
         return max(self.max_drop * median(loss / drop for drop, loss in near), 1e-9)
 
-    def _check_samples(self) -> None:
+    def _corrections(self) -> int:
+        """As many as the recipe allows; none where so few samples can confirm nothing, whatever is tried."""
         assert self.max_drop is not None
-        measures, attempts = self.bench.measures, self.bench.recipe.search.attempts
-        count = measures.confirming.count
-        least = -math.log(1 - first_confidence(attempts)) / count
-        if measures.confirming.quality.kind != "nmse" and least > self.max_drop:
+        rows, attempts = self.bench.measures.confirming, self.bench.recipe.search.attempts
+        if rows.quality.kind == "nmse" or least_bound(attempts, rows.count) <= self.max_drop:
+            return attempts
+        least = least_bound(0, rows.count)
+        if least > self.max_drop:
             self.bench.progress.note(
-                f"{count} samples to test a promise on cannot show that a drop is at most {self.max_drop:.2%}: without "
-                f"a single difference it may still be {least:.2%}; give more data, or raise samples under [search]"
+                f"{rows.count} samples to test a promise on cannot show that a drop is at most {self.max_drop:.2%}: "
+                f"without a single difference it may still be {least:.2%}; give more data, or raise samples under [search]"
             )
+        return 0
 
 
 _SLACK = {"latency": 0.05}

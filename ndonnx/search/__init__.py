@@ -8,7 +8,7 @@ from ndonnx.search.candidates import DEFAULT_CANDIDATES, Candidate, parse_candid
 from ndonnx.search.greedy import greedy, greedy_to, greedy_under
 from ndonnx.search.milp import nearest, solve
 from ndonnx.search.pareto import pareto
-from ndonnx.search.promise import ERROR, Promise, first_confidence
+from ndonnx.search.promise import ERROR, Promise, first_confidence, least_bound
 from ndonnx.search.table import TEACHER, Choice, Option, Table
 from ndonnx.search.targets import COSTS, parse_drop, parse_target
 
@@ -26,6 +26,7 @@ __all__ = [
     "greedy",
     "greedy_to",
     "greedy_under",
+    "least_bound",
     "nearest",
     "pareto",
     "parse_candidates",

@@ -183,7 +183,8 @@ class Reaching:
         if least > self.max_drop:
             self.bench.progress.note(
                 f"{rows.count} samples to test a promise on cannot show that a drop is at most {self.max_drop:.2%}: "
-                f"without a single difference it may still be {least:.2%}; give more data, or raise samples under [search]"
+                f"without a single difference it may still be {least:.2%}; give more data, or raise samples under "
+                "[search]"
             )
         return 0
 

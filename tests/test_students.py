@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -20,8 +21,12 @@ from ndonnx.graph.load import infer_shapes, serialise
 from ndonnx.partition import ChannelGroups, WeightAxis, find_groups
 from ndonnx.partition.removable import kept_width
 from ndonnx.students import Candidate, StudentMethod, TeacherSlice, Width
+from ndonnx.students import forward as forward_module
+from ndonnx.students.forward import Forward, side_by_side
 from ndonnx.students.width import choose_units
-from tests.models import Array, Net, inputs_of, run
+from ndonnx.teacher import probe as probe_module
+from tests.models import Array, Net, inputs_of, residual_cnn, run, transformer
+from tests.models import mlp as small_mlp
 
 
 @pytest.fixture(autouse=True)
@@ -474,3 +479,38 @@ def test_an_input_without_sample_axis_serves_all_samples() -> None:
     assert teacher.first(3).samples["x"].shape == (3, 40, 6)
     assert teacher.first(3).samples["table"].shape == (40, 8)
     assert teacher.first(3).run(model, ["b"])["b"].shape == (3, 40, 6)
+
+
+# Values one after the other
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.sampled_from([transformer, residual_cnn, small_mlp]), st.integers(2, 40), st.integers(1, 60_000), st.data())
+def test_values_in_order_are_those_of_the_whole(make: Any, samples: int, limit: int, data: st.DataObject) -> None:
+    """Each is computed from the one before, also where what lies between them has been changed by then."""
+    model = infer_shapes(ir.from_proto(make()))
+    teacher = TeacherSlice("n01", model, ChannelGroups((), (), ()), inputs_of(make(), samples))
+    names = [value.name or "" for node in model.graph for value in node.outputs if value.type is not None]
+    chosen = [names[place] for place in sorted(data.draw(st.lists(st.integers(0, len(names) - 1), min_size=1)))]
+    changed = model.clone()
+    theirs, ours = Forward(teacher, model), Forward(teacher, changed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probe_module, "BATCH_BYTES", limit)
+        patch.setattr(forward_module, "_KEPT_BYTES", 2 * limit)
+        for name in chosen:
+            expected = [run(each, teacher.samples, [name])[name] for each in (changed, model)]
+            found = list(side_by_side((ours, name), (theirs, name)))
+            assert [row for rows, _, _ in found for row in rows] == list(range(samples))
+            for side, whole in enumerate(expected, start=1):
+                pieces = [each[side] for each in found]
+                if len(whole) == samples and whole.ndim:
+                    np.testing.assert_allclose(np.concatenate(pieces), whole, rtol=1e-3, atol=1e-4)
+            for node in changed.graph:  # what reads it may change now
+                if name in {value.name for value in node.inputs if value is not None}:
+                    for weight in (
+                        value for value in node.inputs if value is not None and value.const_value is not None
+                    ):
+                        if weight.dtype == ir.DataType.FLOAT:
+                            weight.const_value = ir.tensor(
+                                weight.const_value.numpy() * 0.9, weight.dtype, name=weight.name
+                            )

@@ -56,7 +56,7 @@ class TeacherSlice:
         Raises:
             ShrinkError: onnxruntime does not run it.
         """
-        return self._probe(model, values)(self.samples) if values else {}
+        return self.probe(model, values)(self.samples) if values else {}
 
     def batches(self, *wanted: tuple[ir.Model, Sequence[str]]) -> Iterator[tuple[range, list[dict[str, np.ndarray]]]]:
         """The same values batch after batch, of as many samples as a bounded number of bytes holds.
@@ -70,7 +70,7 @@ class TeacherSlice:
         Raises:
             ShrinkError: onnxruntime does not run a model.
         """
-        probes = [self._probe(model, values) for model, values in wanted]
+        probes = [self.probe(model, values) for model, values in wanted]
         fixed = slice_batch(self.model)
         before = 0
         for samples in (self.samples, *self.further):
@@ -83,7 +83,12 @@ class TeacherSlice:
         """How many samples there are, of all sizes."""
         return sum(sample_count(samples, self.constants) for samples in (self.samples, *self.further))
 
-    def _probe(self, model: ir.Model, values: Sequence[str]) -> Callable[[Arrays], dict[str, np.ndarray]]:
+    def probe(self, model: ir.Model, values: Sequence[str]) -> Callable[[Arrays], dict[str, np.ndarray]]:
+        """What gives values inside a model, from its inputs by name; it raises `ShrinkError` where they do not fit.
+
+        Raises:
+            ShrinkError: onnxruntime does not open it.
+        """
         try:
             probe = Probe(model, values, threads=self.threads)
         except REFUSALS as error:

@@ -17,6 +17,7 @@ import onnx_ir as ir
 from ndonnx.partition import stays
 from ndonnx.students.base import TeacherSlice
 from ndonnx.students.features import LinearReader, from_matrix, linear_readers, offset_of, summed, summed_axis
+from ndonnx.students.forward import Forward, side_by_side
 from ndonnx.students.least_squares import MOST_FEATURES, Regression, features_of
 from ndonnx.students.linear import every_reader
 
@@ -24,13 +25,14 @@ from ndonnx.students.linear import every_reader
 def refit_consumers(teacher: TeacherSlice, student: ir.Model, kept: npt.NDArray[np.bool_]) -> ir.Model:
     """A copy of the shrunk slice whose readers of shrunk groups are refitted on the samples."""
     copy = student.clone()
+    theirs, ours = Forward(teacher, teacher.model), Forward(teacher, copy)
     sharing: dict[str, list[LinearReader]] = {}
     for reader in _readers(teacher):
         several = sharing.setdefault(reader.weight, [])
         several.append(reader)
         # A weight that several operators share has to suit them all: it is fitted when the last of them is reached.
         if len(copy.graph.initializers[reader.weight].uses()) == len(several) and _are_alike(several):
-            _refit(teacher, copy, several, kept)
+            _refit(ours, theirs, several, kept)
     return copy
 
 
@@ -60,10 +62,9 @@ def _are_alike(readers: Sequence[LinearReader]) -> bool:
     return len({(reader.node.op_type, summed_axis(reader.node)) for reader in readers}) == 1
 
 
-def _refit(
-    teacher: TeacherSlice, student: ir.Model, readers: Sequence[LinearReader], kept: npt.NDArray[np.bool_]
-) -> None:
+def _refit(ours: Forward, theirs: Forward, readers: Sequence[LinearReader], kept: npt.NDArray[np.bool_]) -> None:
     """Fit the one weight of these operators, with the bias where it belongs to them alone."""
+    teacher, student = theirs.teacher, ours.model
     weight = student.graph.initializers[readers[0].weight]
     node, shape = readers[0].node, _shape(weight)
     if features_of(node, shape) > MOST_FEATURES:
@@ -72,10 +73,12 @@ def _refit(
     problem = Regression(node, teacher.count * len(readers), shape)
     for number, reader in enumerate(readers):
         first = number * teacher.count
-        for samples, (theirs, ours) in teacher.batches((teacher.model, [reader.output]), (student, [reader.data])):
-            whole = summed(reader.node, theirs[reader.output], offset=bias is not None)
+        for samples, data, output in side_by_side((ours, reader.data), (theirs, reader.output)):
+            whole = summed(reader.node, output, offset=bias is not None)
             expected = _kept_outputs(teacher, reader, whole, kept)
-            problem.add(range(first + samples.start, first + samples.stop), ours[reader.data], expected)
+            problem.add(range(first + samples.start, first + samples.stop), data, expected)
+    if len(readers) > 1:
+        ours.forget()  # the last of them reads what the first one gives
     if problem.rows < problem.features:
         return  # more unknowns than rows: any solution fits them, with weights as large as it likes
     weights, offset = problem.solve(offset=bias is not None)

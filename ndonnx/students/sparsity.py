@@ -13,6 +13,7 @@ from ndonnx.errors import ShrinkError
 from ndonnx.graph.costs import constant_of
 from ndonnx.students.base import Candidate, StudentMethod, TeacherSlice
 from ndonnx.students.features import summed
+from ndonnx.students.forward import Forward, side_by_side
 from ndonnx.students.least_squares import Regression
 from ndonnx.students.masks import GrowingZeros, LinearWeight, Pattern, linear_weights
 from ndonnx.students.sparse_fit import can_fit, fit, from_groups, to_groups
@@ -60,12 +61,13 @@ def fit_zeros(teacher: TeacherSlice, pattern: Pattern, weights: tuple[LinearWeig
     The smallest weights go where there is no closed form (`can_fit`) and where operators share a weight.
     """
     copy = teacher.model.clone()
+    theirs, ours = Forward(teacher, teacher.model), Forward(teacher, copy)
     layouts = {weight.name: weight for weight in weights}
     fitted = {node.inputs[1].name: node for node in copy.graph if _is_own(node)}  # type: ignore[union-attr]
     fitted = {name: node for name, node in fitted.items() if name in layouts}
     for name, layout in layouts.items():
         if name in fitted:
-            _fit(teacher, copy, fitted[name], pattern, layout)
+            _fit(ours, theirs, fitted[name], pattern, layout)
         else:
             value = copy.graph.initializers[name]
             array = _array(value)
@@ -78,13 +80,14 @@ def _is_own(node: ir.Node) -> bool:
     return can_fit(node) and node.inputs[1] is not None and len(node.inputs[1].uses()) == 1
 
 
-def _fit(teacher: TeacherSlice, student: ir.Model, node: ir.Node, pattern: Pattern, layout: LinearWeight) -> None:
+def _fit(ours: Forward, theirs: Forward, node: ir.Node, pattern: Pattern, layout: LinearWeight) -> None:
+    teacher = theirs.teacher
     value, data, bias = node.inputs[1], node.inputs[0], _own_bias(node, layout, teacher.held)
     output = node.outputs[0].name
     assert value is not None and data is not None and data.name and output
     problem = Regression(node, teacher.count)
-    for samples, (theirs, ours) in teacher.batches((teacher.model, [output]), (student, [data.name])):
-        problem.add(samples, ours[data.name], summed(node, theirs[output], offset=bias is not None))
+    for samples, given, expected in side_by_side((ours, data.name), (theirs, output)):
+        problem.add(samples, given, summed(node, expected, offset=bias is not None))
     moments = problem.moments() if bias is not None else problem.moments().about_zero()
 
     def choose(counts: torch.Tensor, part: float) -> torch.Tensor:

@@ -19,7 +19,7 @@ from ndonnx.graph.branches import open_branches
 from ndonnx.recipe import DataRecipe, InputRecipe, Recipe, load_recipe, parse_inputs
 from ndonnx_cli.main import main
 from tests.models import Array, Net, floats, loaded, run
-from tests.runs import Bench, statuses
+from tests.runs import Bench, Recorder, statuses
 
 F32, I64 = np.dtype(np.float32), np.dtype(np.int64)
 
@@ -364,3 +364,25 @@ def test_a_model_with_a_fixed_value_is_hardened(tmp_path: Path) -> None:
     report = ndonnx.harden(bench.model, data=str(bench.data), steps=3, recipe=Recipe(executor="serial")).report
 
     assert report.metrics["hardened"].nmse is not None
+
+
+@pytest.mark.usefixtures("one_core")
+def test_a_teacher_that_draws_random_numbers_is_learnt_on_its_own_values(tmp_path: Path) -> None:
+    """What is captured later has other noise: values of the students' own have nothing to be compared with."""
+    net = Net(7)
+    x = net.input("x", "N", 8)
+    for i in range(2):
+        up = net.relu(net.gemm(x, 8, 24, out=f"up{i}"))
+        x = net.op("Add", x, net.gemm(up, 24, 8, out=f"down{i}"), out=f"unit{i}")
+        if i == 0:
+            drawn = net.op("RandomNormalLike", x, out="drawn")
+            x = net.op("Add", x, drawn, out="noisy")
+    data = np.random.default_rng(0).standard_normal((80, 8)).astype(np.float32)
+    bench = bench_of(tmp_path, net.proto(x), {"x": data})
+    progress = Recorder()
+
+    result = bench.compress(inputs=None, keep=0.9, steps=60, lr=0.02, progress=progress)
+
+    ends = [n.nmse for n in result.report.neighbourhoods if n.status == "distilled"]
+    assert len(ends) == 2 and all(end is not None and end < 0.3 for end in ends)
+    assert any("draws random numbers" in note for note in progress.notes)

@@ -72,6 +72,11 @@ def kinds_of(graph: ir.Graph) -> dict[ir.Value, Kind]:
     return _classify(graph, {value.name or "" for value in real_inputs(graph)})
 
 
+def draws_random(graph: ir.Graph) -> bool:
+    """Whether a graph draws random numbers, so that it answers differently each time."""
+    return any(node.op_type in _RANDOM_OPS and node.domain in STANDARD_DOMAINS for node in graph.all_nodes())
+
+
 def real_inputs(graph: ir.Graph) -> list[ir.Value]:
     """Graph inputs that a caller feeds: those that are not also initializers."""
     return [value for value in graph.inputs if value.name not in graph.initializers]

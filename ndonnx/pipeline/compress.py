@@ -21,7 +21,7 @@ from ndonnx.pipeline.clock import Clock
 from ndonnx.pipeline.composing import Composition
 from ndonnx.pipeline.distilling import Distillation, Outcome, unchanged_outcomes
 from ndonnx.pipeline.finishing import Finishing
-from ndonnx.pipeline.opening import Given, open_all, partition_model, priced_for
+from ndonnx.pipeline.opening import Given, learning_on, open_all, partition_model, priced_for
 from ndonnx.pipeline.results import CompressResult, Student, compare, summaries, told_shapes
 from ndonnx.pipeline.schedule import Schedule
 from ndonnx.pipeline.tolerating import Tolerances, study_of
@@ -72,8 +72,7 @@ def compress(
         for remark in given.remarks:
             progress.note(remark)
         schedule = Schedule(recipe, finetunable=len(teacher.graph.outputs) == 1)
-        if recipe.inputs is None and schedule.alone:
-            recipe = recipe.model_copy(update={"inputs": "student"})
+        recipe = learning_on(recipe, teacher, alone=schedule.alone)
         study = study_of(recipe)
     folder = Path(run_dir) if run_dir is not None else Path(output or model).with_suffix(".run")
     with RunDir(folder) as run:

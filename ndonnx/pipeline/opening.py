@@ -20,6 +20,7 @@ from ndonnx.errors import DataError, ModelError
 from ndonnx.graph import load
 from ndonnx.graph.bound import one_sample
 from ndonnx.graph.branches import open_branches
+from ndonnx.graph.dataflow import draws_random
 from ndonnx.graph.interface import Interface
 from ndonnx.graph.load import check_writable
 from ndonnx.graph.working_copy import working_copy
@@ -97,13 +98,14 @@ def open_all(
     session = make_session(model)
     specs = input_specs(session)
 
+    if data is None and not recipe.data_free and recipe.inputs != "noise":
+        raise DataError("no data: give a data source, or set data_free to make inputs up")
+    settings = settings_for(data, session, teacher.graph, recipe)
+
     def source_of(spec: str, seed: int = recipe.seed, fixed: Mapping[str, NDArray[Any]] | None = None) -> DataSource:
-        settings = settings_for(spec, session, teacher.graph, recipe)
         return open_source(spec, specs, recipe.data, seed=seed, graph=teacher.graph, settings=settings, fixed=fixed)
 
     wanted = recipe.samples if samples is None else samples
-    if data is None and not recipe.data_free and recipe.inputs != "noise":
-        raise DataError("no data: give a data source, or set data_free to make inputs up")
     if data is not None:
         source, trained = source_of(data), None
     else:
@@ -123,7 +125,7 @@ def open_all(
     if mixed:
         judge.inputs = held(judge.inputs)
     few = _remarks(split, compared=eval_data is None, searched=choosing > 0)
-    remarks = [*([ONE_AT_A_TIME] if mixed else []), *few]
+    remarks = [*_remarks_on(teacher, recipe, source), *([ONE_AT_A_TIME] if mixed else []), *few]
     interface = interface_of(source.inputs, source.fixed)
     opened = open_branches(teacher, interface.fixed)
     return Given(model, teacher, opened, interface, split, judge, min(wanted, split.available), tuple(remarks))
@@ -134,6 +136,32 @@ ONE_AT_A_TIME = (
     "slower; export it with a dynamic batch to make it faster"
 )
 """What is told where the graph's own numbers hold the batch."""
+
+
+def _remarks_on(teacher: ir.Model, recipe: Recipe, source: DataSource) -> Iterator[str]:
+    """What is to be said of inputs that the data fix, and of a teacher that answers differently each time."""
+    for name in source.fixed:
+        setting = recipe.model_inputs.get(name)
+        if setting is None or setting.value is None:
+            yield f"input '{name}' has one value for all samples: the student is made for it, and may not do for others"
+    if draws_random(teacher.graph):
+        yield "the teacher draws random numbers: part of every difference from it is what it differs from itself"
+
+
+def learning_on(recipe: Recipe, teacher: ir.Model, *, alone: bool) -> Recipe:
+    """The recipe with what students learn on, where it does not say.
+
+    Args:
+        recipe: of the run.
+        teacher: one that draws random numbers gives others to what is captured and to what is run for it later, so
+            that nothing can be learnt on values of the students' own.
+        alone: whether nothing follows that makes up for the errors of all students together.
+    """
+    if recipe.inputs is not None:
+        return recipe
+    if draws_random(teacher.graph):
+        return recipe.model_copy(update={"inputs": "teacher"})
+    return recipe.model_copy(update={"inputs": "student"}) if alone else recipe
 
 
 def _remarks(split: Split, *, compared: bool, searched: bool) -> Iterator[str]:

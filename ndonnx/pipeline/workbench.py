@@ -23,7 +23,7 @@ from ndonnx.pipeline.distilling import Distillation, Outcome
 from ndonnx.pipeline.finishing import Finishing
 from ndonnx.pipeline.library import Library, label
 from ndonnx.pipeline.measuring import STUDENT_FILE, Measures, WholeLoss
-from ndonnx.pipeline.opening import Given, HeldOut, partition_model, priced_for
+from ndonnx.pipeline.opening import Given, HeldOut, learning_on, partition_model, priced_for
 from ndonnx.pipeline.schedule import Schedule
 from ndonnx.pipeline.tolerating import Need, Tolerances, allowed_divergence, measured_need, study_of
 from ndonnx.progress import Progress
@@ -96,6 +96,7 @@ class Workbench:
             )
         if recipe.time_budget is not None:
             raise RecipeError("time_budget: a search has steps, not a time to fit into; give --steps instead")
+        recipe = learning_on(recipe, given.teacher, alone=False)
         self.given, self.recipe, self.progress, self.clock = given, recipe, progress, clock
         self.candidates = parse_candidates(recipe.search.candidates or DEFAULT_CANDIDATES)
         for candidate in self.candidates:

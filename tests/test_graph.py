@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -61,6 +62,19 @@ def test_what_is_no_model_is_refused_by_name(tmp_path: Path, name: str, content:
     with pytest.raises(ModelError, match=rf"{name}: not an ONNX") as caught:
         load(path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_of_onnxruntimes_own_format_is_told_from_others(tmp_path: Path) -> None:
+    onnx.save(mlp(), tmp_path / "m.onnx")
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "m.ort")
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.save_model_format", "ORT")
+    ort.InferenceSession(str(tmp_path / "m.onnx"), options, providers=["CPUExecutionProvider"])
+    with pytest.raises(
+        ModelError, match=r"m\.ort: not an ONNX file, in onnxruntime's own format: give the \.onnx file"
+    ):
+        load(tmp_path / "m.ort")
 
 
 def test_missing_file_and_folder_are_refused(tmp_path: Path) -> None:

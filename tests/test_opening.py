@@ -20,7 +20,7 @@ from ndonnx.graph.sparse import SparseTensor
 from ndonnx.partition import partition
 from ndonnx.pipeline import compress
 from ndonnx.recipe import Recipe
-from tests.models import Array, Net, floats, inputs_of, local_function, residual_cnn, run, with_if
+from tests.models import Array, Net, floats, inputs_of, local_function, residual_cnn, run, transformer, with_if
 from tests.runs import SMALL
 
 UNITS = 2
@@ -152,6 +152,23 @@ def _optional_at_the_end() -> onnx.ModelProto:
     return net.proto("y", "perhaps")
 
 
+def _state_shapes(model: onnx.ModelProto, batch: int | None = None) -> None:
+    """Write down what is inferred of the inner values, for so many samples; the model itself stays open."""
+    other = copy.deepcopy(model)
+    for value in other.graph.input if batch is not None else ():
+        value.type.tensor_type.shape.dim[0].dim_value = batch or 0
+    for value in other.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    model.graph.value_info.extend(onnx.shape_inference.infer_shapes(other).graph.value_info)
+
+
+def _state_other_sizes(model: onnx.ModelProto) -> None:
+    _state_shapes(model)
+    for value in model.graph.value_info:
+        for size in value.type.tensor_type.shape.dim[2:]:
+            size.dim_value *= 2
+
+
 RELATIVES: dict[str, Callable[[], onnx.ModelProto]] = {
     "import under the long name": lambda: _edited(lambda m: _import(m, ("ai.onnx", 18))),
     "nodes under the long name": lambda: _edited(_spell_nodes),
@@ -170,6 +187,11 @@ RELATIVES: dict[str, Callable[[], onnx.ModelProto]] = {
     "optional at the end": _optional_at_the_end,
     "branches": with_if,
     "input of size -1": lambda: _edited(_forget_input_size),
+    "inner shapes stated": lambda: _edited(_state_shapes),
+    "inner shapes of another batch": lambda: _edited(lambda m: _state_shapes(m, batch=1)),
+    "inner shapes of another size": lambda: _edited(_state_other_sizes),
+    "one inner shape of another rank": lambda: _edited(lambda m: m.graph.value_info.append(floats("first1", "N", 8))),
+    "shape of a value that there is not": lambda: _edited(lambda m: m.graph.value_info.append(floats("none", 1))),
     "no graph name": lambda: _edited(lambda m: m.graph.ClearField("name")),
     "no shape of an output": lambda: _edited(lambda m: m.graph.output[0].type.tensor_type.ClearField("shape")),
     "one output twice": lambda: _edited(_name_twice),
@@ -218,6 +240,8 @@ def test_all_of_its_width_and_no_steps_is_the_same(relative: onnx.ModelProto, tm
     found = run(onnx.load(student), feed)
     for name, value in run(relative, feed).items():
         np.testing.assert_array_equal(found[name], value)
+    stated = {value.name: value for value in relative.graph.value_info if value.name != "none"}
+    assert {value.name: value for value in onnx.load(student).graph.value_info} == stated
 
 
 def _fed(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -228,6 +252,32 @@ def _fed(model: onnx.ModelProto) -> onnx.ModelProto:
             if size.dim_value < 0:
                 size.ClearField("dim_value")
     return opened
+
+
+# Statements about inner values
+
+
+@pytest.mark.parametrize("batch", [None, 1])
+def test_statements_of_another_batch_are_not_believed(tmp_path: Path, batch: int | None) -> None:
+    """Those of a reshape's outcome, too, which inference alone does not know."""
+    model = transformer()
+    _state_shapes(model, batch)
+    onnx.save(model, tmp_path / "model.onnx")
+    values = {value.name: value for node in load(tmp_path / "model.onnx").graph for value in node.outputs}
+    firsts = {str(value.shape[0]) for value in values.values() if value.shape and len(value.shape) == 4}
+    assert "1" not in firsts
+
+
+def test_a_student_states_what_still_holds(tmp_path: Path) -> None:
+    path, data, student = tmp_path / "model.onnx", tmp_path / "data.npz", tmp_path / "student.onnx"
+    teacher = _edited(_state_shapes)
+    onnx.save(teacher, path)
+    np.savez(data, **inputs_of(teacher, batch=16))  # type: ignore[arg-type]
+    compress(path, data=str(data), output=student, recipe=Recipe(**SMALL | {"keep": 0.5}))
+    before, after = ({value.name: value for value in onnx.load(p).graph.value_info} for p in (path, student))
+    assert {"stem", "unit0", "unit1", "unit2"} <= set(after) < set(before)
+    assert "first1" not in after  # half of its channels went
+    assert all(after[name] == before[name] for name in after)
 
 
 # Sequences and maps

@@ -13,7 +13,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ndonnx.graph.dataflow import STANDARD_DOMAINS, Kind, kinds_of, sub_graphs
-from ndonnx.graph.load import add_initializer, copy_of, infer_shapes
+from ndonnx.graph.declared import copy_of
+from ndonnx.graph.load import add_initializer, infer_shapes
 from ndonnx.graph.normalise import evaluate_constants
 from ndonnx.graph.shapes import known_numbers
 

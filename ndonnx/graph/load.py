@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
@@ -16,6 +15,7 @@ from onnx_ir.passes.common import InlinePass
 from ndonnx.errors import ModelError, RunDirError, first_line
 from ndonnx.graph.collector import collector_paused
 from ndonnx.graph.dataflow import reads, sub_graphs
+from ndonnx.graph.declared import believe_statements, remember_statements, set_aside
 from ndonnx.graph.external import external_tensors, resolve_external_data
 from ndonnx.graph.files import model_files, name_by_contents, own_data, rename_data
 from ndonnx.graph.inference import open_negative_sizes, take_inferred, weightless
@@ -23,8 +23,6 @@ from ndonnx.graph.maps import remember_maps, set_maps_aside, write_maps
 from ndonnx.graph.opsets import ONNX_NAMES, let_functions_follow, remember_opsets, settle_opsets, write_opsets
 from ndonnx.graph.runtime_types import ask_onnxruntime, believe, try_out, undefined_outputs
 from ndonnx.graph.sparse import remember, unfold, write_sparse
-
-_DECLARED = "ndonnx.declared"
 
 PROTOBUF_LIMIT = 1_900_000_000
 """Bytes of tensors above which a model is written with external data (protobuf stops at 2 GB)."""
@@ -48,7 +46,8 @@ def load(path: str | Path) -> ir.Model:
     except OSError as error:
         raise ModelError(f"{path}: cannot read the model: {error.strerror}") from error
     except (DecodeError, ValueError) as error:
-        raise ModelError(f"{path}: not an ONNX file, or a truncated one: export or copy it again") from error
+        kind = "in onnxruntime's own format: give the .onnx file that it was made of" if _is_ort(path) else _NO_MODEL
+        raise ModelError(f"{path}: not an ONNX file, {kind}") from error
     if not proto.graph.output:
         raise ModelError(f"{path}: not an ONNX model: it has no graph with an output")
     open_negative_sizes(proto.graph)
@@ -65,11 +64,16 @@ def load(path: str | Path) -> ir.Model:
     brought_in = resolve_external_data(model, path)
     _check_names(model.graph, set(), path)
     is_same = in_order and not brought_in and not proto.functions
-    slim = weightless(proto) if is_same else None
-    declared = frozenset(value.name for value in _inner_values(model) if value.type is not None)
-    _infer_types(model, slim)
-    model.meta[_DECLARED] = declared
+    _infer_types(model, weightless(proto) if is_same else None)
     return model
+
+
+_NO_MODEL = "or a truncated one: export or copy it again"
+
+
+def _is_ort(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(8)[4:] == b"ORTM"
 
 
 def _read(proto: onnx.ModelProto) -> ir.Model:
@@ -107,19 +111,6 @@ def _sort(graph: ir.Graph) -> bool:
     return True
 
 
-def declared_values(model: ir.Model) -> frozenset[str | None]:
-    """Names of the inner values whose types a loaded file states itself; a copy of the model does not know them."""
-    names: frozenset[str | None] = model.meta[_DECLARED]
-    return names
-
-
-def copy_of(model: ir.Model) -> ir.Model:
-    """A copy of a loaded model that knows, as the model does, which types the file states itself."""
-    copy = model.clone()
-    copy.meta.update(model.meta)
-    return copy
-
-
 def add_initializer(model: ir.Model, value: ir.Value) -> None:
     """Give a model's graph one more initializer, among the inputs too where the model's format wants it there."""
     model.graph.register_initializer(value)
@@ -129,24 +120,6 @@ def add_initializer(model: ir.Model, value: ir.Value) -> None:
 
 _INITIALIZERS_MAY_STAND_ALONE = 4
 """IR version from which an initializer need not be among the inputs."""
-
-
-def forget_inferred(model: ir.Model, declared: frozenset[str | None]) -> ir.Model:
-    """Drop what was inferred about inner values, all but the declared ones; in place.
-
-    onnxruntime fuses by the shapes that a file states: with more of them than the teacher's file
-    has, even the same nodes with the same weights may answer with other last bits.
-    """
-    for value in _inner_values(model):
-        if value.name not in declared:
-            value.shape = value.type = None
-    return model
-
-
-def _inner_values(model: ir.Model) -> Iterator[ir.Value]:
-    for graph in model.graphs():
-        for node in graph:
-            yield from (value for value in node.outputs if not value.is_graph_output())
 
 
 def infer_shapes(model: ir.Model, proto: onnx.ModelProto | None = None) -> ir.Model:
@@ -167,8 +140,18 @@ def infer_shapes(model: ir.Model, proto: onnx.ModelProto | None = None) -> ir.Mo
 
 
 def _infer_types(model: ir.Model, proto: onnx.ModelProto | None) -> None:
-    """As `infer_shapes`; what ONNX has no definition of is asked of onnxruntime."""
+    """As `infer_shapes`; what ONNX cannot infer is as the file states it, or asked of onnxruntime.
+
+    Args:
+        model: as read; told what its file states.
+        proto: the same as a message without its weights.
+    """
+    stated = set_aside(model.graph)
+    remember_statements(model, stated)
+    if proto is not None:
+        del proto.graph.value_info[:]
     infer_shapes(model, proto)
+    believe_statements(model.graph, stated)
     for ask in (ask_onnxruntime, try_out):
         if types := ask(model):
             believe(undefined_outputs(model), types)

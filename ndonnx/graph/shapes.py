@@ -9,7 +9,6 @@ ONNX infers for that node alone, given what is known by then.
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -20,13 +19,11 @@ import onnx_ir as ir
 
 from ndonnx.graph.costs import constant_of
 from ndonnx.graph.dataflow import STANDARD_DOMAINS, sub_graphs
-from ndonnx.graph.sizes import Size, add, broadcast, divide, equal, product, quotient, remainder, subtract
+from ndonnx.graph.sizes import Size, add, broadcast, divide, equal, is_made_up, product, quotient, remainder, subtract
 
 _LARGEST = 64
 """Elements up to which a tensor of integers may say something about a shape."""
 _INTEGERS = {ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL}
-_MADE_UP = re.compile(r"unk__\d+")
-"""Names that ONNX's inference gives to sizes that it does not know."""
 
 Numbers = npt.NDArray[np.object_]
 """Elements of an integer tensor: a `Size`, a truth value, or None where unknown."""
@@ -62,7 +59,7 @@ def _is_open(value: ir.Value) -> bool:
 
 
 def _unnamed(name: str | None) -> bool:
-    return name is None or _MADE_UP.fullmatch(name) is not None
+    return name is None or is_made_up(name)
 
 
 class _Walk:

@@ -11,6 +11,12 @@ Size = int | str
 """A number, or the name of a dynamic size, or a product written as `64*batch`."""
 
 _PRODUCT = re.compile(r"[\w.]+(\*[\w.]+)*")
+_MADE_UP = re.compile(r"unk__\d+")
+
+
+def is_made_up(name: str) -> bool:
+    """Whether a name is one that ONNX's inference gives to a size that it does not know."""
+    return _MADE_UP.fullmatch(name) is not None
 
 
 def factors(size: Size) -> tuple[int, Counter[str]]:

@@ -15,7 +15,7 @@ from ndonnx.errors import ModelError, SliceError, UsageError
 from ndonnx.evaluate import Evaluation, evaluate
 from ndonnx.graph import load, save
 from ndonnx.graph.dataflow import real_inputs
-from ndonnx.graph.load import declared_values, forget_inferred
+from ndonnx.graph.declared import state_as_in_file
 from ndonnx.harden.noise import measure_noises
 from ndonnx.harden.training import MODEL_FILE, HardenJob
 from ndonnx.machine import usable_cores
@@ -134,7 +134,7 @@ def harden(
             hardened, training = _Run(given, parts, recipe, progress, Path(folder)).train(noises, steps)
     except SliceError as error:
         raise UsageError(f"{path}: cannot be hardened: {error}") from error
-    forget_inferred(hardened, declared_values(given.teacher))
+    state_as_in_file(hardened, given.teacher)
     verify(given.teacher, hardened, parts, {}, probe(given.split.source), recipe.parity)
     if output is not None:
         save(hardened, output)

@@ -13,7 +13,8 @@ from ndonnx.errors import VerificationError
 from ndonnx.faults import Fault, fault_of
 from ndonnx.graph import Cost
 from ndonnx.graph.bound import bind
-from ndonnx.graph.load import copy_of, declared_values, forget_inferred, infer_shapes
+from ndonnx.graph.declared import copy_of, state_as_in_file
+from ndonnx.graph.load import infer_shapes
 from ndonnx.graph.macs import sample_cost
 from ndonnx.graph.working_copy import working_copy
 from ndonnx.partition import Neighbourhood, Partition
@@ -109,7 +110,7 @@ class Composition:
             # Fine-tuning compares the student as a whole; its slices are no longer those that were trained.
             unchanged = students if tuned is None or tuned.reason is not None else {}
             verify(self.teacher, student, self.parts, unchanged, probe(self.source), self.recipe.parity)
-            forget_inferred(student, declared_values(self.teacher))
+            state_as_in_file(student, self.teacher)
         return student, tuned
 
     def _refitted(self, students: dict[str, ir.Model], key: tuple[str, ...]) -> dict[str, ir.Model]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from ndonnx.graph import save
-from ndonnx.graph.load import copy_of
+from ndonnx.graph.declared import copy_of, state_as_in_file
 from ndonnx.machine import peak_rss_bytes, usable_cores
 from ndonnx.partition import Partition
 from ndonnx.pipeline.answers import answers_a_second
@@ -81,7 +81,8 @@ def compress(
             parts = priced_for(given.split.source, partition_model(teacher, recipe, given.interface))
             tolerances = None if study is None else Tolerances(study, parts)
         if recipe.changes_nothing:
-            made = _Made(copy_of(given.original), unchanged_outcomes(parts))
+            same = state_as_in_file(copy_of(given.original), given.original)
+            made = _Made(same, unchanged_outcomes(parts))
         else:
             made = _distilled(run, given, parts, recipe, schedule, tolerances, progress, clock)
         student, outcomes = made.model, made.outcomes

@@ -14,8 +14,8 @@ import onnx_ir as ir
 from ndonnx.data.split import Split
 from ndonnx.errors import RecipeError, UsageError
 from ndonnx.graph import load, save
+from ndonnx.graph.declared import state_as_in_file
 from ndonnx.graph.files import file_bytes
-from ndonnx.graph.load import declared_values, forget_inferred
 from ndonnx.partition import Neighbourhood, Partition
 from ndonnx.pipeline.clock import Clock
 from ndonnx.pipeline.composing import Composition, costs_of
@@ -76,7 +76,7 @@ class Whole:
     def model(self) -> ir.Model:
         """The student itself, with the types that its file states: what is written must be what was made."""
         model = load(self.path)
-        return forget_inferred(model, declared_values(model))
+        return state_as_in_file(model, model)
 
 
 class Workbench:

@@ -19,6 +19,7 @@ from ndonnx.partition.regions import Atom, Chain
 from ndonnx.partition.rules.linear import LINEAR
 from ndonnx.partition.rules.movement import MOVEMENT
 from ndonnx.partition.rules.pointwise import POINTWISE
+from ndonnx.partition.rules.statistics import STATISTICS
 from ndonnx.partition.runs import LONGEST_RUN, Run, Runs, is_trailing
 
 _PENALTY = 4
@@ -33,7 +34,7 @@ _TWO_NEIGHBOURHOODS = 4
 _LARGE_LEFTOVER = 0.1
 """Part of the model's weights from which a leftover joins what follows it wherever it stands."""
 
-_UNDERSTOOD = {*LINEAR, *MOVEMENT, *POINTWISE, "Shape", "Size"}
+_UNDERSTOOD = {*LINEAR, *MOVEMENT, *POINTWISE, *STATISTICS, "Shape", "Size"}
 """Operators that a leftover may be made of: what no rule knows might keep the whole neighbourhood from training."""
 
 

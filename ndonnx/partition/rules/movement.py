@@ -7,7 +7,7 @@ from itertools import accumulate
 import numpy as np
 import onnx_ir as ir
 
-from ndonnx.graph.costs import constant_of, dims
+from ndonnx.graph.costs import constant_of, dims, is_weight
 from ndonnx.partition.labels import FROZEN, Labels, axis_labels, on_axis
 from ndonnx.partition.rules.reshaping import reshape
 from ndonnx.partition.rules.tracker import (
@@ -201,11 +201,11 @@ def _slice_whole(tracker: Tracker, node: ir.Node, labels: Labels, axes: list[int
 
 
 def gather(tracker: Tracker, node: ir.Node) -> bool:
-    """`Gather` of constant positions on an axis of a split value (query, key or value of a fused projection)."""
+    """`Gather` from a table, or of constant positions on an axis of a split value (a query of a fused projection)."""
     data, index = node.inputs[0], constant_of(node.inputs[1])
     labels = tracker.labels(data)
     if labels is None:
-        return True
+        return _look_up(tracker, node)
     axis = int_attribute(node, "axis", 0) % labels.ndim
     if labels.shape[axis] == 1:
         return index is not None and index.size == 1 and _take_away(tracker, node, labels, axis, index)
@@ -216,6 +216,19 @@ def gather(tracker: Tracker, node: ir.Node) -> bool:
     # The axis itself must keep its positions: whatever stands on it goes together.
     tracker.sets.unite(labels, rest)
     return tracker.set(node.outputs[0], picked)
+
+
+def _look_up(tracker: Tracker, node: ir.Node) -> bool:
+    """`Gather` of the rows of a table (an embedding): it makes the table's columns."""
+    table, ids, out = node.inputs[0], node.inputs[1], node.outputs[0]
+    shape, rank = dims(table), rank_of(out)
+    if not is_weight(table) or constant_of(ids) is not None or shape is None or len(shape) != 2 or rank is None:
+        return True
+    if int_attribute(node, "axis", 0) % 2 != 0:
+        return True
+    made = tracker.make(out, shape[1])
+    tracker.label_weight(node, table, 1, made, "out")
+    return tracker.set(out, on_axis(made, rank - 1, rank))
 
 
 def _take_away(tracker: Tracker, node: ir.Node, labels: Labels, axis: int, index: ir.TensorProtocol) -> bool:

@@ -13,9 +13,9 @@ from onnx import TensorProto
 
 import ndonnx
 from ndonnx.graph import fold_constants, slice_cost
-from ndonnx.partition import Partition, partition
+from ndonnx.partition import Partition, find_groups, partition
 from ndonnx.recipe import SearchRecipe
-from ndonnx.students import LowRank, TeacherSlice
+from ndonnx.students import LowRank, TeacherSlice, Width
 from ndonnx.students.tables import lookups, measure
 
 IDS, WIDTH, LENGTH = 200, 12, 7
@@ -104,6 +104,15 @@ def test_compress_by_rank_reaches_tables_and_classifiers(tmp_path: Path) -> None
     assert sizes[1] < 0.6 * sizes[0]
     session = ort.InferenceSession(output)
     assert session.run(None, {"ids": skewed_ids(3) % IDS})[0].shape == (3, 5)
+
+
+def test_the_columns_of_a_table_are_a_width() -> None:
+    working = fold_constants(loaded(lexical()))
+    groups = find_groups(working.graph, working.graph.outputs[0])
+    assert {group.name: group.width for group in groups.groups} == {"found": WIDTH}
+    teacher = TeacherSlice("n01", working, groups, {"ids": skewed_ids()})
+    student = Width(0.5).build(teacher, np.random.default_rng(0)).model
+    assert tuple(student.graph.initializers["table"].shape or ()) == (IDS, WIDTH // 2)
 
 
 # Regions for methods that need no width

@@ -99,7 +99,7 @@ Augmentations = Annotated[tuple[Augmentation, ...], BeforeValidator(parse_augmen
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
 
 
 class DataRecipe(_Section):

@@ -52,8 +52,8 @@ def computes_in_bf16(device: str) -> bool:
 
     if device == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)  # older releases of torch do not tell
-    return bool(capabilities().get("avx512_bf16", False))
+    capabilities = getattr(torch.cpu, "get_capabilities", None)  # older releases of torch do not tell
+    return capabilities is not None and bool(capabilities().get("avx512_bf16", False))
 
 
 def peak_rss_bytes() -> int:

@@ -332,7 +332,11 @@ def _with_copies(
     axes: list[WeightAxis] = []
     copies: list[Copy] = []
     names: dict[ir.Value, dict[Hashable, str]] = {}
-    inside = set(nodes)
+    reading: dict[ir.Value, list[ir.Node]] = defaultdict(list)
+    for node in nodes:
+        for given in dict.fromkeys(node.inputs):
+            if given is not None and given.is_initializer():
+                reading[given].append(node)
     for (value, reader), own in found.items():
         name = value.name or ""
         if reader is None or not own:
@@ -341,7 +345,7 @@ def _with_copies(
         known = names.setdefault(value, {})
         key = tuple((axis.axis, axis.units.tobytes()) for axis in own)
         if key not in known:
-            whole = any(node in inside and not found.get((value, node)) for node in value.consumers())
+            whole = any(not found.get((value, node)) for node in reading[value])
             known[key] = f"{name}/{reader.outputs[0].name}" if known or whole else name
             axes += [replace(axis, initializer=known[key]) for axis in own]
         if known[key] != name:

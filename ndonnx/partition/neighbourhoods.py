@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, reduce
+from operator import or_
 
 import onnx_ir as ir
 
@@ -154,23 +155,37 @@ class Partition:
     def in_order(self) -> list[Neighbourhood]:
         """Those that can be shrunk so that each comes behind all that it depends on, the places of a student together
         where that can be."""
+        if not self.shared:
+            return self.distillable
         order: dict[str, Neighbourhood] = {}
+        passed = 0
         for n in self.distillable:
             uses = self.uses(n) if n.first is None else [n]
-            before = set(order)
-            for use in uses if n.name not in order else []:
-                if use is n or exits_before(use, self.distillable) <= before:
-                    order[use.name] = use
+            together = [use for use in uses if use is n or not self._before[use.name] & ~passed]
+            for use in together if n.name not in order else []:
+                order[use.name] = use
+                passed |= self._bit[use.name]
         return list(order.values())
 
     def together(self, neighbourhood: Neighbourhood) -> bool:
         """Whether a place of a student can be reached when the first one is, without that student."""
-        order = self.in_order
-        uses = [order.index(n) for n in self.uses(neighbourhood)]
-        first, own = uses[0], order.index(neighbourhood)
-        return all(position in uses for position in range(first, own + 1)) and not (
-            exits_before(neighbourhood, self.distillable) & {n.name for n in self.uses(neighbourhood)}
-        )
+        uses = self.uses(neighbourhood)
+        own = reduce(or_, (self._bit[use.name] for use in uses))
+        first, last = (self._position[n.name] for n in (uses[0], neighbourhood))
+        between = self.in_order[first : last + 1]
+        return not self._before[neighbourhood.name] & own and all(n in uses for n in between)
+
+    @cached_property
+    def _before(self) -> dict[str, int]:
+        return exits_before(self.flow, self.distillable)
+
+    @cached_property
+    def _bit(self) -> dict[str, int]:
+        return {n.name: 1 << place for place, n in enumerate(self.distillable)}
+
+    @cached_property
+    def _position(self) -> dict[str, int]:
+        return {n.name: place for place, n in enumerate(self.in_order)}
 
     def coverage(self) -> tuple[float, float | None]:
         """Part of all parameters and of all MACs that lies in distillable neighbourhoods, 0 to 1.

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import or_
 from typing import Protocol
 
 import networkx as nx
@@ -180,22 +182,21 @@ def _covers(pairs: Pairs, piece: Piece, other: Piece) -> bool:
     return ends and {pairs[node.outputs[0]] for node in piece.nodes} == {node.outputs[0] for node in other.nodes}
 
 
-def exits_before(piece: Piece, pieces: Iterable[Piece]) -> set[str]:
-    """Names of the pieces of whose exits something that a piece reads is computed."""
-    names = {other.exit: other.name for other in pieces}
-    found: set[str] = set()
-    seen: set[ir.Value] = set()
-    stack = [value for value in (piece.entry, *piece.context) if value is not None]
-    while stack:
-        value = stack.pop()
-        if value in seen:
-            continue
-        seen.add(value)
-        if value in names:
-            found.add(names[value])
-        producer = value.producer()
-        stack += reads(producer) if producer is not None else ()
-    return found
+def exits_before(flow: Dataflow, pieces: Sequence[Piece]) -> dict[str, int]:
+    """For each piece, those of whose exits something that it reads is computed: bits by their place in the list."""
+    bits = {piece.exit: 1 << place for place, piece in enumerate(pieces)}
+    before: dict[ir.Value, int] = {}
+
+    def reached(value: ir.Value) -> int:
+        return before.get(value, 0) | bits.get(value, 0)
+
+    for node in flow.graph:
+        found = 0
+        for value in reads(node):
+            found |= reached(value)
+        before.update(dict.fromkeys(node.outputs, found))
+    ends = {piece.name: [v for v in (piece.entry, *piece.context) if v is not None] for piece in pieces}
+    return {name: reduce(or_, map(reached, values), 0) for name, values in ends.items()}
 
 
 def weights_in(nodes: Iterable[ir.Node]) -> dict[ir.Value, None]:

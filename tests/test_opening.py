@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ndonnx.errors import ModelError
 from ndonnx.graph import fold_constants, load, save
-from ndonnx.graph.sparse import SparseTensor
+from ndonnx.graph.sparse import is_sparse
 from ndonnx.partition import partition
 from ndonnx.pipeline import compress
 from ndonnx.recipe import Recipe
@@ -336,7 +336,7 @@ def test_trees_hold_nothing_to_distil(tmp_path: Path) -> None:
 def test_a_sparse_tensor_stays_sparse_until_it_changes(tmp_path: Path) -> None:
     onnx.save(_edited(_thin_out), tmp_path / "model.onnx")
     model = load(tmp_path / "model.onnx")
-    assert isinstance(model.graph.initializers["stem.weight"].const_value, SparseTensor)
+    assert is_sparse(model.graph.initializers["stem.weight"])
     save(model.clone(), tmp_path / "same.onnx")
     assert [tensor.values.name for tensor in onnx.load(tmp_path / "same.onnx").graph.sparse_initializer]
     held = model.graph.initializers["stem.weight"]
@@ -345,6 +345,38 @@ def test_a_sparse_tensor_stays_sparse_until_it_changes(tmp_path: Path) -> None:
     other = onnx.load(tmp_path / "other.onnx").graph
     assert not other.sparse_initializer
     assert "stem.weight" in {tensor.name for tensor in other.initializer}
+
+
+def _sparse_units(model: onnx.ModelProto, part: float = 0.1) -> None:
+    """All but a tenth of the weights of the residual units are zeros that the file leaves out."""
+    rng = np.random.default_rng(0)
+    for dense in [tensor for tensor in model.graph.initializer if tensor.name.endswith(("1.weight", "2.weight"))]:
+        array = numpy_helper.to_array(dense).copy()
+        array[rng.random(array.shape) > part] = 0
+        tensor = _sparse(array, coordinates=False)
+        tensor.values.name = dense.name
+        model.graph.initializer.remove(dense)
+        model.graph.sparse_initializer.append(tensor)
+
+
+def _stored(model: onnx.ModelProto) -> int:
+    tensors = (*model.graph.initializer, *(tensor.values for tensor in model.graph.sparse_initializer))
+    return sum(int(np.prod(tensor.dims)) for tensor in tensors if tensor.data_type == TensorProto.FLOAT)
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_students_of_sparse_weights_are_sparse(tmp_path: Path, steps: int) -> None:
+    """Half of a tenth is less than a tenth; half of the dense matrix would be five times as much."""
+    path, data, student = tmp_path / "model.onnx", tmp_path / "data.npz", tmp_path / "student.onnx"
+    teacher = _edited(_sparse_units)
+    onnx.save(teacher, path)
+    np.savez(data, **inputs_of(teacher, batch=16))  # type: ignore[arg-type]
+    recipe = Recipe(**SMALL | {"keep": 0.5, "finetune_steps": steps})
+    report = compress(path, data=str(data), output=student, recipe=recipe).report
+    assert [n.status for n in report.neighbourhoods].count("distilled") == UNITS
+    assert student.stat().st_size < path.stat().st_size
+    assert _stored(onnx.load(student)) < 0.8 * _stored(teacher)
+    assert len(onnx.load(student).graph.sparse_initializer) == 2 * UNITS
 
 
 @pytest.mark.parametrize(

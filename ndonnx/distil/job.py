@@ -24,6 +24,7 @@ from ndonnx.graph.precision import in_float32, in_own_types, rounding_error
 from ndonnx.partition import ChannelGroups
 from ndonnx.rundir import Entry
 from ndonnx.students import StudentMethod, TeacherSlice
+from ndonnx.students.masks import zeros_of_sparse
 from ndonnx.teacher import ActivationStore
 
 _PROBE = 16
@@ -119,7 +120,7 @@ class DistilJob:
             objective,
             with_fitting_batch(self.plan, candidate.model, probes[0]),
             on_step,
-            candidate.constraint,
+            candidate.constraint or zeros_of_sparse(candidate.model),
             threads=self.threads,
             macs=cost.macs or 0,
         )

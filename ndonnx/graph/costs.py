@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from ndonnx.graph.dataflow import reads, sub_graphs
+from ndonnx.graph.sparse import stored
 from ndonnx.graph.ties import origin_of
 
 _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
@@ -56,15 +57,14 @@ def held_weights(model: ir.Model) -> tuple[int, int]:
     Each constant counts once, however many nodes read it.
     """
     graphs = [model.graph]
-    found: list[ir.TensorProtocol] = []
+    sizes: list[tuple[int, int]] = []
     for graph in graphs:
-        found += [value.const_value for value in graph.initializers.values() if value.const_value is not None]
+        sizes += [stored(value) for value in graph.initializers.values() if is_weight(value)]
         for node in graph:
             graphs += sub_graphs(node)
             if node.op_type == "Constant" and (tensor := constant_of(node.outputs[0])) is not None:
-                found.append(tensor)
-    weights = [tensor for tensor in found if tensor.dtype in _FLOATS and tensor.size > 1]
-    return sum(int(tensor.size) for tensor in weights), sum(tensor.nbytes for tensor in weights)
+                sizes += [(int(tensor.size), tensor.nbytes)] * (tensor.dtype in _FLOATS and tensor.size > 1)
+    return sum(elements for elements, _ in sizes), sum(nbytes for _, nbytes in sizes)
 
 
 def is_weight(value: ir.Value | None) -> bool:

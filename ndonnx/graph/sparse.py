@@ -1,8 +1,9 @@
-"""Sparse initializers: dense while a model is worked on, and sparse again in the file where they did not change."""
+"""Sparse initializers: dense while a model is worked on, and sparse again in the file where that is smaller."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
@@ -11,18 +12,20 @@ import onnx_ir as ir
 FREE_BYTES = 256 * 2**20
 """Bytes up to which a sparse tensor may unfold whatever it holds; beyond that, up to a hundred times what it holds."""
 _UNFOLDS = 100
+_FROM_FILE = "ndonnx.sparse"
+"""Key of an initializer's metadata, which copies of it share."""
 
 
-class SparseTensor(ir.Tensor[np.ndarray]):
-    """A dense tensor that knows the sparse one it was read from."""
+@dataclass(frozen=True, eq=False)
+class _Origin:
+    """What an initializer was in its file."""
 
-    def __init__(self, message: onnx.SparseTensorProto) -> None:
-        super().__init__(_unfolded(message), name=message.values.name)
-        self.message = onnx.SparseTensorProto()
-        self.message.CopyFrom(message)
+    message: onnx.SparseTensorProto
+    tensor: ir.TensorProtocol | None
+    """The same, dense."""
 
 
-def unfold(proto: onnx.ModelProto) -> dict[str, SparseTensor]:
+def unfold(proto: onnx.ModelProto) -> dict[str, onnx.SparseTensorProto]:
     """Take the sparse tensors out of a message and put dense ones in their places; those of its main graph by name.
 
     Raises:
@@ -33,29 +36,60 @@ def unfold(proto: onnx.ModelProto) -> dict[str, SparseTensor]:
         message.values.name = graph.node[position].output[0]
         graph.sparse_initializer.append(message)
         del graph.node[position]
-    found = {message.values.name: SparseTensor(message) for message in graph.sparse_initializer}
+    found = {message.values.name: onnx.SparseTensorProto() for message in graph.sparse_initializer}
+    for message in graph.sparse_initializer:
+        found[message.values.name].CopyFrom(message)
     for inner in _graphs(graph):
         _make_dense(inner)
     return found
 
 
-def remember(model: ir.Model, tensors: dict[str, SparseTensor]) -> None:
-    """Let the initializers of a model know the sparse tensors that they were."""
-    for name, tensor in tensors.items():
-        model.graph.initializers[name].const_value = tensor
+def remember(model: ir.Model, messages: dict[str, onnx.SparseTensorProto]) -> None:
+    """Let the initializers of a model, and all copies of them, know the sparse tensors that they were."""
+    for name, message in messages.items():
+        value = model.graph.initializers[name]
+        value.meta[_FROM_FILE] = _Origin(message, value.const_value)
+
+
+def is_sparse(value: ir.Value) -> bool:
+    """Whether an initializer was a sparse one in its file, so that its zeros are to stay."""
+    return _FROM_FILE in value.meta
+
+
+def stored(value: ir.Value) -> tuple[int, int]:
+    """Elements and bytes that an initializer takes in a file."""
+    message, tensor = _message(value), value.const_value
+    if message is not None:
+        return math.prod(message.values.dims), message.ByteSize()
+    return (0, 0) if tensor is None else (int(tensor.size), tensor.nbytes)
 
 
 def write_sparse(model: ir.Model, proto: onnx.ModelProto) -> None:
-    """Let the initializers of a message that are still those of the file be sparse again. In place."""
-    held = {name: value.const_value for name, value in model.graph.initializers.items()}
-    sparse = {name: tensor for name, tensor in held.items() if isinstance(tensor, SparseTensor)}
-    if sparse:
-        dense = [tensor for tensor in proto.graph.initializer if tensor.name not in sparse]
+    """Let the initializers of a message that were sparse in its file be so again where that is smaller. In place."""
+    messages = {name: message for name, value in model.graph.initializers.items() if (message := _message(value))}
+    if messages:
+        dense = [tensor for tensor in proto.graph.initializer if tensor.name not in messages]
         del proto.graph.initializer[:]
         proto.graph.initializer.extend(dense)
-        for name, tensor in sparse.items():
-            tensor.message.values.name = name
-            proto.graph.sparse_initializer.append(tensor.message)
+        for name, message in messages.items():
+            proto.graph.sparse_initializer.append(message)
+            proto.graph.sparse_initializer[-1].values.name = name
+
+
+def _message(value: ir.Value) -> onnx.SparseTensorProto | None:
+    """An initializer as a sparse tensor: as it was, or by the positions of what is not zero; None for a dense one."""
+    origin: _Origin | None = value.meta.get(_FROM_FILE)
+    tensor = value.const_value
+    if origin is None or tensor is None:
+        return None
+    if tensor is origin.tensor:
+        return origin.message
+    array = tensor.numpy()
+    at = np.flatnonzero(array).astype(np.int64)
+    if at.size * array.itemsize + at.nbytes >= array.nbytes:
+        return None
+    values = onnx.numpy_helper.from_array(array.reshape(-1)[at], value.name)
+    return onnx.SparseTensorProto(values=values, indices=onnx.numpy_helper.from_array(at), dims=array.shape)
 
 
 def _unfolded(message: onnx.SparseTensorProto) -> np.ndarray:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ndonnx.graph.costs import constant_of
+from ndonnx.graph.sparse import is_sparse
 from ndonnx.partition.layers import weight_slot
 from ndonnx.students.base import Constraint
 
@@ -208,6 +209,15 @@ def zeros_of(model: ir.Model) -> FixedZeros:
     """
     masks = {weight.name: _array(model, weight.name) != 0 for weight in linear_weights(model.graph)}
     return FixedZeros({name: mask for name, mask in masks.items() if not mask.all()})
+
+
+def zeros_of_sparse(model: ir.Model) -> FixedZeros | None:
+    """The zeros of a slice's sparse weights as something to hold a student to; None where it has none.
+
+    Zeros that a teacher's file leaves out would otherwise become weights that the student's file has to hold.
+    """
+    sparse = [w.name for w in linear_weights(model.graph) if is_sparse(model.graph.initializers[w.name])]
+    return FixedZeros({name: _array(model, name) != 0 for name in sparse}) if sparse else None
 
 
 def _array(model: ir.Model, name: str) -> npt.NDArray[np.generic]:

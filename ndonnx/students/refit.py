@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from ndonnx.graph.sparse import is_sparse
 from ndonnx.partition import stays
 from ndonnx.students.base import TeacherSlice
 from ndonnx.students.features import LinearReader, from_matrix, linear_readers, offset_of, summed, summed_axis
@@ -67,7 +68,7 @@ def _refit(ours: Forward, theirs: Forward, readers: Sequence[LinearReader], kept
     teacher, student = theirs.teacher, ours.model
     weight = student.graph.initializers[readers[0].weight]
     node, shape = readers[0].node, _shape(weight)
-    if features_of(node, shape) > MOST_FEATURES:
+    if features_of(node, shape) > MOST_FEATURES or is_sparse(weight):
         return
     bias = _own_bias(teacher, readers)
     problem = Regression(node, teacher.count * len(readers), shape)

@@ -141,9 +141,10 @@ def check_neighbourhood(
     captured = samples.arrays(0, store.samples)
     probe = {name: captured[name] for name in names}
     threads = usable_cores()
-    model = open_slice(model, [name for name in names if name not in constants], probe, threads)
+    sampled = [name for name in names if name not in constants]
+    model = open_slice(model, sampled, probe, threads)
     try:
-        _, error = pass_gate(model, probe, recipe.parity, threads, captured[target].shape)
+        _, error = pass_gate(model, probe, recipe.parity, threads, captured[target].shape, sampled)
     except (ConversionError, ParityError) as refused:
         where = guilty_operator(model, probe, recipe.parity)
         raise type(refused)(f"{where}: {refused}" if where else str(refused)) from refused

@@ -143,7 +143,7 @@ def finetune(
     probe = {name: rows for name, rows in samples.arrays(0, _PROBE).items() if name in inputs}
     own = _as_slice(student, interface, inputs, probe)
     whole = in_float32(own)
-    module, _ = pass_gate(whole, probe, parity)
+    module, _ = pass_gate(whole, probe, parity, sampled=inputs)
     train_only(module, student, kept)
     objective = objective_of(output, temperature, label_weight if labels is not None else 0.0)
     constraint = zeros_of(whole)

@@ -333,27 +333,8 @@ class RunDir:
         return [entry for entry in entries if entry.done]
 
     def record(self, name: str, fault: Fault) -> Path | None:
-        """Keep what is known of a fault that nobody foresaw, for whoever looks into it later.
-
-        Args:
-            name: whose fault it is; it becomes a file name, with `_` for what cannot stand in one.
-            fault: any; one that was foreseen says everything in its reason, and is not kept.
-
-        Returns:
-            The text file with its traceback, which lasts until the next run in this directory; None for a foreseen one.
-
-        Raises:
-            RunDirError: the operating system refused.
-        """
-        if fault.foreseen:
-            return None
-        folder = self.path / _FAULTS
-        with _explained(folder, "create"):
-            folder.mkdir(exist_ok=True)
-        path = folder / ("".join(c if c.isalnum() or c in " .,=-" else "_" for c in name)[:_LONGEST_NAME] + ".txt")
-        text = f"{name}: {fault.reason}\n\n{fault.traceback}"
-        atomic_write(path, text.encode("utf-8", errors="backslashreplace"))
-        return path
+        """Keep what is known of a fault that nobody foresaw until the next run here; see `record_fault`."""
+        return record_fault(self.path / _FAULTS, name, fault)
 
     def __enter__(self) -> Self:
         if self._lock is not None:
@@ -431,6 +412,30 @@ class RunDir:
                 folder.rmdir()
             for folder in self._created:
                 folder.rmdir()
+
+
+def record_fault(folder: Path, name: str, fault: Fault) -> Path | None:
+    """Keep what is known of a fault that nobody foresaw, for whoever looks into it later.
+
+    Args:
+        folder: where; it is made if it is missing.
+        name: whose fault it is; it becomes a file name, with `_` for what cannot stand in one.
+        fault: any; one that was foreseen says everything in its reason, and is not kept.
+
+    Returns:
+        The text file with its traceback; None for a foreseen one.
+
+    Raises:
+        RunDirError: the operating system refused.
+    """
+    if fault.foreseen:
+        return None
+    with _explained(folder, "create"):
+        folder.mkdir(exist_ok=True)
+    path = folder / ("".join(c if c.isalnum() or c in " .,=-" else "_" for c in name)[:_LONGEST_NAME] + ".txt")
+    text = f"{name}: {fault.reason}\n\n{fault.traceback}"
+    atomic_write(path, text.encode("utf-8", errors="backslashreplace"))
+    return path
 
 
 def _holder(descriptor: int) -> str:

@@ -15,7 +15,9 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto
 
-from ndonnx.errors import RunDirError
+from ndonnx.distil.gate import pass_gate
+from ndonnx.errors import NdonnxError, ParityError, RunDirError
+from ndonnx.harden import harden, training
 from ndonnx.partition import extract, nodes_between
 from ndonnx.pipeline import distilling, library, search
 from ndonnx.recipe import Recipe
@@ -24,7 +26,7 @@ from ndonnx.students import Candidate, StudentMethod, TeacherSlice, Width
 from ndonnx_cli.main import main
 from tests.families import all_control, scanned, unsupported
 from tests.models import Net, inputs_of, parted, residual_cnn, run, with_if
-from tests.runs import SMALL, UNITS, Bench, Recorder, statuses
+from tests.runs import ALONE, SMALL, UNITS, Bench, Recorder, statuses
 
 pytestmark = pytest.mark.usefixtures("one_core")
 
@@ -113,6 +115,14 @@ def test_a_search_tries_again_what_nobody_foresaw(folder: Path, monkeypatch: pyt
     assert failed["n03"].status == "failed" and Path(failed["n03"].traceback or "").is_file()
     assert failed["n02"].status == "trained" and failed["n02"].traceback is None
     assert not list(folder.glob("run/failures/*")), "it need not happen again"
+
+
+def test_what_nobody_foresaw_in_hardening_is_one_line_and_a_file(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "zeros_of", lambda model: {}["no such thing"])
+    with pytest.raises(NdonnxError, match=r"teacher.onnx: cannot be hardened: KeyError: .*model.txt tells more"):
+        harden(bench.model, data=str(bench.data), steps=2, output=bench.student, recipe=Recipe(**ALONE))
+    assert "no such thing" in (bench.folder / "student.faults" / "model.txt").read_text(encoding="utf-8")
+    assert not bench.student.exists()
 
 
 CUSTOM = """
@@ -240,6 +250,58 @@ def measured_only() -> onnx.ModelProto:
 def test_a_value_that_is_only_measured_is_computed_in_each_neighbourhood(tmp_path: Path) -> None:
     ends = statuses(Bench(tmp_path).put(measured_only()).compress(inputs="student"))
     assert list(ends.values()).count("distilled") == 2
+
+
+# Samples that change each other's answers
+
+
+def contrastive() -> onnx.ModelProto:
+    """Two towers and the similarity of each sample of one with each of the other."""
+    net = Net()
+    ends = []
+    for tower in ("a", "b"):
+        x = net.input(tower, "N", 8)
+        for _ in range(2):
+            x = net.op("Add", x, net.gemm(net.relu(net.gemm(x, 8, 16)), 16, 8))
+        ends.append(x)
+    return net.proto(net.op("MatMul", ends[0], net.op("Transpose", ends[1], perm=[1, 0]), out="similarity"))
+
+
+@pytest.mark.parametrize("samples", [64, 50])
+def test_what_mixes_samples_is_not_fine_tuned_and_the_best_student_is_written(tmp_path: Path, samples: int) -> None:
+    bench = Bench(tmp_path).put(contrastive(), samples)
+    recorder = Recorder()
+    result = bench.compress(inputs=None, finetune_steps=4, progress=recorder)
+    tuned = result.report.finetune
+    assert tuned is not None and tuned.traceback is None and not result.report.unforeseen
+    assert "'similarity' holds no answer of its own for each sample of a batch" in (tuned.reason or "")
+    assert list(statuses(result).values()).count("distilled") == 4
+    assert "refit" in recorder.stages and bench.student.exists()
+
+
+def attention_over_the_batch(net: Net, x: str) -> str:
+    scores = net.op("Softmax", net.op("MatMul", x, net.op("Transpose", x, perm=[1, 0])), axis=-1)
+    return net.op("MatMul", scores, x)
+
+
+@pytest.mark.parametrize(
+    ("mix", "words"),
+    [
+        (attention_over_the_batch, "mixes the samples of a batch"),
+        (lambda net, x: net.op("Sub", x, net.op("ReduceMean", x, net.ints(0))), "mixes the samples of a batch"),
+        (lambda net, x: net.op("CumSum", x, net.constant("first", np.array(0))), "mixes the samples of a batch"),
+        (lambda net, x: net.op("MatMul", x, net.op("Transpose", x, perm=[1, 0])), "holds no answer of its own"),
+        (lambda net, x: net.op("ReduceMean", x, net.ints(0), keepdims=0), "holds no answer of its own"),
+        (lambda net, x: net.op("ReduceMean", x, keepdims=0), "holds no answer of its own"),
+    ],
+)
+def test_the_gate_tells_slices_that_mix_samples(mix: Callable[[Net, str], str], words: str) -> None:
+    net = Net()
+    _, parts = parted(net.proto(mix(net, net.gemm(net.input("x", "N", 6), 6, 8))))
+    probe = inputs_of(ir.to_proto(parts.model), 16)
+    with pytest.raises(ParityError, match=words):
+        pass_gate(parts.model, probe, 1e-4, sampled=["x"])
+    pass_gate(parts.model, probe, 1e-4)
 
 
 # Everything stays

@@ -98,9 +98,8 @@ def answer(model: ir.Model, probe: Arrays, threads: int = 1) -> npt.NDArray[Any]
     try:
         session = make_session(model, threads=threads)
         names = [model.graph.outputs[0].name or ""]
-        feeds = {
-            v.name or "": probe[v.name or ""].astype(input_type(v, probe[v.name or ""])) for v in model.graph.inputs
-        }
+        inputs = {value.name or "": value for value in model.graph.inputs}  # old files list their weights among them
+        feeds = {name: rows.astype(input_type(inputs[name], rows)) for name, rows in probe.items() if name in inputs}
         found: npt.NDArray[Any] = run_held(session, names, feeds, slice_batch(model))[0]
     except REFUSALS as error:
         raise ParityError(f"onnxruntime does not run the slice: {first_line(error)}") from error
@@ -108,7 +107,12 @@ def answer(model: ir.Model, probe: Arrays, threads: int = 1) -> npt.NDArray[Any]
 
 
 def pass_gate(
-    model: ir.Model, probe: Arrays, tolerance: float, threads: int = 1, shape: tuple[int, ...] | None = None
+    model: ir.Model,
+    probe: Arrays,
+    tolerance: float,
+    threads: int = 1,
+    shape: tuple[int, ...] | None = None,
+    sampled: Sequence[str] = (),
 ) -> tuple[TorchSlice, float]:
     """The slice as a torch module, and the largest error of its answer relative to the output's scale.
 
@@ -118,6 +122,8 @@ def pass_gate(
         tolerance: largest relative error that passes.
         threads: for onnxruntime.
         shape: what the teacher's activations have for these samples, where that is to be checked too.
+        sampled: inputs with samples along the first axis, where it is to be checked that none of them changes the
+            answer to another.
 
     Raises:
         ConversionError: an operator does not convert, or a value is no float32.
@@ -132,7 +138,28 @@ def pass_gate(
             f"several samples at once give '{model.graph.outputs[0].name}' the shape {expected.shape} instead of "
             f"{shape}; export the teacher with a dynamic batch dimension"
         )
+    if sampled:
+        _check_apart(model, probe, expected, sampled, threads)
     return module, error
+
+
+def _check_apart(
+    model: ir.Model, probe: Arrays, expected: npt.NDArray[Any], sampled: Sequence[str], threads: int
+) -> None:
+    """Compare the answers to some samples alone with those that they have among all.
+
+    Raises:
+        ParityError: they differ: trained on samples in other company, a student would learn something else.
+    """
+    some = slice(None, None, 2)
+    alone = answer(model, {name: rows[some] if name in sampled else rows for name, rows in probe.items()}, threads)
+    name, count = model.graph.outputs[0].name, min(len(probe[name]) for name in sampled)
+    if expected.ndim == 0 or len(expected) != count or alone.shape != expected[some].shape:
+        raise ParityError(f"'{name}' holds no answer of its own for each sample of a batch: {list(expected.shape)}")
+    if not relative_error(alone, expected[some]) <= _SAME:
+        raise ParityError(
+            f"'{name}' mixes the samples of a batch: a sample's answer depends on which others come with it"
+        )
 
 
 def check_answer(module: TorchSlice, model: ir.Model, probe: Arrays, tolerance: float, threads: int = 1) -> float:

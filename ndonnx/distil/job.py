@@ -107,7 +107,7 @@ class DistilJob:
         slice_ = open_slice(in_float32(own), varying, probes[0], self.threads)
         model = free_sizes(slice_.clone(), probes)
         for arrays, probe in zip(captured, probes, strict=True):
-            pass_gate(model, probe, self.parity, self.threads, arrays[self.target].shape)
+            pass_gate(model, probe, self.parity, self.threads, arrays[self.target].shape, varying)
         seed = zlib.crc32(self._slice_name.encode(), self.plan.seed)
         candidate = self.method.build(self._teacher(model, samples), np.random.default_rng(seed))
         module = self._past_gate(candidate.model, probes)

@@ -11,8 +11,9 @@ from typing import Any
 import onnx_ir as ir
 
 from ndonnx.distil import Training
-from ndonnx.errors import ModelError, SliceError, UsageError
+from ndonnx.errors import ModelError, NdonnxError, SliceError, UsageError
 from ndonnx.evaluate import Evaluation, evaluate
+from ndonnx.faults import Fault
 from ndonnx.graph import load, save
 from ndonnx.graph.dataflow import real_inputs
 from ndonnx.graph.declared import state_as_in_file
@@ -28,7 +29,7 @@ from ndonnx.pipeline.opening import Given, open_all
 from ndonnx.pipeline.schedule import Schedule
 from ndonnx.progress import Progress, Silent
 from ndonnx.recipe import Recipe
-from ndonnx.rundir import Entry
+from ndonnx.rundir import Entry, record_fault
 from ndonnx.teacher import capture_bytes
 from ndonnx.teacher.noise_inputs import Noise
 from ndonnx.verify import verify
@@ -110,6 +111,7 @@ def harden(
 
     Raises:
         UsageError: bad input, a model that does not convert to torch, or a training that broke down.
+        NdonnxError: the training ended in something that nobody foresaw; a file beside the output has its traceback.
     """
     recipe, progress = recipe or Recipe(), progress or Silent()
     if not (math.isfinite(noise) and noise >= 0):
@@ -131,9 +133,12 @@ def harden(
     try:
         noises = measure_noises(parts, given.split.to_fit(_SPREAD_SAMPLES), noise)
         with tempfile.TemporaryDirectory(prefix="ndonnx-") as folder:
-            hardened, training = _Run(given, parts, recipe, progress, Path(folder)).train(noises, steps)
+            trained = _Run(given, parts, recipe, progress, Path(folder)).train(noises, steps)
     except SliceError as error:
         raise UsageError(f"{path}: cannot be hardened: {error}") from error
+    if isinstance(trained, Fault):
+        raise _unforeseen(trained, path, Path(output or model))
+    hardened, training = trained
     state_as_in_file(hardened, given.teacher)
     verify(given.teacher, hardened, parts, {}, probe(given.split.source), recipe.parity)
     if output is not None:
@@ -157,6 +162,12 @@ def harden(
     return HardenResult(hardened, report)
 
 
+def _unforeseen(fault: Fault, model: Path, output: Path) -> NdonnxError:
+    """One line of what nobody foresaw, and where more is told of it."""
+    told = record_fault(output.with_suffix(".faults"), "model", fault)
+    return NdonnxError(f"{model}: cannot be hardened: {fault.reason}; {told} tells more")
+
+
 @dataclass(frozen=True)
 class _Run:
     """One hardening: the teacher's answers, then the training in a process of its own."""
@@ -167,7 +178,12 @@ class _Run:
     progress: Progress
     folder: Path
 
-    def train(self, noises: tuple[Noise, ...], steps: int) -> tuple[ir.Model, Training]:
+    def train(self, noises: tuple[Noise, ...], steps: int) -> tuple[ir.Model, Training] | Fault:
+        """The hardened model and its training, or what nobody foresaw.
+
+        Raises:
+            SliceError: the model cannot be trained.
+        """
         samples = self._samples()
         answers = capture_answers(self.parts, self.given.split, samples, self.folder, self.recipe, self.progress)
         recipe = self.recipe
@@ -191,8 +207,10 @@ class _Run:
             interface=self.parts.interface,
         )
         outcome, _ = run_alone(job, "harden", steps, recipe, self.progress)
-        if outcome.fault is not None:
-            raise SliceError(outcome.fault.reason)
+        if (fault := outcome.fault) is not None:
+            if fault.foreseen or not fault.traceback:
+                raise SliceError(fault.reason)
+            return fault
         hardened = load(entry.path / MODEL_FILE)
         ir.external_data.load_to_model(hardened)  # its files go with the folder
         return hardened, Training(**entry.meta())

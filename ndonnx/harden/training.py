@@ -79,7 +79,7 @@ def harden_whole(
     if held is not None:
         noisy = hold_batch(noisy, list(drawn), held)
     whole = open_slice(in_float32(noisy), [*inputs, *drawn], rows | drawn)
-    module, _ = pass_gate(whole, rows | drawn, parity)
+    module, _ = pass_gate(whole, rows | drawn, parity, sampled=[*inputs, *drawn])
     module.input_names = tuple(inputs)
     module.body = body = NoisyBody(module.body, len(inputs), noises, plan.seed)
     train_only(module, teacher)

@@ -45,7 +45,7 @@ def _between(middle: Callable[[Net, str], str], width: int = _WIDTH) -> Block:
 
 def _group_norm(groups: int) -> Block:
     return _between(lambda net, y: net.op(
-        "GroupNormalization", y, scales(net, groups), net.weight(f"b{len(net.weights)}", groups), num_groups=groups
+        "GroupNormalization", y, scales(net, groups), net.weight(f"shift{len(net.weights)}", groups), num_groups=groups
     ))  # fmt: skip
 
 

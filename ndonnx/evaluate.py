@@ -181,7 +181,7 @@ class _Tally:
         self._scores: str | None = None
         self.doubt: str | None = None
         """One line about an output that might hold class scores."""
-        self._fidelity: dict[str, _Fidelity] = {}
+        self._fidelity: dict[str, Fidelity] = {}
         self._worst: tuple[int, float] | None = None
 
     def add(
@@ -241,7 +241,7 @@ class _Tally:
                     f"found {list(outputs[name].shape)}"
                 )
             if value.dtype.kind == "f":
-                error = self._fidelity.setdefault(name, _Fidelity()).add(outputs[name], value)
+                error = self._fidelity.setdefault(name, Fidelity()).add(outputs[name], value)
                 if error.ndim and len(error) == count:
                     errors.append(error.reshape(count, -1).sum(axis=1))
         if errors:
@@ -267,7 +267,7 @@ class _Tally:
             )
 
 
-class _Fidelity:
+class Fidelity:
     """Error of one output against the teacher's, and the spread of the teacher's around its mean."""
 
     def __init__(self) -> None:

@@ -14,7 +14,7 @@ import pytest
 from onnx import helper
 
 from ndonnx.errors import DataError, ModelError, ParityError
-from ndonnx.partial import PartialModels, Quality
+from ndonnx.partial import Losses, PartialModels, Quality
 from ndonnx.partition import Partition, nodes_between, sort_nodes
 from ndonnx.splice import splice
 from ndonnx.students import TeacherSlice, Width
@@ -242,6 +242,28 @@ def test_the_bound_covers_the_true_drop_as_often_as_it_says(part: float) -> None
         student = np.where(rng.random(1000) < part, 1, 0)
         covered += Quality(scores_of([0] * 1000)).bound(scores_of(student.tolist())) >= part
     assert covered >= 0.92 * 400  # 95% but for chance and the normal approximation
+
+
+@pytest.mark.parametrize("kind", ["accuracy", "agreement", "nmse"])
+@pytest.mark.parametrize("size", [1, 7, 40])
+def test_losses_of_batches_add_up_to_those_of_all(kind: str, size: int) -> None:
+    rng = np.random.default_rng(3)
+    names = {"boxes": (40, 3, 2), "other": (40, 5)} if kind == "nmse" else {"logits": (40, 3)}
+    teacher, student = ({name: 3 + rng.normal(size=shape) for name, shape in names.items()} for _ in range(2))
+    labels = rng.integers(0, 3, 40) if kind == "accuracy" else None
+    whole, first = Quality(teacher, labels), None
+    losses = Losses(whole.kind)
+    for start in range(0, 40, size):
+        rows = slice(start, start + size)
+        theirs, ours = ({name: values[rows] for name, values in one.items()} for one in (teacher, student))
+        count = len(next(iter(ours.values())))
+        quality = Quality(theirs, None if labels is None else labels[rows], count, like=first)
+        first = first or quality
+        losses.add(quality, ours)
+    assert losses.kind == whole.kind == kind and losses.samples == 40
+    assert losses.drop == pytest.approx(whole.drop(student)) and losses.metric == pytest.approx(whole.metric(student))
+    assert losses.divergence == pytest.approx(whole.divergence(student))
+    assert losses.bound(0.9) == pytest.approx(whole.bound(student, 0.9))
 
 
 def test_no_more_than_everything_can_be_lost() -> None:

@@ -13,6 +13,7 @@ from typing import Self
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ndonnx.benchmark import benchmark, ratio
@@ -25,7 +26,7 @@ from ndonnx.graph import load
 from ndonnx.graph.dataflow import real_inputs
 from ndonnx.graph.interface import samples_first
 from ndonnx.machine import usable_cores
-from ndonnx.partial import PartialModels, Quality
+from ndonnx.partial import Kind, Losses, PartialModels, Quality
 from ndonnx.partition import Neighbourhood, Partition
 from ndonnx.pipeline.batches import read_batch, whole_batches
 from ndonnx.progress import Progress
@@ -38,6 +39,8 @@ from ndonnx.teacher.sessions import OrtError
 from ndonnx.teacher.sizes import BoundedBatches
 from ndonnx.threshold import tolerances
 
+_ROOM = 2**28
+"""Bytes of the teacher's answers that are kept."""
 STUDENT_FILE = "student.onnx"
 """Of a whole student, in its entry."""
 _AMPLITUDE = 0.1
@@ -74,22 +77,23 @@ class WholeLoss(Loss):
 
 
 class Rows:
-    """Some rows of the data, and how much worse than the teacher a whole model is on them."""
+    """Some rows of the data, and how much worse than the teacher a whole model is on them.
+
+    Answers are compared batch by batch; the teacher's are kept where they are small.
+    """
 
     def __init__(self, source: Subset, parts: Partition) -> None:
-        """Take the samples of `source`; the teacher answers them when it is first asked for."""
+        """Take the samples of `source`; nothing is run yet."""
         self._source, self._parts = source, parts
         self.count = source.length
+        self._kept: dict[int, Quality] = {}
+        """The teacher's answers by the number of the batch, as far as there is room for them."""
+        self._room = _ROOM
 
     @cached_property
-    def quality(self) -> Quality:
-        """By the labels where there are any, else by the teacher's answers."""
-        return Quality(self.teacher_answers, self.labels, self.count)
-
-    @cached_property
-    def teacher_answers(self) -> dict[str, np.ndarray]:
-        """The teacher's outputs by name, (samples, ...)."""
-        return self._answers(self._parts.model)
+    def kind(self) -> Kind:
+        """What a drop is of, see `Quality`."""
+        return next(self._measured(None))[0].kind
 
     @cached_property
     def labels(self) -> NDArray[np.int64] | None:
@@ -109,29 +113,54 @@ class Rows:
 
     def loss_of(self, student: ir.Model, confidence: float, samples: int = 0) -> WholeLoss:
         """The loss of a whole student, with the bound that so many samples would give; 0 stands for these."""
-        answers, quality = self._answers(student), self.quality
-        return WholeLoss(
-            quality.drop(answers),
-            quality.divergence(answers),
-            quality.bound(answers, confidence, samples or None),
-            quality.metric(answers),
-        )
+        losses = Losses(self.kind)
+        for quality, answers in self._measured(student):
+            losses.add(quality, answers)
+        return WholeLoss(losses.drop, losses.divergence, losses.bound(confidence, samples or None), losses.metric)
 
-    def _answers(self, model: ir.Model) -> dict[str, np.ndarray]:
-        session = make_session(self._parts.interface.applied(model))
-        names = [output.name for output in session.get_outputs()]
-        rows, parts = [], []
-        for batch in BoundedBatches.of(model, names, self.batches)():
-            rows.append(len(next(iter(batch.values()))))
-            try:
-                parts.append(session.run(names, dict(batch)))
-            except OrtError as error:
-                raise ModelError(f"onnxruntime failed on the held-out samples: {first_line(error)}") from error
-        return {
-            name: _joined([part[place] for part in parts], rows, self.count)
-            for place, name in enumerate(names)
-            if isinstance(parts[0][place], np.ndarray)
-        }
+    def _measured(self, student: ir.Model | None) -> Iterator[tuple[Quality, dict[str, np.ndarray]]]:
+        """The teacher's answers to every batch as a measure, and a student's; without one, the teacher's own."""
+        session = None if student is None else self._session(student)
+        begin = 0
+        for number, batch in enumerate(self._bounded()):
+            count = min(self._bounded.count(batch), self.count - begin)
+            quality = self._kept.get(number)
+            answers = {} if quality is not None else _answers(self._teacher, batch, count)
+            if quality is None:
+                labels = None if self.labels is None else self.labels[begin : begin + count]
+                quality = Quality(answers, labels, count, like=self._kept.get(0))
+                self._keep(number, quality, sum(array.nbytes for array in answers.values()))
+            yield quality, answers if session is None else _answers(session, batch, count)
+            begin += count
+
+    def _keep(self, number: int, quality: Quality, size: int) -> None:
+        if number == 0 or size <= self._room:  # the first says what the outputs hold
+            self._kept[number] = quality
+            self._room -= size
+
+    @cached_property
+    def _teacher(self) -> ort.InferenceSession:
+        return self._session(self._parts.model)
+
+    def _session(self, model: ir.Model) -> ort.InferenceSession:
+        return make_session(self._parts.interface.applied(model))
+
+    @cached_property
+    def _bounded(self) -> BoundedBatches:
+        names = [value.name or "" for value in self._parts.model.graph.outputs]
+        return BoundedBatches.of(self._parts.model, names, self.batches)
+
+
+def _answers(session: ort.InferenceSession, batch: Mapping[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
+    """Outputs by name for the first `count` samples of a batch, which may be filled up."""
+    names = [output.name for output in session.get_outputs()]
+    rows = len(next(iter(batch.values())))
+    try:
+        found = dict(zip(names, session.run(names, dict(batch)), strict=True))
+    except OrtError as error:
+        raise ModelError(f"onnxruntime failed on the held-out samples: {first_line(error)}") from error
+    arrays = {name: value for name, value in found.items() if isinstance(value, np.ndarray)}
+    return {name: value[:count] if value.ndim and len(value) == rows else value for name, value in arrays.items()}
 
 
 @dataclass
@@ -322,9 +351,3 @@ class Measures:
 def finite(value: float) -> float | None:
     """The value, or None where it is Inf or NaN."""
     return value if math.isfinite(value) else None
-
-
-def _joined(pieces: list[np.ndarray], rows: list[int], count: int) -> np.ndarray:
-    if all(piece.ndim and len(piece) == size for piece, size in zip(pieces, rows, strict=True)):
-        return np.concatenate(pieces)[:count]
-    return pieces[0]

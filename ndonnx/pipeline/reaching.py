@@ -177,7 +177,7 @@ class Reaching:
         """As many as the recipe allows; none where so few samples can confirm nothing, whatever is tried."""
         assert self.max_drop is not None
         rows, attempts = self.bench.measures.confirming, self.bench.recipe.search.attempts
-        if rows.quality.kind == "nmse" or least_bound(attempts, rows.count) <= self.max_drop:
+        if rows.kind == "nmse" or least_bound(attempts, rows.count) <= self.max_drop:
             return attempts
         least = least_bound(0, rows.count)
         if least > self.max_drop:

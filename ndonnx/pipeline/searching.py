@@ -210,7 +210,7 @@ class _Run:
         """What drops are of."""
         if not measured:
             return ""
-        if self.bench.measures.choosing.quality.kind == "nmse":
+        if self.bench.measures.choosing.kind == "nmse":
             return "nmse"
         return "agreement" if self._teacher.accuracy is None else "accuracy"
 

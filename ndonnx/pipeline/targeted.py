@@ -72,7 +72,7 @@ def compress_to_target(
                 target=shares,
                 max_drop=max_drop,
                 reached=best.shares,
-                quality=bench.measures.choosing.quality.kind,
+                quality=bench.measures.choosing.kind,
                 samples=len(bench.split.comparison if max_drop is None else bench.split.confirmation),
                 drop=finite(reached.told.drop),
                 bound=finite(reached.told.bound),

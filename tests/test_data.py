@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import struct
+import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 from PIL import Image
 
-from ndonnx.data import Batch, DataSource, InputSpec, open_source
+from ndonnx.data import Batch, DataSource, InputSpec, open_source, parquet
 from ndonnx.data.arrays import open_npz
 from ndonnx.errors import DataError
 from ndonnx.recipe import DataRecipe
@@ -292,6 +293,42 @@ def test_no_damage_to_an_array_file_gets_past_or_raises_anything_else(
         assert not cut
         if kind != "npy":  # which has no checksum
             np.testing.assert_array_equal(found, vectors())
+
+
+# Memory
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("name", ["x.npy", "x.npz"])
+def test_reading_a_large_file_does_not_keep_it_in_memory(tmp_path: Path, name: str) -> None:
+    """A mapped file's pages count as the process's memory as long as they are mapped."""
+    rows, path = 200, tmp_path / name
+    array = np.zeros((rows, 250_000), np.float32)
+    np.save(path, array) if path.suffix == ".npy" else np.savez(path, x=array)
+    del array
+    source = open_source(str(path), [InputSpec("x", np.dtype(np.float32), ("N", 250_000))], PLAIN)
+
+    def mapped() -> int:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return int(next(line.split()[1] for line in status.splitlines() if line.startswith("RssFile")))
+
+    before, most = mapped(), 0
+    for _ in source.batches(4):
+        most = max(most, mapped())
+    assert most - before < 50_000  # of 200,000 kB
+
+
+@pytest.mark.parametrize("limit", [0, 10**9])
+def test_encoded_images_may_be_set_aside_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    monkeypatch.setattr(parquet, "_IN_MEMORY", limit + 1)
+    raw = [pixels(index) for index in range(9)]
+    path = write_parquet(tmp_path / "d.parquet", [png(image) for image in raw], range(9))
+    source = open_source(str(path), [IMAGE], PLAIN)
+    whole, found = read(source), taken(source, [7, 2, 2, 8, 0])
+    assert found.labels is not None and found.labels.tolist() == [7, 2, 2, 8, 0]
+    np.testing.assert_array_equal(found.inputs["image"], whole.inputs["image"][[7, 2, 2, 8, 0]])
 
 
 # Images

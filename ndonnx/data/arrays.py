@@ -6,7 +6,9 @@ Arrays are memory-mapped, in a `.npz` too where its members are stored uncompres
 from __future__ import annotations
 
 import math
+import mmap
 import struct
+import sys
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -95,6 +97,7 @@ class ArraySource(RowSource):
         inputs = {}
         for entry in self.inputs:
             raw = np.array(self._arrays[entry.name][run])
+            _give_back(self._arrays[entry.name])
             inputs[entry.name] = prepare_array(raw, entry, self.recipe, self._where(entry), rows)
         return Batch(inputs, None if self._labels is None else self._labels[rows])
 
@@ -103,6 +106,13 @@ class ArraySource(RowSource):
 
     def _content(self) -> Iterator[bytes]:
         return file_bytes(self._path, self.spec)
+
+
+def _give_back(array: NDArray[np.generic]) -> None:
+    """Let the system have the pages of a mapped file that were read; they would count as this process's memory."""
+    mapped = getattr(array, "_mmap", None)
+    if mapped is not None and sys.platform != "win32":
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def open_npy(path: Path) -> NDArray[np.generic]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from tempfile import SpooledTemporaryFile
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,9 @@ from ndonnx.data.specs import Batch, InputSpec
 from ndonnx.errors import DataError
 from ndonnx.recipe import DataRecipe
 
-READ_ROWS = 1024
+_IN_MEMORY = 128 * 2**20
+"""Bytes of encoded images up to which they are set aside in memory."""
+READ_ROWS = 256
 """Rows decoded from the file at a time."""
 _FAULTS = (pa.ArrowException, OSError, ValueError, KeyError, MemoryError)  # met by damaging files at random
 
@@ -29,8 +32,8 @@ Row = tuple[int, bytes, int | None]
 class ParquetSource(DataSource):
     """Encoded images in a table, decoded batch by batch.
 
-    In order they are streamed. Rows by their numbers need their encoded bytes in memory (they lie
-    anywhere in the file), never all of their pixels.
+    In order they are streamed. Of rows by their numbers, which lie anywhere in the file, the encoded bytes
+    are set aside, on the disk where they are many, never their pixels.
     """
 
     def __init__(self, spec: str, inputs: Sequence[InputSpec], recipe: DataRecipe) -> None:
@@ -72,8 +75,16 @@ class ParquetSource(DataSource):
 
     def _found(self, numbers: NDArray[np.int64]) -> Iterator[Row]:
         wanted = set(numbers.tolist())
-        found = {row[0]: row for row in self._rows() if row[0] in wanted}
-        return (found[number] for number in numbers.tolist())
+        places: dict[int, tuple[int, int, int | None]] = {}
+        with SpooledTemporaryFile(max_size=_IN_MEMORY) as images:
+            for number, image, label in self._rows():
+                if number in wanted:
+                    places[number] = images.tell(), len(image), label
+                    images.write(image)
+            for number in numbers.tolist():
+                start, length, label = places[number]
+                images.seek(start)
+                yield number, images.read(length), label
 
     def _rows(self) -> Iterator[Row]:
         columns = ["image.bytes", *(["label"] if self.has_labels else [])]

@@ -213,8 +213,8 @@ def run_jobs(executor: Executor, jobs: Sequence[DistilJob]) -> float:
     outcomes = list(executor.run(jobs, lambda name, step, steps, nmse: None))
     seconds = clock.seconds
     for outcome in outcomes:
-        if outcome.error is not None:
-            raise UsageError(f"{outcome.name} cannot be distilled: {outcome.error}; leave it out with `freeze`")
+        if outcome.fault is not None:
+            raise UsageError(f"{outcome.name} cannot be distilled: {outcome.fault.reason}; leave it out with `freeze`")
     return seconds
 
 

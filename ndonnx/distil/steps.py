@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ndonnx.distil.losses import Objective
 from ndonnx.distil.samples import Samples
 from ndonnx.graph.costs import constant_of
+from ndonnx.graph.working_copy import slice_batch
 from ndonnx.teacher.probe import Arrays
 from ndonnx.teacher.sizes import layouts_of
 
@@ -51,20 +52,24 @@ def with_fitting_batch(plan: Plan, model: ir.Model, rows: Arrays) -> Plan:
 
 def positions_of(model: ir.Model, rows: Arrays) -> int:
     """Positions of one sample at which the linear operator that is applied most often is applied."""
-    few = {name: array[:_FEW] if _has_samples(model, name, array) else array for name, array in rows.items()}
+    count = slice_batch(model) or _FEW
+    few = {name: array[: _length(model, name, count)] if array.ndim else array for name, array in rows.items()}
     channels = {node.outputs[0].name or "": _channel_axis(node) for node in model.graph if _is_linear(node)}
     layouts = layouts_of(model, list(channels), few) if channels else {}
     most = 1
     for name, layout in layouts.items():
         each = math.prod(layout.shape[1:] if layout.rows else layout.shape) // max(1, layout.shape[channels[name]])
-        most = max(most, each if layout.rows else each // _FEW)
+        most = max(most, each if layout.rows else each // count)
     return most
 
 
-def _has_samples(model: ir.Model, name: str, array: npt.NDArray[Any]) -> bool:
+def _length(model: ir.Model, name: str, count: int) -> int:
+    """Length of an input's first axis in a run of so many samples: its own where that is fixed."""
     value = next((value for value in model.graph.inputs if value.name == name), None)
-    fixed = value is not None and value.shape is not None and len(value.shape) > 0 and isinstance(value.shape[0], int)
-    return array.ndim > 0 and not fixed
+    if value is None or value.shape is None or not len(value.shape):
+        return count
+    size = value.shape[0]
+    return size if isinstance(size, int) else count
 
 
 def _is_linear(node: ir.Node) -> bool:

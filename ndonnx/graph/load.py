@@ -151,7 +151,9 @@ def _infer_types(model: ir.Model, proto: onnx.ModelProto | None) -> None:
     if proto is not None:
         del proto.graph.value_info[:]
     infer_shapes(model, proto)
-    believe_statements(model.graph, stated)
+    unknown = any(value.type is None or value.shape is None for value in stated)
+    if believe_statements(model.graph, stated) and unknown:
+        infer_shapes(model)  # what lies behind them
     for ask in (ask_onnxruntime, try_out):
         if types := ask(model):
             believe(undefined_outputs(model), types)

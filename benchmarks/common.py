@@ -23,17 +23,17 @@ from rich.console import Console
 from rich.table import Table
 
 from ndonnx import demo
+from ndonnx.config.recipe import Recipe, load_recipe
 from ndonnx.data import DataSource, input_specs, open_source
 from ndonnx.data.split import draw
 from ndonnx.data.subset import Subset
-from ndonnx.distil.samples import SliceSamples
+from ndonnx.distill.samples import SliceSamples
 from ndonnx.errors import NdonnxError, UsageError
+from ndonnx.flow.prepare import partition_model
 from ndonnx.graph import load
-from ndonnx.machine import computes_in_bf16, pick_device, usable_cores
 from ndonnx.partition import Neighbourhood, Partition
-from ndonnx.pipeline import partition_model
-from ndonnx.recipe import Recipe, load_recipe
-from ndonnx.rundir import atomic_write_json
+from ndonnx.runtime.machine import computes_in_bf16, pick_device, usable_cores
+from ndonnx.runtime.run_directory import atomic_write_json
 from ndonnx.students import Candidate, TeacherSlice, method_of
 from ndonnx.teacher import ActivationStore, make_session
 

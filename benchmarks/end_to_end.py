@@ -16,16 +16,16 @@ from torch import Tensor
 
 from benchmarks import common
 from benchmarks.common import Notes, Slice, Stopwatch, Subject
+from ndonnx.assemble.splice import splice
+from ndonnx.config.recipe import Recipe
 from ndonnx.convert import TorchSlice, check_parity, to_torch, write_back
-from ndonnx.distil.losses import LABEL
-from ndonnx.distil.samples import SliceSamples, Source
+from ndonnx.distill.losses import LABEL
+from ndonnx.distill.samples import SliceSamples, Source
 from ndonnx.errors import ConversionError, ModelError, ParityError, ShrinkError, UsageError
 from ndonnx.graph import fold_constants, load
 from ndonnx.graph.dataflow import real_inputs
-from ndonnx.machine import pick_device, usable_cores
 from ndonnx.partition import Partition
-from ndonnx.recipe import Recipe
-from ndonnx.splice import splice
+from ndonnx.runtime.machine import pick_device, usable_cores
 from ndonnx.teacher import ActivationStore, capture, make_session
 
 Loss = Literal["kd", "ce"]

@@ -60,13 +60,13 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from benchmarks import common
 from benchmarks.common import Notes, Slice, Stopwatch, Subject
 from ndonnx.convert import to_torch
-from ndonnx.distil import DistilJob, Plan
+from ndonnx.distill import DistilJob, Plan
 from ndonnx.errors import ShrinkError, UsageError
-from ndonnx.executor import Executor, ProcessExecutor, SerialExecutor
 from ndonnx.graph import save, serialise
-from ndonnx.machine import pick_device, usable_cores
 from ndonnx.partition import Partition
-from ndonnx.rundir import RunDir
+from ndonnx.runtime.executor import Executor, ProcessExecutor, SerialExecutor
+from ndonnx.runtime.machine import pick_device, usable_cores
+from ndonnx.runtime.run_directory import RunDir
 from ndonnx.students import method_of
 from ndonnx.teacher import ActivationStore, capture
 

@@ -30,11 +30,11 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from ndonnx.executor.worker import peak_rss
+from ndonnx.config.recipe import Recipe
 from ndonnx.graph import fold_constants, load
 from ndonnx.partition import partition
-from ndonnx.recipe import Recipe
 from ndonnx.report.inspection import Inspection
+from ndonnx.runtime.executor.worker import peak_rss
 
 SHAPES = ("units", "nested")
 _NODES = (1_000, 3_000, 10_000, 30_000, 100_000)

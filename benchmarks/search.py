@@ -40,13 +40,12 @@ import ndonnx
 from benchmarks import common
 from benchmarks.common import Notes
 from benchmarks.search_bench import Bench, Row, UniformCosts, quality_in, seconds_text, training_text
-from ndonnx.machine import usable_cores
-from ndonnx.pipeline.clock import Clock
-from ndonnx.pipeline.opening import open_all
-from ndonnx.pipeline.workbench import Workbench, held_out
-from ndonnx.recipe import Recipe
-from ndonnx.rundir import RunDir, fingerprint
-from ndonnx.search import parse_drop
+from ndonnx.config.recipe import Recipe
+from ndonnx.flow.prepare import Request, prepare
+from ndonnx.flow.search_session import SearchSession
+from ndonnx.runtime.machine import usable_cores
+from ndonnx.runtime.run_directory import RunDir, fingerprint
+from ndonnx.select import parse_drop
 
 BUDGETS = (0.35, 0.5, 0.65, 0.8, 0.9)
 FRESH = 2
@@ -100,9 +99,8 @@ def _uniform(bench: Bench, base: Recipe, costs: UniformCosts, budget: float) -> 
 
     def measure() -> Row:
         subject = bench.subject
-        rows = held_out(recipe, subject.data, promised=False)
-        given = open_all(subject.model, None, subject.data, None, recipe, held_out=rows)
-        with Workbench(given, bench.folder / "search", recipe, Notes(), Clock()) as work:
+        request = Request(subject.model, subject.data, run_dir=bench.folder / "search")
+        with prepare(request, recipe, Notes(), searched=True) as run, SearchSession(run) as work:
             work.train()
             (candidate,) = work.candidates
             choice = work.library.table(latency=False).uniform(candidate.spec)

@@ -16,13 +16,13 @@ import numpy as np
 
 import ndonnx
 from benchmarks.common import Notes, Stopwatch, Subject
+from ndonnx.config.recipe import Recipe
 from ndonnx.errors import UsageError
-from ndonnx.evaluate import Evaluation
 from ndonnx.graph import slice_cost
+from ndonnx.metrics.evaluation import Evaluation
 from ndonnx.partition import Neighbourhood, Partition
 from ndonnx.partition.removable import kept_width
-from ndonnx.recipe import Recipe
-from ndonnx.rundir import RunDir, fingerprint, fingerprint_file
+from ndonnx.runtime.run_directory import RunDir, fingerprint, fingerprint_file
 from ndonnx.students.width import shrink
 
 MULTIPLIERS = [number / 1000 for number in range(1, 1000)]

@@ -27,7 +27,7 @@ def given(context: typer.Context) -> dict[str, Any]:
     A command says by the name of a parameter that it is a recipe's key; where a flag of the same name means
     something else there, its parameter has another name.
     """
-    from ndonnx.recipe import KEYS, parse_inputs  # noqa: PLC0415 - pydantic is not for `--help`
+    from ndonnx.config.recipe import KEYS, parse_inputs  # noqa: PLC0415 - pydantic is not for `--help`
 
     said = {name: value for name, value in context.params.items() if name in KEYS}
     kept = {name: value for name, value in said.items() if value not in (None, [], ()) and value is not False}

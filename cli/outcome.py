@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ndonnx import CompressReport
-    from ndonnx.progress import Progress
+    from ndonnx.runtime.progress import Progress
 
 DONE = 0
 BUG = 1

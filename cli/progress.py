@@ -13,7 +13,7 @@ from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn
 from rich.progress import Progress as Bars
 
 from ndonnx.errors import UsageError
-from ndonnx.progress import Progress, Silent
+from ndonnx.runtime.progress import Progress, Silent
 
 from .tables import make_console, nmse_text, plain, seconds_text
 

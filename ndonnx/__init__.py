@@ -9,25 +9,27 @@ Names are imported when first used, so that `import ndonnx` costs nothing.
 from __future__ import annotations
 
 import importlib
-import sys
 from importlib.metadata import version
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ndonnx.api import benchmark, evaluate, inspect, partition, threshold
-    from ndonnx.benchmark import Latency, ProviderSpeed, Ratio, Timing
-    from ndonnx.evaluate import Evaluation
+    from ndonnx.api.benchmark import benchmark
+    from ndonnx.api.compress import CompressResult, compress
+    from ndonnx.api.evaluate import evaluate
+    from ndonnx.api.harden import HardenReport, HardenResult, harden
+    from ndonnx.api.inspect import inspect, partition_model
+    from ndonnx.api.search import SearchResult, search
+    from ndonnx.api.sensitivity import threshold
+    from ndonnx.config.recipe import DataRecipe, Recipe, SearchRecipe, load_recipe
     from ndonnx.graph.load import load
-    from ndonnx.harden import HardenReport, HardenResult, harden
+    from ndonnx.metrics.evaluation import Evaluation
+    from ndonnx.metrics.latency import Latency, ProviderSpeed, Ratio, Timing
+    from ndonnx.metrics.sensitivity import ThresholdReport
     from ndonnx.partition import Partition
-    from ndonnx.pipeline import CompressResult, SearchResult, compress, search
-    from ndonnx.recipe import DataRecipe, Recipe, SearchRecipe, load_recipe
     from ndonnx.report import CompressReport
     from ndonnx.report.inspection import Inspection
     from ndonnx.report.search import SearchReport
     from ndonnx.report.speed import Speed
-    from ndonnx.threshold import ThresholdReport
 
     __version__: str
 
@@ -57,57 +59,41 @@ __all__ = [
     "inspect",
     "load",
     "load_recipe",
-    "partition",
+    "partition_model",
     "search",
     "threshold",
 ]
 
 _HOMES = {
     "CompressReport": "ndonnx.report",
-    "CompressResult": "ndonnx.pipeline",
-    "DataRecipe": "ndonnx.recipe",
-    "Evaluation": "ndonnx.evaluate",
-    "HardenReport": "ndonnx.harden",
-    "HardenResult": "ndonnx.harden",
+    "CompressResult": "ndonnx.api.compress",
+    "DataRecipe": "ndonnx.config.recipe",
+    "Evaluation": "ndonnx.metrics.evaluation",
+    "HardenReport": "ndonnx.api.harden",
+    "HardenResult": "ndonnx.api.harden",
     "Inspection": "ndonnx.report.inspection",
-    "Latency": "ndonnx.benchmark",
+    "Latency": "ndonnx.metrics.latency",
     "Partition": "ndonnx.partition",
-    "ProviderSpeed": "ndonnx.benchmark",
-    "Ratio": "ndonnx.benchmark",
-    "Recipe": "ndonnx.recipe",
-    "SearchRecipe": "ndonnx.recipe",
+    "ProviderSpeed": "ndonnx.metrics.latency",
+    "Ratio": "ndonnx.metrics.latency",
+    "Recipe": "ndonnx.config.recipe",
+    "SearchRecipe": "ndonnx.config.recipe",
     "SearchReport": "ndonnx.report.search",
-    "SearchResult": "ndonnx.pipeline",
+    "SearchResult": "ndonnx.api.search",
     "Speed": "ndonnx.report.speed",
-    "ThresholdReport": "ndonnx.threshold",
-    "Timing": "ndonnx.benchmark",
-    "benchmark": "ndonnx.api",
-    "compress": "ndonnx.pipeline",
-    "evaluate": "ndonnx.api",
-    "harden": "ndonnx.harden",
-    "inspect": "ndonnx.api",
+    "ThresholdReport": "ndonnx.metrics.sensitivity",
+    "Timing": "ndonnx.metrics.latency",
+    "benchmark": "ndonnx.api.benchmark",
+    "compress": "ndonnx.api.compress",
+    "evaluate": "ndonnx.api.evaluate",
+    "harden": "ndonnx.api.harden",
+    "inspect": "ndonnx.api.inspect",
     "load": "ndonnx.graph.load",
-    "load_recipe": "ndonnx.recipe",
-    "partition": "ndonnx.api",
-    "search": "ndonnx.pipeline",
-    "threshold": "ndonnx.api",
+    "load_recipe": "ndonnx.config.recipe",
+    "partition_model": "ndonnx.api.inspect",
+    "search": "ndonnx.api.search",
+    "threshold": "ndonnx.api.sensitivity",
 }
-
-
-class _Package(ModuleType):
-    """Keeps a public name for its function where a module is called the same (`evaluate`, `partition`).
-
-    The import system sets an imported sub-module as an attribute of its package; without this,
-    `ndonnx.evaluate` would be the function before something imports that module, and the module
-    afterwards. `from ndonnx.evaluate import ...` finds the module either way.
-    """
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

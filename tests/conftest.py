@@ -12,8 +12,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from ndonnx.executor import processes
-from ndonnx.pipeline import distilling, finishing, measuring
+from ndonnx.flow import finish, measure, train
+from ndonnx.runtime.executor import processes
 from ndonnx.teacher import sessions
 from tests.models import inputs_of, residual_cnn
 from tests.runs import Bench
@@ -22,7 +22,7 @@ from tests.runs import Bench
 settings.register_profile("ndonnx", deadline=None)
 settings.load_profile("ndonnx")
 
-COUNTING: tuple[Any, ...] = (distilling, finishing, measuring, sessions, processes)
+COUNTING: tuple[Any, ...] = (train, finish, measure, sessions, processes)
 """Modules that ask for the number of cores."""
 
 

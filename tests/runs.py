@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import onnx
 
-from ndonnx.pipeline import CompressResult, compress
-from ndonnx.recipe import Recipe
+from ndonnx.api.compress import CompressResult, compress
+from ndonnx.config.recipe import Recipe
 from tests.models import inputs_of
 
 ALONE: dict[str, Any] = {

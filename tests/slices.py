@@ -6,8 +6,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from ndonnx.distil.gate import pass_gate
-from ndonnx.graph.load import infer_shapes
+from ndonnx.distill.gate import pass_gate
+from ndonnx.graph.shapes.inference import infer_shapes
 from ndonnx.partition import find_groups
 from ndonnx.students import Candidate, StudentMethod, TeacherSlice
 from tests.models import Array, Net, inputs_of, run

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from onnx import TensorProto
 
+from ndonnx.assemble.splice import is_changed, splice
+from ndonnx.config.recipe import Recipe
 from ndonnx.errors import RecipeError, ShrinkError
-from ndonnx.graph.load import serialise
-from ndonnx.recipe import Recipe
-from ndonnx.splice import is_changed, splice
+from ndonnx.graph.save import serialise
 from ndonnx.students import ActivationSwap, TeacherSlice, method_of
 from ndonnx.students.activation import DEFAULT, find_activations
 from tests.models import Net, inputs_of, inverted_bottleneck, parted, run

@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ndonnx.api.compress import compress
+from ndonnx.api.search import SearchResult, search
+from ndonnx.config.recipe import Recipe
 from ndonnx.partition import ChannelGroup, ChannelGroups
 from ndonnx.partition.removable import kept_width
-from ndonnx.pipeline import SearchResult, compress, search
-from ndonnx.recipe import Recipe
-from ndonnx.search import TEACHER, Option, Table
+from ndonnx.select import TEACHER, Option, Table
 from ndonnx.students import WHOLE, LowRank, Sparsity, Width
 from ndonnx_cli.main import main
 from tests.runs import UNITS, Recorder

@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 import ndonnx
-from ndonnx.benchmark import (
+from ndonnx.data import InputSpec
+from ndonnx.errors import DataError, ModelError, UsageError
+from ndonnx.metrics.latency import (
     Latency,
     Plan,
     batch_of,
@@ -30,12 +32,10 @@ from ndonnx.benchmark import (
     ratio,
     ratio_over_blocks,
 )
-from ndonnx.benchmark.fresh import LEAST_ROUNDS, MOST_ROUNDS, rounds_for
-from ndonnx.benchmark.measure import Timing
-from ndonnx.benchmark.statistics import latency as latency_from
-from ndonnx.benchmark.timing import take_turns
-from ndonnx.data import InputSpec
-from ndonnx.errors import DataError, ModelError, UsageError
+from ndonnx.metrics.latency.fresh import LEAST_ROUNDS, MOST_ROUNDS, rounds_for
+from ndonnx.metrics.latency.measure import Timing
+from ndonnx.metrics.latency.statistics import latency as latency_from
+from ndonnx.metrics.latency.timing import take_turns
 from ndonnx_cli.main import main
 
 F32 = np.dtype(np.float32)

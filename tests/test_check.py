@@ -15,16 +15,17 @@ import pytest
 from onnx import TensorProto
 
 import ndonnx
-from ndonnx.check import check_neighbourhood, guilty_operator
+from ndonnx.config.recipe import DataRecipe, Recipe
 from ndonnx.data import InputSpec
-from ndonnx.data.made_up import made_up_samples
+from ndonnx.data.synthetic import made_up_samples
 from ndonnx.demo import data_path, teacher_path
-from ndonnx.distil.gate import free_batch
+from ndonnx.distill.gate import free_batch
 from ndonnx.errors import DataError, ShrinkError
 from ndonnx.graph import fold_constants, load
+from ndonnx.metrics.check import check_neighbourhood, guilty_operator
 from ndonnx.partition import ChannelGroups, partition
-from ndonnx.recipe import DataRecipe, Recipe
-from ndonnx.report.inspection import Inspection, Piece
+from ndonnx.report.inspection import Inspection
+from ndonnx.report.piece import Piece
 from ndonnx.teacher import capture
 from tests.models import Net, inputs_of, loaded, residual_cnn, transformer
 

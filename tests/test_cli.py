@@ -23,9 +23,10 @@ from rich.console import Console
 from typer.main import get_command
 
 import ndonnx
+from ndonnx.config.recipe import Recipe, parse_augmentations, parse_bytes
 from ndonnx.demo import data_path, teacher_path
-from ndonnx.recipe import Recipe, parse_augmentations, parse_bytes
-from ndonnx.report.inspection import Coverage, Inspection, Piece
+from ndonnx.report.inspection import Coverage, Inspection
+from ndonnx.report.piece import Piece
 from ndonnx_cli.main import app, main
 from ndonnx_cli.progress import BarTeller, LineTeller, Pace
 from ndonnx_cli.tables import bytes_text, count_text, print_inspection, seconds_text
@@ -140,7 +141,7 @@ def test_version(run: Run) -> None:
 def test_public_names_survive_the_import_of_modules_that_are_called_the_same() -> None:
     for name in ndonnx.__all__:
         before = getattr(ndonnx, name)
-        for module in ("ndonnx.partition", "ndonnx.evaluate", "ndonnx.benchmark"):
+        for module in ("ndonnx.partition", "ndonnx.metrics.evaluation", "ndonnx.metrics.latency"):
             importlib.import_module(module)
         assert callable(getattr(ndonnx, name)) and getattr(ndonnx, name) is before
 

@@ -18,11 +18,12 @@ import psutil
 import pytest
 from onnx import numpy_helper
 
-from ndonnx.distil import DistilJob
+from ndonnx.api.compress import compress
+from ndonnx.config.recipe import Recipe
+from ndonnx.distill import DistilJob
 from ndonnx.errors import RunDirError, TrainingError
-from ndonnx.executor import Executor, SerialExecutor
-from ndonnx.pipeline import compress, distilling
-from ndonnx.recipe import Recipe
+from ndonnx.flow import train
+from ndonnx.runtime.executor import Executor, SerialExecutor
 from tests.models import inputs_of, residual_cnn
 from tests.runs import SMALL, UNITS, Bench, Recorder, activations, done_markers, statuses
 
@@ -298,13 +299,13 @@ def test_a_continued_run_gives_its_jobs_as_many_threads_as_before(
     """The number of threads decides the last bits, so it may not depend on what is left to do."""
     threads: dict[str, int] = {}
     crews: list[int] = []
-    monkeypatch.setattr(distilling, "usable_cores", lambda: 6)
+    monkeypatch.setattr(train, "usable_cores", lambda: 6)
 
     def watching(kind: str, crew: int) -> Watching:
         crews.append(crew)
         return Watching(threads)
 
-    monkeypatch.setattr(distilling, "make_executor", watching)
+    monkeypatch.setattr(train, "make_executor", watching)
     bench.compress(executor="process", workers=workers, steps=1)
     assert threads == dict.fromkeys(UNITS, 2 if workers is None else 3)
     first = dict(threads)
@@ -333,8 +334,8 @@ SCRIPT = """
 import os, sys
 if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-from ndonnx.pipeline import compress
-from ndonnx.recipe import Recipe
+from ndonnx.api.compress import compress
+from ndonnx.config.recipe import Recipe
 model, data, output, run_dir, recipe = sys.argv[1:]
 compress(model, data=data, output=output, run_dir=run_dir, recipe=Recipe.model_validate_json(recipe))
 """

@@ -18,8 +18,8 @@ from ndonnx.graph import Cost, fold_constants, load, save, slice_cost
 from ndonnx.graph.bound import bind
 from ndonnx.graph.costs import parameters_of
 from ndonnx.graph.einsum import contractions
-from ndonnx.graph.files import compressed_bytes, file_bytes
 from ndonnx.graph.macs import cost_of, macs_of, sample_cost
+from ndonnx.graph.storage.files import compressed_bytes, file_bytes
 from tests.models import BUILDERS, CUSTOM, Net, custom_op, floats, loaded, residual_cnn, with_if
 
 MICROSOFT = "com.microsoft"

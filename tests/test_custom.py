@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import nn
 
+from ndonnx.assemble.splice import splice
+from ndonnx.config.recipe import Recipe
 from ndonnx.errors import RecipeError, ShrinkError
 from ndonnx.graph import slice_cost
-from ndonnx.recipe import Recipe
-from ndonnx.splice import splice
 from ndonnx.students import Custom, TeacherSlice, ValueType, method_of
 from tests.models import Net, inputs_of, parted, residual_cnn, run, transformer
 from tests.slices import answer, build, error, teacher_of, weights

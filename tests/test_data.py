@@ -23,10 +23,11 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 from PIL import Image
 
-from ndonnx.data import Batch, DataSource, InputSpec, open_source, parquet
-from ndonnx.data.arrays import open_npz
+from ndonnx.config.recipe import DataRecipe
+from ndonnx.data import Batch, DataSource, InputSpec, open_source
+from ndonnx.data.sources import parquet
+from ndonnx.data.sources.arrays import open_npz
 from ndonnx.errors import DataError
-from ndonnx.recipe import DataRecipe
 from tests.models import Net
 
 PLAIN = DataRecipe()
@@ -256,7 +257,7 @@ def test_a_header_is_checked_before_anything_is_allocated(tmp_path: Path, shape:
 
 
 def test_an_archive_that_unpacks_to_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ndonnx.data.arrays.MOST_UNPACKED", 1000)
+    monkeypatch.setattr("ndonnx.data.sources.arrays.MOST_UNPACKED", 1000)
     np.savez_compressed(tmp_path / "d.npz", x=np.zeros((100, 4), np.float32))
     assert "memory to unpack" in refused(tmp_path / "d.npz", [VECTOR])
     np.savez(tmp_path / "d.npz", x=np.zeros((100, 4), np.float32))

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ndonnx.convert import TorchSlice, to_torch
-from ndonnx.distil import (
+from ndonnx.distill import (
     DistilJob,
     NeighbourhoodLoss,
     Plan,
@@ -28,13 +28,14 @@ from ndonnx.distil import (
     target_variance,
     train,
 )
-from ndonnx.distil.samples import Blocks, SliceSamples
-from ndonnx.distil.trainer import _batches
+from ndonnx.distill.samples import Blocks, SliceSamples
+from ndonnx.distill.trainer import _batches
 from ndonnx.errors import ConversionError, TrainingError
 from ndonnx.graph import save
-from ndonnx.graph.load import infer_shapes, serialise
+from ndonnx.graph.save import serialise
+from ndonnx.graph.shapes.inference import infer_shapes
 from ndonnx.partition import find_groups
-from ndonnx.rundir import Entry
+from ndonnx.runtime.run_directory import Entry
 from ndonnx.students import Width
 from ndonnx.teacher import ActivationStore
 from tests.models import Array, Net, run

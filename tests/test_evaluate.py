@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from ndonnx.config.recipe import DataRecipe
 from ndonnx.data import DataSource, InputSpec, input_specs, open_source
 from ndonnx.errors import DataError, ModelError
-from ndonnx.evaluate import evaluate
-from ndonnx.progress import Silent
-from ndonnx.recipe import DataRecipe
+from ndonnx.metrics.evaluation import evaluate
+from ndonnx.runtime.progress import Silent
 from ndonnx.teacher.sessions import make_session
 
 X = InputSpec("x", np.dtype(np.float32), ("N", 4))

@@ -19,9 +19,9 @@ from typing import Any, NoReturn
 import pytest
 
 from ndonnx.errors import ModelError, RecipeError, RunDirError, TrainingError
-from ndonnx.executor import Executor, Job, OnStep, Outcome, ProcessExecutor, SerialExecutor, make_executor
-from ndonnx.executor.base import STEP_INTERVAL, throttled
-from ndonnx.faults import Fault
+from ndonnx.runtime.executor import Executor, Job, OnStep, Outcome, ProcessExecutor, SerialExecutor, make_executor
+from ndonnx.runtime.executor.base import STEP_INTERVAL, throttled
+from ndonnx.runtime.faults import Fault
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -14,17 +14,17 @@ import pytest
 import torch
 
 import ndonnx
+from ndonnx.assemble.splice import splice
+from ndonnx.config.recipe import Recipe
 from ndonnx.errors import UsageError
+from ndonnx.flow import finish, train
 from ndonnx.graph import Cost, fold_constants
-from ndonnx.graph.fused import take_apart
-from ndonnx.graph.fused_writer import is_inside_fused
-from ndonnx.graph.load import infer_shapes
 from ndonnx.graph.macs import sample_cost
-from ndonnx.graph.targets import shape_readers
+from ndonnx.graph.passes.fused import take_apart
+from ndonnx.graph.passes.fused_writer import is_inside_fused
+from ndonnx.graph.shapes.inference import infer_shapes
+from ndonnx.graph.shapes.targets import shape_readers
 from ndonnx.partition import find_groups
-from ndonnx.pipeline import distilling, finishing
-from ndonnx.recipe import Recipe
-from ndonnx.splice import splice
 from ndonnx.students import TeacherSlice
 from ndonnx.students.width import shrink
 from ndonnx.students.zeroing import check_by_zeroing
@@ -81,7 +81,7 @@ FAMILIES: dict[str, Family] = {
 @pytest.fixture(autouse=True)
 def one_core(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Beside other work, threads that wait for each other make these small runs many times slower."""
-    for module in (distilling, finishing, sessions):
+    for module in (train, finish, sessions):
         monkeypatch.setattr(module, "usable_cores", lambda: 1)
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -15,12 +15,14 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto
 
-from ndonnx.distil.gate import pass_gate
+from ndonnx.api.harden import harden
+from ndonnx.api.search import search
+from ndonnx.config.recipe import Recipe
+from ndonnx.distill import hardening as training
+from ndonnx.distill.gate import pass_gate
 from ndonnx.errors import NdonnxError, ParityError, RunDirError
-from ndonnx.harden import harden, training
+from ndonnx.flow import block_library, train
 from ndonnx.partition import extract, nodes_between
-from ndonnx.pipeline import distilling, library, search
-from ndonnx.recipe import Recipe
 from ndonnx.report.search import OptionReport
 from ndonnx.students import Candidate, StudentMethod, TeacherSlice, Width
 from ndonnx_cli.main import main
@@ -60,7 +62,7 @@ class Breaking(StudentMethod):
 
 def break_with(error: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let runs shrink by the test's own method."""
-    for module in (distilling, library):
+    for module in (train, block_library):
         monkeypatch.setattr(module, "method_of", lambda recipe: Breaking(error))
 
 

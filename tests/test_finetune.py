@@ -11,9 +11,9 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from ndonnx.distil import Plan
+from ndonnx.distill import Plan
+from ndonnx.distill.finetune import finetune, is_class_scores
 from ndonnx.errors import ConversionError, SliceError
-from ndonnx.finetune import finetune, is_class_scores
 from ndonnx.teacher import ActivationStore
 from tests.models import Array, Net, inputs_of, residual_cnn, run
 from tests.test_distil import silent, store_of

@@ -26,10 +26,10 @@ from onnx import TensorProto, helper, numpy_helper
 from ndonnx.errors import ModelError, RunDirError
 from ndonnx.graph import Dataflow, Kind, fold_constants, load, save, serialise
 from ndonnx.graph.dataflow import SINK, SOURCE
-from ndonnx.graph.load import check_writable, tensor_bytes
+from ndonnx.graph.save import check_writable, tensor_bytes
 
-load_module = importlib.import_module("ndonnx.graph.load")
-normalise_module = importlib.import_module("ndonnx.graph.normalise")
+save_module = importlib.import_module("ndonnx.graph.save")
+normalise_module = importlib.import_module("ndonnx.graph.passes.normalise")
 
 
 def written(path: Path, nodes: list[onnx.NodeProto], *, functions: list[onnx.FunctionProto] | None = None) -> Path:
@@ -331,7 +331,7 @@ def test_a_model_with_external_data_is_saved_whole_elsewhere(tmp_path: Path) -> 
 
 
 def test_a_large_model_is_saved_with_its_data_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load_module, "PROTOBUF_LIMIT", 100)
+    monkeypatch.setattr(save_module, "PROTOBUF_LIMIT", 100)
     path = tmp_path / "large.onnx"
     for _ in range(2):  # the second time over the first, from which the model reads
         model = load(path) if path.exists() else loaded(mlp())
@@ -386,9 +386,9 @@ def test_a_kill_at_any_moment_of_a_save_leaves_the_old_model_or_the_new_one(
     assert not np.array_equal(*answers)
     kept: list[int] = []
     for moment in itertools.count(1):
-        monkeypatch.setattr(load_module, "PROTOBUF_LIMIT", 100)
+        monkeypatch.setattr(save_module, "PROTOBUF_LIMIT", 100)
         save(old, path)
-        monkeypatch.setattr(load_module, "PROTOBUF_LIMIT", 100 if large else 10**9)
+        monkeypatch.setattr(save_module, "PROTOBUF_LIMIT", 100 if large else 10**9)
         killing = Killing(moment)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(os, "replace", killing.watch(os.replace))
@@ -421,7 +421,7 @@ def test_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Monke
     path = tmp_path / "m.onnx"
     save(loaded(mlp()), path)
     before = path.read_bytes()
-    monkeypatch.setattr(load_module, "PROTOBUF_LIMIT", limit)
+    monkeypatch.setattr(save_module, "PROTOBUF_LIMIT", limit)
     other = loaded(residual_cnn())
     with pytest.raises(RunDirError, match=r"m\.onnx: cannot write the model"), file_size_limit(1000):
         save(other, path)
@@ -437,7 +437,7 @@ def test_interrupted_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytes
     path = tmp_path / "m.onnx"
     save(loaded(mlp()), path)
     before = path.read_bytes()
-    monkeypatch.setattr(load_module, "PROTOBUF_LIMIT", limit)
+    monkeypatch.setattr(save_module, "PROTOBUF_LIMIT", limit)
     model = loaded(mlp())
     weight = ir.LazyTensor(interrupt, ir.DataType.FLOAT, ir.Shape([9, 7]), name="h4.weight")
     model.graph.initializers["h4.weight"].const_value = weight

@@ -31,9 +31,9 @@ from onnx import TensorProto, helper
 
 from ndonnx.errors import ShrinkError
 from ndonnx.graph import fold_constants, slice_cost
-from ndonnx.graph.shapes import resolve_shapes
+from ndonnx.graph.shapes.symbolic import resolve_shapes
 from ndonnx.partition import ChannelGroups, Partition, find_groups
-from ndonnx.partition.rules import RULES
+from ndonnx.partition.channels.rules import RULES
 from ndonnx.students import TeacherSlice
 from ndonnx.students.width import shrink
 from ndonnx.students.zeroing import check_by_zeroing

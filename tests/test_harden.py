@@ -13,14 +13,14 @@ import pytest
 import torch
 
 import ndonnx
+from ndonnx.config.recipe import DataRecipe
 from ndonnx.data import input_specs, open_source
-from ndonnx.distil import Plan
+from ndonnx.distill import Plan
+from ndonnx.distill.finetune import finetune
+from ndonnx.distill.noisy_body import NoisyBody, measure_noises
 from ndonnx.errors import SliceError, UsageError
-from ndonnx.finetune import finetune
 from ndonnx.graph import fold_constants, load
-from ndonnx.harden.noise import NoisyBody, measure_noises
 from ndonnx.partition import Partition, partition
-from ndonnx.recipe import DataRecipe
 from ndonnx.teacher import capture, make_session
 from ndonnx.teacher.noise_inputs import Noise, add_noise_inputs
 from ndonnx_cli.main import main

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import ndonnx
+from ndonnx.config.recipe import Recipe
 from ndonnx.convert import to_torch
-from ndonnx.distil.gate import answer, open_slice
+from ndonnx.distill.gate import answer, open_slice
 from ndonnx.graph.interface import Interface
 from ndonnx.graph.working_copy import hold_batch, slice_batch
-from ndonnx.recipe import Recipe
 from ndonnx.teacher import make_session
 from ndonnx.teacher.trying import mixes
 from tests.models import Array, Net, inputs_of, loaded, run

@@ -11,11 +11,12 @@ import onnx
 import pytest
 
 import ndonnx
+from ndonnx.api.compress import compress
+from ndonnx.api.search import search
+from ndonnx.config.recipe import DataRecipe, Recipe
 from ndonnx.data import input_specs, open_source
 from ndonnx.data.split import Split, draw
-from ndonnx.pipeline import compress, search
-from ndonnx.pipeline.workbench import held_out
-from ndonnx.recipe import DataRecipe, Recipe
+from ndonnx.flow.prepare import held_out_for
 from ndonnx.report import CompressReport
 from ndonnx.teacher import make_session
 from tests.models import inputs_of, residual_cnn
@@ -79,7 +80,7 @@ def test_other_rows_do_change_the_student(teacher: Path) -> None:
 
 
 def test_no_choice_of_a_search_sees_the_rows_of_the_comparison(teacher: Path) -> None:
-    unseen = split_of(teacher, SAMPLES, **asdict(held_out(Recipe(), "data", False))).comparison.tolist()
+    unseen = split_of(teacher, SAMPLES, **asdict(held_out_for(Recipe(), "data", promised=False))).comparison.tolist()
     found = []
     for name, rows in (("one", []), ("other", unseen)):
         recipe = Recipe(**SETTINGS, search=SEARCH)
@@ -94,7 +95,7 @@ def test_no_choice_of_a_search_sees_the_rows_of_the_comparison(teacher: Path) ->
 
 
 def test_nothing_but_the_promise_sees_the_rows_that_confirm_it(teacher: Path) -> None:
-    unseen = split_of(teacher, SAMPLES, **asdict(held_out(Recipe(), "data", True))).confirmation.tolist()
+    unseen = split_of(teacher, SAMPLES, **asdict(held_out_for(Recipe(), "data", promised=True))).confirmation.tolist()
     settings = {"max_drop": "30%", "search": SEARCH}
     one, other = (compressed(teacher, name, rows, **settings) for name, rows in (("one", []), ("other", unseen)))
     for _, report in (one, other):
@@ -114,7 +115,7 @@ def test_hardening_tells_of_rows_that_it_was_not_trained_on(teacher: Path) -> No
 
 
 def test_a_study_leaves_alone_what_a_run_with_it_is_judged_by(teacher: Path) -> None:
-    split = split_of(teacher, SAMPLES, **asdict(held_out(Recipe(), "data", True)))
+    split = split_of(teacher, SAMPLES, **asdict(held_out_for(Recipe(), "data", promised=True)))
     unseen = [*split.comparison.tolist(), *split.confirmation.tolist()]
     one, other = (
         ndonnx.threshold(

@@ -16,9 +16,9 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx_ir.passes.common import InlinePass, ShapeInferencePass
 
 from ndonnx.graph import load
-from ndonnx.graph.collector import collector_paused
-from ndonnx.graph.inference import weightless, weightless_of
-from ndonnx.graph.load import infer_shapes
+from ndonnx.graph.shapes.inference import infer_shapes
+from ndonnx.graph.shapes.onnx_inference import weightless, weightless_of
+from ndonnx.runtime.gc_pause import collector_paused
 
 
 def types(model: ir.Model) -> Iterator[tuple[int, str | None, str, str]]:

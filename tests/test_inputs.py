@@ -12,11 +12,11 @@ import pytest
 from onnx import TensorProto, helper
 
 import ndonnx
+from ndonnx.config.recipe import DataRecipe, InputRecipe, Recipe, load_recipe, parse_inputs
 from ndonnx.data import InputSpec, open_source
 from ndonnx.data.inputs import settle
 from ndonnx.errors import DataError, RecipeError
-from ndonnx.graph.branches import open_branches
-from ndonnx.recipe import DataRecipe, InputRecipe, Recipe, load_recipe, parse_inputs
+from ndonnx.graph.passes.branches import open_branches
 from ndonnx_cli.main import main
 from tests.models import Array, Net, floats, loaded, run
 from tests.runs import Bench, Recorder, statuses

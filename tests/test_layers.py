@@ -6,10 +6,10 @@ import numpy as np
 import onnx
 import pytest
 
+from ndonnx.assemble.splice import splice
 from ndonnx.errors import ShrinkError, UsageError
 from ndonnx.graph import serialise
 from ndonnx.partition import Neighbourhood, Partition
-from ndonnx.splice import splice
 from ndonnx.students import Sparsity, TeacherSlice, Width
 from tests.models import (
     Net,

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ndonnx.errors import ShrinkError
-from ndonnx.graph.load import infer_shapes
+from ndonnx.graph.shapes.inference import infer_shapes
 from ndonnx.students.least_squares import (
     Accumulator,
     FeatureEnergies,

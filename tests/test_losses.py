@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ndonnx.distil import DistillationLoss, LookAheadLoss, NeighbourhoodLoss
-from ndonnx.distil.losses import LABEL, Head
+from ndonnx.distill import DistillationLoss, LookAheadLoss, NeighbourhoodLoss
+from ndonnx.distill.losses import LABEL, Head
 
 
 class Scale(nn.Module):

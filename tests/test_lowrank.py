@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ndonnx.assemble.splice import splice
 from ndonnx.convert import write_back
 from ndonnx.errors import ShrinkError
 from ndonnx.graph import slice_cost
-from ndonnx.graph.load import serialise
-from ndonnx.splice import splice
+from ndonnx.graph.save import serialise
 from ndonnx.students import LowRank, TeacherSlice, lowrank
 from ndonnx.students.factors import Cut, Fit, Form, fit_of, forms_of
 from ndonnx.students.features import LinearReader

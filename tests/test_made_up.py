@@ -11,14 +11,14 @@ import pytest
 from onnx import TensorProto, helper
 
 import ndonnx
+from ndonnx.config.recipe import InputRecipe, Recipe
 from ndonnx.data import input_specs, open_source
 from ndonnx.data.inputs import settle
-from ndonnx.data.made_up import made_up_samples
+from ndonnx.data.synthetic import made_up_samples
 from ndonnx.errors import DataError
 from ndonnx.graph import load
-from ndonnx.recipe import InputRecipe, Recipe
 from ndonnx.teacher import make_session
-from ndonnx.teacher.made_up_inputs import complete_settings
+from ndonnx.teacher.synthetic_inputs import complete_settings
 from tests.models import Array, Net
 from tests.runs import Bench
 from tests.test_inputs import detector

@@ -12,15 +12,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ndonnx.config.recipe import Recipe
 from ndonnx.convert import to_torch
-from ndonnx.distil import NeighbourhoodLoss, Plan, steps, train
-from ndonnx.distil.samples import SliceSamples
-from ndonnx.distil.steps import LANE_BYTES, positions_of, samples_in_memory, with_fitting_batch
-from ndonnx.graph.load import infer_shapes
-from ndonnx.machine import memory_bytes
+from ndonnx.distill import NeighbourhoodLoss, Plan, steps, train
+from ndonnx.distill.memory import MemoryPlan
+from ndonnx.distill.samples import SliceSamples
+from ndonnx.distill.steps import LANE_BYTES, positions_of, samples_in_memory, with_fitting_batch
+from ndonnx.graph.shapes.inference import infer_shapes
 from ndonnx.partition import partition
-from ndonnx.pipeline.memory import MemoryPlan
-from ndonnx.recipe import Recipe
+from ndonnx.runtime.machine import memory_bytes
 from ndonnx.teacher import ActivationStore
 from tests.models import Net, inputs_of, residual_cnn, run, transformer
 

@@ -9,9 +9,9 @@ import numpy as np
 import onnx
 import pytest
 
+from ndonnx.api.compress import CompressResult, compress
+from ndonnx.config.recipe import Recipe
 from ndonnx.errors import RecipeError
-from ndonnx.pipeline import CompressResult, compress
-from ndonnx.recipe import Recipe
 from tests.models import Array, Net, inputs_of, mlp, residual_cnn, run
 from tests.runs import LEARNING, Recorder
 

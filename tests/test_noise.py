@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import TensorProto
 
+from ndonnx.config.recipe import DataRecipe
 from ndonnx.data import InputSpec, open_source
 from ndonnx.data.source import RowSource
-from ndonnx.data.textures import Painter, expose, soften
+from ndonnx.data.sources.textures import Painter, expose, soften
 from ndonnx.errors import SliceError
 from ndonnx.graph import fold_constants
-from ndonnx.graph.load import infer_shapes
+from ndonnx.graph.shapes.inference import infer_shapes
 from ndonnx.partition import Partition, partition
-from ndonnx.recipe import DataRecipe
 from ndonnx.teacher import make_session
 from ndonnx.teacher.balance import balanced, choose
 from ndonnx.teacher.moments import batchnorm_moments, entry_noise, noise_kind

@@ -11,10 +11,10 @@ import pytest
 from onnx import TensorProto
 
 import ndonnx
+from ndonnx.config.recipe import Recipe
 from ndonnx.errors import UsageError
 from ndonnx.graph import load, slice_cost
 from ndonnx.partition.removable import kept_width
-from ndonnx.recipe import Recipe
 from ndonnx_cli.main import main
 from tests.models import BUILDERS, Net, residual_cnn
 from tests.runs import SMALL, Bench

@@ -14,12 +14,12 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from ndonnx.api.compress import compress
+from ndonnx.config.recipe import Recipe
 from ndonnx.errors import ModelError
 from ndonnx.graph import fold_constants, load, save
-from ndonnx.graph.sparse import is_sparse
+from ndonnx.graph.storage.sparse import is_sparse
 from ndonnx.partition import partition
-from ndonnx.pipeline import compress
-from ndonnx.recipe import Recipe
 from tests.models import Array, Net, floats, inputs_of, local_function, residual_cnn, run, transformer, with_if
 from tests.runs import SMALL
 

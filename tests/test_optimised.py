@@ -12,10 +12,11 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto
 
-from ndonnx.graph import fold_constants, load, runtime_types
-from ndonnx.graph.fused import take_apart
-from ndonnx.pipeline import compress
-from ndonnx.recipe import Recipe
+from ndonnx.api.compress import compress
+from ndonnx.config.recipe import Recipe
+from ndonnx.graph import fold_constants, load
+from ndonnx.graph.passes.fused import take_apart
+from ndonnx.graph.shapes.symbolic import runtime_types
 from tests import families
 from tests.models import BUILDERS, Net, floats, loaded, parted, run
 from tests.runs import SMALL

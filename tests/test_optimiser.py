@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from ndonnx.distil.optimiser import Optimiser, orthogonalised, scale_of
+from ndonnx.distill.optimiser import Optimiser, orthogonalised, scale_of
 
 
 @given(rows=st.integers(2, 24), columns=st.integers(2, 24), seed=st.integers(0, 99))

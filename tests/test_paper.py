@@ -21,10 +21,10 @@ from benchmarks.paper.lab import Cell, Lab
 from benchmarks.paper.tables import KD_SCRATCH, TABLES, Table, _as_long, _over_kd, table6
 from benchmarks.time_to_quality import Point
 from ndonnx import demo
-from ndonnx.distil.losses import LABEL
+from ndonnx.config.recipe import Recipe
+from ndonnx.distill.losses import LABEL
 from ndonnx.errors import UsageError
 from ndonnx.graph import load
-from ndonnx.recipe import Recipe
 
 RECIPE = Recipe(executor="serial", batch_size=16, precision="fp32", init="teacher")
 TINY = ["--samples", "48", "--steps", "2", "--finetune-steps", "2", "--checkpoints", "2"]

@@ -13,10 +13,10 @@ import onnx_ir as ir
 import pytest
 from onnx import helper
 
+from ndonnx.assemble.splice import splice
 from ndonnx.errors import DataError, ModelError, ParityError
-from ndonnx.partial import Losses, PartialModels, Quality
+from ndonnx.metrics.partial import Losses, PartialModels, Quality
 from ndonnx.partition import Partition, nodes_between, sort_nodes
-from ndonnx.splice import splice
 from ndonnx.students import TeacherSlice, Width
 from tests.models import (
     Array,

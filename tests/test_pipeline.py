@@ -17,13 +17,14 @@ import pytest
 from onnx import numpy_helper
 
 from ndonnx import demo
+from ndonnx.api.compress import compress
+from ndonnx.assemble.splice import splice
+from ndonnx.config.recipe import DataRecipe, Recipe
 from ndonnx.data import input_specs, open_source
 from ndonnx.data.split import draw
 from ndonnx.errors import DataError, ModelError, RunDirError, UsageError, VerificationError
+from ndonnx.flow import assembly
 from ndonnx.graph import load, slice_cost
-from ndonnx.pipeline import composing, compress
-from ndonnx.recipe import DataRecipe, Recipe
-from ndonnx.splice import splice
 from ndonnx.teacher import make_session
 from tests.models import Array, Net, inputs_of, mlp, residual_cnn, run, transformer
 from tests.runs import SMALL, UNITS, Bench, Recorder, done_markers, statuses
@@ -312,7 +313,7 @@ def test_a_student_that_fails_at_its_place_is_left_out(bench: Bench, monkeypatch
             value.const_value = ir.tensor(value.const_value.numpy() + np.float32(0.1), name=value.name)
         return model
 
-    monkeypatch.setattr(composing, "splice", careless)
+    monkeypatch.setattr(assembly, "splice", careless)
     found = {n.name: n for n in bench.compress().report.neighbourhoods}
     assert found["n03"].status == "kept" and "in the spliced student" in (found["n03"].reason or "")
     assert all(found[name].status == "distilled" for name in UNITS - {"n03"})
@@ -326,7 +327,7 @@ def test_a_whole_that_is_not_the_teachers_gets_no_name(bench: Bench, monkeypatch
         model.graph.outputs[0].name = "another"
         return model
 
-    monkeypatch.setattr(composing, "splice", careless)
+    monkeypatch.setattr(assembly, "splice", careless)
     with pytest.raises(VerificationError, match=r"the student's outputs .* are not the teacher's"):
         bench.compress()
     assert not bench.student.exists()

@@ -11,11 +11,11 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto
 
-from ndonnx.check import check
+from ndonnx.config.recipe import Recipe
 from ndonnx.errors import TrainingError
-from ndonnx.graph.load import infer_shapes
 from ndonnx.graph.precision import in_float32, in_own_types, rounding_error
-from ndonnx.recipe import Recipe
+from ndonnx.graph.shapes.inference import infer_shapes
+from ndonnx.metrics.check import check
 from ndonnx_cli.main import main
 from tests.models import Array, Net, inputs_of, loaded, mlp, residual_cnn, retyped, run, transformer
 from tests.runs import ALONE, Bench, statuses

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from ndonnx.partial import Quality
-from ndonnx.search import ERROR, Promise, first_confidence
+from ndonnx.metrics.partial import Quality
+from ndonnx.select import ERROR, Promise, first_confidence
 
 LIMIT, RUNS = 0.01, 2000
 WRONG = 0.1

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ndonnx.graph.load import infer_shapes
+from ndonnx.graph.shapes.inference import infer_shapes
 from ndonnx.partition import ChannelGroup, ChannelGroups, WeightAxis, find_groups
 from ndonnx.students import TeacherSlice
 from ndonnx.students.features import LinearReader, linear_readers

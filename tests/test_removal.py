@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from ndonnx.assemble.splice import splice
+from ndonnx.config.recipe import Recipe
 from ndonnx.errors import ShrinkError
 from ndonnx.graph import slice_cost
-from ndonnx.graph.load import serialise
-from ndonnx.recipe import Recipe
-from ndonnx.splice import splice
+from ndonnx.graph.save import serialise
 from ndonnx.students import Removal, TeacherSlice, method_of
 from tests.models import Array, Net, inputs_of, parted, residual_cnn, run, transformer
 from tests.slices import answer, build, error, operators, teacher_of, weights

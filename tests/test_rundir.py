@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ndonnx.errors import RunDirError
-from ndonnx.rundir import Entry, RunDir, atomic_write, atomic_write_json, fingerprint, fingerprint_file
+from ndonnx.runtime.run_directory import Entry, RunDir, atomic_write, atomic_write_json, fingerprint, fingerprint_file
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="signals and limits of POSIX")
 
@@ -166,7 +166,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, contents: str) -> Non
 import resource, sys
 from pathlib import Path
 from ndonnx.errors import RunDirError
-from ndonnx.rundir import atomic_write
+from ndonnx.runtime.run_directory import atomic_write
 resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
 try:
     atomic_write(Path(sys.argv[1]), {contents})
@@ -185,7 +185,7 @@ def test_a_killed_write_is_never_seen(tmp_path: Path) -> None:
 import sys
 from itertools import cycle
 from pathlib import Path
-from ndonnx.rundir import atomic_write
+from ndonnx.runtime.run_directory import atomic_write
 path = Path(sys.argv[1])
 for letter in cycle((b"a", b"b")):
     atomic_write(path, letter * 3_000_000)
@@ -401,7 +401,7 @@ def test_entries_lists_what_is_done_by_key(tmp_path: Path) -> None:
 def test_a_killed_run_leaves_whole_entries_only(tmp_path: Path) -> None:
     code = """
 import itertools, sys
-from ndonnx.rundir import RunDir
+from ndonnx.runtime.run_directory import RunDir
 with RunDir(sys.argv[1]) as run_dir:
     for number in itertools.count():
         entry = run_dir.entry("students", f"n{number}")
@@ -448,7 +448,7 @@ def test_no_kind_takes_the_locks_place(tmp_path: Path) -> None:
 
 HOLD = """
 import sys, time
-from ndonnx.rundir import RunDir
+from ndonnx.runtime.run_directory import RunDir
 with RunDir(sys.argv[1]):
     print("held", flush=True)
     time.sleep(60)

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ndonnx.graph.branches import open_branches
+from ndonnx.assemble.splice import splice
 from ndonnx.graph.interface import NOWHERE, WHOLE, Interface, sample_axis, samples_back, samples_first
+from ndonnx.graph.passes.branches import open_branches
 from ndonnx.graph.working_copy import working_copy
 from ndonnx.partition import partition
-from ndonnx.splice import splice
 from ndonnx.teacher import capture
 from tests.models import Net, inputs_of, loaded, run
 from tests.runs import Bench, statuses

@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from ndonnx.config.recipe import Recipe
 from ndonnx.errors import RecipeError, SearchError, UsageError
-from ndonnx.recipe import Recipe
 from ndonnx.report.search import OptionReport, SearchedStudent, SearchReport
-from ndonnx.search import (
+from ndonnx.select import (
     DEFAULT_CANDIDATES,
     TEACHER,
     Choice,
@@ -34,7 +34,7 @@ from ndonnx.search import (
     parse_target,
     solve,
 )
-from ndonnx.search.table import undominated
+from ndonnx.select.table import undominated
 
 # Tables
 

@@ -74,7 +74,7 @@ def test_uniform_costs_are_those_of_what_is_really_built(folder: Path) -> None:
     result = ndonnx.compress(
         folder / "teacher.onnx", data=str(folder / "data.npz"), recipe=recipe, run_dir=folder / "run"
     )
-    parts = ndonnx.partition(folder / "teacher.onnx")
+    parts = ndonnx.partition_model(folder / "teacher.onnx")
     for cost, whole, built in (
         ("params", result.report.teacher.parameters, result.report.student.parameters),
         ("macs", result.report.teacher.macs, result.report.student.macs),
@@ -104,7 +104,7 @@ def test_budgets_compare_like_with_like_and_go_on(folder: Path, capsys: pytest.C
     first, second = document["rows"]
     assert (first["searched"]["trained"], second["searched"]["trained"]) == (6, 0), "the library is trained once"
     whole = slice_cost(ndonnx.load(folder / "teacher.onnx")).parameters
-    parts = ndonnx.partition(folder / "teacher.onnx")
+    parts = ndonnx.partition_model(folder / "teacher.onnx")
     for row in (first, second):
         searched, uniform = row["searched"], row["uniform"]
         assert searched["missed"] is None and max(searched["share"], uniform["share"]) <= row["budget"]

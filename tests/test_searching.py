@@ -17,10 +17,11 @@ import onnx
 import pytest
 
 from ndonnx import demo
+from ndonnx.api.compress import CompressResult, compress
+from ndonnx.api.search import SearchResult, search
+from ndonnx.config.recipe import Recipe, load_recipe
 from ndonnx.errors import DataError, RecipeError
-from ndonnx.pipeline import CompressResult, SearchResult, compress, search
-from ndonnx.pipeline.measuring import WholeLoss
-from ndonnx.recipe import Recipe, load_recipe
+from ndonnx.flow.measure import WholeLoss
 from ndonnx_cli.main import main
 from tests.models import inputs_of, residual_cnn, run
 from tests.runs import ALONE, UNITS, Recorder, done_markers

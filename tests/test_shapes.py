@@ -14,8 +14,8 @@ from models import BUILDERS, Array, Net, inputs_of, loaded, run
 from onnx import TensorProto, helper
 
 from ndonnx.graph import fold_constants
-from ndonnx.graph.sizes import Size, add, broadcast, divide, factors, product, quotient, remainder, subtract
-from ndonnx.graph.targets import shape_readers
+from ndonnx.graph.shapes.sizes import Size, add, broadcast, divide, factors, product, quotient, remainder, subtract
+from ndonnx.graph.shapes.targets import shape_readers
 
 # Sizes
 

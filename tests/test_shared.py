@@ -11,19 +11,20 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from ndonnx.distil.samples import SharedSamples, SliceSamples
+from ndonnx.api.compress import CompressResult, compress
+from ndonnx.api.search import search
+from ndonnx.assemble.splice import splice
+from ndonnx.assemble.verify import check_no_larger
+from ndonnx.config.recipe import Recipe
+from ndonnx.distill.samples import SharedSamples, SliceSamples
 from ndonnx.errors import VerificationError
 from ndonnx.graph import fold_constants, load
 from ndonnx.graph.costs import held_weights, parameters_of
 from ndonnx.partition import Partition
-from ndonnx.pipeline import CompressResult, compress, search
-from ndonnx.recipe import Recipe
-from ndonnx.splice import splice
 from ndonnx.students import TeacherSlice
 from ndonnx.students.width import Width, shrink
 from ndonnx.students.zeroing import check_by_zeroing
 from ndonnx.teacher import ActivationStore
-from ndonnx.verify import check_no_larger
 from tests import sharing
 from tests.models import Array, Net, inputs_of, loaded, parted, residual_cnn, run
 from tests.runs import ALONE, Bench

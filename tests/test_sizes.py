@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ndonnx.config.recipe import DataRecipe
 from ndonnx.data import input_specs, open_source
-from ndonnx.evaluate import evaluate
-from ndonnx.graph.load import infer_shapes
+from ndonnx.graph.shapes.inference import infer_shapes
 from ndonnx.graph.working_copy import working_copy
-from ndonnx.recipe import DataRecipe
+from ndonnx.metrics.evaluation import evaluate
 from ndonnx.teacher import capture, make_session, sizes
 from ndonnx.teacher.sizes import BoundedBatches, Layout, layouts_of, live_bytes, rows_at_once
 from tests.models import Array, Net, inputs_of, run

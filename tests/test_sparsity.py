@@ -16,16 +16,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ndonnx.config.recipe import Recipe
 from ndonnx.convert import TorchSlice, to_torch, write_back
-from ndonnx.distil import Plan, train
-from ndonnx.distil.losses import NeighbourhoodLoss
-from ndonnx.distil.samples import SliceSamples, Source
+from ndonnx.distill import Plan, train
+from ndonnx.distill.losses import NeighbourhoodLoss
+from ndonnx.distill.samples import SliceSamples, Source
 from ndonnx.errors import ShrinkError
 from ndonnx.graph import save
-from ndonnx.graph.files import compressed_bytes
-from ndonnx.graph.load import infer_shapes
+from ndonnx.graph.shapes.inference import infer_shapes
+from ndonnx.graph.storage.files import compressed_bytes
 from ndonnx.partition import ChannelGroups
-from ndonnx.recipe import Recipe
 from ndonnx.students import Candidate, Constraint, Sparsity, TeacherSlice, method_of
 from ndonnx.students.least_squares import Regression
 from ndonnx.students.masks import FixedZeros, GrowingZeros, LinearWeight, Pattern, linear_weights, ramp, zeros_of

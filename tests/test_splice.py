@@ -31,11 +31,11 @@ from models import (
     with_if,
 )
 
+from ndonnx.assemble.splice import is_changed, splice
 from ndonnx.convert import write_back
 from ndonnx.errors import VerificationError
 from ndonnx.graph import save, serialise, slice_cost
 from ndonnx.partition import Neighbourhood, Partition
-from ndonnx.splice import is_changed, splice
 from ndonnx.students.width import shrink
 
 

@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
+from ndonnx.config.recipe import DataRecipe
 from ndonnx.data import DataSource, InputSpec, open_source
 from ndonnx.data.source import RowSource
 from ndonnx.data.specs import Batch
 from ndonnx.data.split import MOST_COMPARED, Split, draw, held_out
 from ndonnx.data.subset import Joined, Subset
 from ndonnx.errors import DataError
-from ndonnx.recipe import DataRecipe
 
 CLASSES, EACH = 5, 20
 ROWS = CLASSES * EACH

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from ndonnx.errors import ShrinkError
 from ndonnx.graph import slice_cost
-from ndonnx.graph.load import infer_shapes, serialise
+from ndonnx.graph.save import serialise
+from ndonnx.graph.shapes.inference import infer_shapes
 from ndonnx.partition import ChannelGroups, WeightAxis, find_groups
 from ndonnx.partition.removable import kept_width
 from ndonnx.students import Candidate, StudentMethod, TeacherSlice, Width

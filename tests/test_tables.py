@@ -12,9 +12,9 @@ from models import Net, inputs_of, loaded, parted, residual_cnn, transformer
 from onnx import TensorProto
 
 import ndonnx
+from ndonnx.config.recipe import SearchRecipe
 from ndonnx.graph import fold_constants, slice_cost
 from ndonnx.partition import Partition, find_groups, partition
-from ndonnx.recipe import SearchRecipe
 from ndonnx.students import LowRank, TeacherSlice, Width
 from ndonnx.students.tables import lookups, measure
 

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ndonnx
-from ndonnx.partial import Quality
-from ndonnx.task import Task, class_scores, doubt, task_of
+from ndonnx.distill.task import Task, class_scores, doubt, task_of
+from ndonnx.metrics.partial import Quality
 from tests.models import Array, Net, inputs_of
 from tests.runs import Bench, Recorder
 

@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 
 import ndonnx
 from ndonnx.demo import data_path, teacher_path
-from ndonnx.distil.losses import target_variance
+from ndonnx.distill.losses import target_variance
 from ndonnx.errors import UsageError
-from ndonnx.partial import PartialModels, Quality
+from ndonnx.metrics.partial import PartialModels, Quality
+from ndonnx.metrics.sensitivity import Point, ThresholdReport, study, tolerances
+from ndonnx.metrics.sensitivity.noise import JointNoise, error_curve, noise_curve, noisy_weights
+from ndonnx.metrics.sensitivity.tolerance import isotonic, tolerance_of
 from ndonnx.report.threshold import write_threshold
-from ndonnx.threshold import Point, ThresholdReport, study, tolerances
-from ndonnx.threshold.noise import JointNoise, error_curve, noise_curve, noisy_weights
-from ndonnx.threshold.tolerance import isotonic, tolerance_of
 from ndonnx_cli.main import main
 from tests.models import Net, inputs_of, parted, residual_cnn, several_heads
 from tests.test_partial import batches_of, half
@@ -136,7 +136,7 @@ def test_weight_noise_is_in_proportion_and_on_linear_operators_only(tmp_path: Pa
     assert noisy_weights(bare, "n", 0.1, (0, 0)) is None
 
 
-# Tolerances
+# ErrorBudgets
 
 
 def test_the_tolerance_of_a_linear_net_is_the_number_by_hand(tmp_path: Path) -> None:

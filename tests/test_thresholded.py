@@ -15,16 +15,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ndonnx.api.compress import CompressResult, compress
+from ndonnx.config.recipe import Recipe
 from ndonnx.convert import TorchSlice, to_torch
-from ndonnx.distil import NeighbourhoodLoss, Plan, Training, train
+from ndonnx.distill import NeighbourhoodLoss, Plan, Training, train
 from ndonnx.errors import RecipeError, UsageError
-from ndonnx.pipeline import CompressResult, compress
-from ndonnx.pipeline.measuring import Loss
-from ndonnx.pipeline.tolerating import Tolerances, allowed_divergence, measured_need, shared
-from ndonnx.recipe import Recipe
-from ndonnx.rundir import fingerprint
+from ndonnx.flow.error_budgets import ErrorBudgets, allowed_divergence, measured_need, shared
+from ndonnx.flow.measure import Loss
+from ndonnx.metrics.sensitivity import Bearable, read_study, study
+from ndonnx.runtime.run_directory import fingerprint
 from ndonnx.students import Constraint
-from ndonnx.threshold import Bearable, read_study, study
 from ndonnx_cli.main import main
 from tests.models import Net, parted, residual_cnn
 from tests.runs import LEARNING, Recorder
@@ -302,9 +302,9 @@ def test_the_tables_tell_of_it(folder: Path, capsys: pytest.CaptureFixture[str],
 # Time
 
 
-def tolerances_of(folder: Path, bears: dict[str, float | None]) -> Tolerances:
+def tolerances_of(folder: Path, bears: dict[str, float | None]) -> ErrorBudgets:
     _, parts = parted(residual_cnn())
-    return Tolerances(read_study(written(folder, document(bears))), parts)
+    return ErrorBudgets(read_study(written(folder, document(bears))), parts)
 
 
 def test_a_time_budget_goes_where_errors_cost_most(tmp_path: Path) -> None:

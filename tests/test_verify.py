@@ -10,13 +10,13 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from ndonnx.assemble.splice import splice
+from ndonnx.assemble.verify import verify
 from ndonnx.errors import VerificationError
 from ndonnx.graph import fold_constants
-from ndonnx.graph.load import infer_shapes
+from ndonnx.graph.shapes.inference import infer_shapes
 from ndonnx.partition import Partition, partition
-from ndonnx.splice import splice
 from ndonnx.students import TeacherSlice, Width
-from ndonnx.verify import verify
 from tests.models import BUILDERS, CUSTOM, Array, Net, inputs_of, loaded, residual_cnn, run
 
 

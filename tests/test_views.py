@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ndonnx.config.recipe import DataRecipe, Recipe, make_recipe
 from ndonnx.data import InputSpec, open_source
+from ndonnx.data.augmentation import image_axes, with_views
 from ndonnx.data.split import Split, held_out
-from ndonnx.data.views import image_axes, with_views
+from ndonnx.distill.schedule import Schedule
 from ndonnx.partition import partition
-from ndonnx.pipeline.answers import Answers, capture_answers
-from ndonnx.pipeline.schedule import Schedule
-from ndonnx.progress import Silent
-from ndonnx.recipe import DataRecipe, Recipe, make_recipe
+from ndonnx.runtime.progress import Silent
+from ndonnx.teacher.outputs import Answers, capture_answers
 from tests.models import Array, residual_cnn, run
 
 

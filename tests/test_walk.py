@@ -11,11 +11,11 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from ndonnx.assemble.propagation import Prefix, held_values, refit_walk
+from ndonnx.assemble.splice import splice
 from ndonnx.partition import Partition
-from ndonnx.splice import splice
 from ndonnx.students import TeacherSlice, Width
-from ndonnx.students.exit import find_exit, refit_exit
-from ndonnx.walk import Prefix, held_values, refit_walk
+from ndonnx.students.last_layer import find_exit, refit_exit
 from tests.models import Array, Net, inputs_of, parted, residual_cnn, run, stack, transformer
 
 SAMPLES = 40

@@ -28,7 +28,7 @@ from benchmarks.common import machine, machine_line, positive, run, write_json
 from benchmarks.coverage.fleet import ONE, Result, Subject, corpus, cover, files_of
 from benchmarks.coverage.measure import measure
 from benchmarks.coverage.table import causes, kept_lines, markdown, summary, summary_line
-from ndonnx.recipe import Recipe
+from ndonnx.config.recipe import Recipe
 
 _TIME_LIMIT = 300
 _STEPS = 20

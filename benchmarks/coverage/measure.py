@@ -15,18 +15,19 @@ from numpy.typing import NDArray
 
 from benchmarks.coverage.findings import Coverage
 from benchmarks.coverage.weights import shares
-from ndonnx.check import boundary, check_neighbourhood
+from ndonnx.api.compress import CompressResult, compress
+from ndonnx.assemble.splice import splice
+from ndonnx.config.recipe import Recipe
 from ndonnx.convert import to_torch
 from ndonnx.data import InputSpec, input_specs
-from ndonnx.data.made_up import made_up_samples
-from ndonnx.distil.gate import free_batch
+from ndonnx.data.synthetic import made_up_samples
+from ndonnx.distill.gate import free_batch
 from ndonnx.errors import NdonnxError, SliceError
+from ndonnx.flow.prepare import partition_model
 from ndonnx.graph import load
 from ndonnx.graph.dataflow import real_inputs
+from ndonnx.metrics.check import boundary, check_neighbourhood
 from ndonnx.partition import Neighbourhood, Partition
-from ndonnx.pipeline import CompressResult, compress, partition_model
-from ndonnx.recipe import Recipe
-from ndonnx.splice import splice
 from ndonnx.teacher import ActivationStore, capture, make_session
 
 KEEP = 0.5

@@ -29,8 +29,8 @@ from numpy.typing import NDArray
 from benchmarks import common
 from benchmarks.field import baselines
 from benchmarks.field.subjects import SUBJECTS, Answer, Arrays, Measures, Part, Subject
-from ndonnx.benchmark import benchmark
 from ndonnx.errors import UsageError
+from ndonnx.metrics.latency import benchmark
 
 _COMMAND = "import sys; from ndonnx_cli.main import main; sys.exit(main())"
 _COLUMNS = ("model", "bytes", "latency", "measure", "mean", "1st percentile", "others")

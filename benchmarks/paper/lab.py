@@ -17,10 +17,10 @@ from benchmarks.common import Notes, Stopwatch, Subject
 from benchmarks.end_to_end import EndToEnd, Images, Loss, starting_student
 from benchmarks.paper.scales import Scale
 from benchmarks.time_to_quality import Judge, Point
+from ndonnx.config.recipe import Recipe, make_recipe
 from ndonnx.errors import NdonnxError, UsageError
-from ndonnx.recipe import Recipe, make_recipe
 from ndonnx.report import CompressReport
-from ndonnx.rundir import fingerprint
+from ndonnx.runtime.run_directory import fingerprint
 from ndonnx.teacher import make_session
 
 BATCH = 128

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from ndonnx.convert.registry import DOMAIN, OPSET_ATTRIBUTE, has_converter
 from ndonnx.graph.costs import is_weight
-from ndonnx.graph.load import infer_shapes
+from ndonnx.graph.shapes.inference import infer_shapes
 
 _STATIC_INPUTS = {
     "Attention": {3},

@@ -11,17 +11,17 @@ from typing import Any
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ndonnx.data.arrays import ArraySource
-from ndonnx.data.folder import FolderSource
-from ndonnx.data.function import FunctionSource
+from ndonnx.config.recipe import DataRecipe, InputRecipe
 from ndonnx.data.inputs import refuse_scalars, settle
-from ndonnx.data.noise import NOISES, NoiseSource
-from ndonnx.data.parquet import ParquetSource
 from ndonnx.data.preprocess import resolve
 from ndonnx.data.source import DataSource
+from ndonnx.data.sources.arrays import ArraySource
+from ndonnx.data.sources.folder import FolderSource
+from ndonnx.data.sources.function import FunctionSource
+from ndonnx.data.sources.noise import NOISES, NoiseSource
+from ndonnx.data.sources.parquet import ParquetSource
 from ndonnx.data.specs import Batch, InputSpec, input_specs
 from ndonnx.errors import DataError
-from ndonnx.recipe import DataRecipe, InputRecipe
 
 __all__ = ["DATA_FREE", "Batch", "DataSource", "InputSpec", "input_specs", "is_made_up", "open_source"]
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ndonnx.config.recipe import InputRecipe
 from ndonnx.data.specs import InputSpec, castable, describe, fits
 from ndonnx.errors import DataError
 from ndonnx.graph.interface import Interface
-from ndonnx.recipe import InputRecipe
 
 Array = NDArray[Any]
 

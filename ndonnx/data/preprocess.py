@@ -9,9 +9,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ndonnx.config.recipe import DataRecipe
 from ndonnx.data.specs import InputSpec, cast, castable, describe, fits
 from ndonnx.errors import DataError
-from ndonnx.recipe import DataRecipe
 
 IMAGE_RANK = 4
 IMAGE_CHANNELS = (1, 3)

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ndonnx.config.recipe import DataRecipe
 from ndonnx.data.specs import Batch, InputSpec
 from ndonnx.errors import DataError
-from ndonnx.recipe import DataRecipe
 
 CHUNK = 2**20
 """Bytes read at a time when a file is hashed."""

@@ -2,8 +2,9 @@
 
 from ndonnx.graph.costs import Cost
 from ndonnx.graph.dataflow import Dataflow, Kind
-from ndonnx.graph.load import load, save, serialise
+from ndonnx.graph.load import load
 from ndonnx.graph.macs import slice_cost
-from ndonnx.graph.normalise import fold_constants
+from ndonnx.graph.passes.normalise import fold_constants
+from ndonnx.graph.save import save, serialise
 
 __all__ = ["Cost", "Dataflow", "Kind", "fold_constants", "load", "save", "serialise", "slice_cost"]

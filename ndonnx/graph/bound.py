@@ -12,13 +12,13 @@ from functools import cached_property
 
 import onnx_ir as ir
 
-from ndonnx.graph.collector import collector_paused
 from ndonnx.graph.costs import constant_of
 from ndonnx.graph.dataflow import real_inputs
 from ndonnx.graph.interface import WHOLE, Interface, sample_axis
-from ndonnx.graph.load import infer_shapes
-from ndonnx.graph.shapes import resolve_shapes
-from ndonnx.graph.sizes import factors
+from ndonnx.graph.shapes.inference import infer_shapes
+from ndonnx.graph.shapes.sizes import factors
+from ndonnx.graph.shapes.symbolic import resolve_shapes
+from ndonnx.runtime.gc_pause import collector_paused
 
 Shape = tuple[int, ...]
 

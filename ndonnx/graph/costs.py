@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from ndonnx.graph.dataflow import reads, sub_graphs
-from ndonnx.graph.sparse import stored
+from ndonnx.graph.storage.sparse import stored
 from ndonnx.graph.ties import origin_of
 
 _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}

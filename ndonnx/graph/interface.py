@@ -16,8 +16,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ndonnx.graph.branches import fix_inputs
 from ndonnx.graph.load import add_initializer
+from ndonnx.graph.passes.branches import fix_inputs
 
 WHOLE = -1
 """In place of an axis: the model runs one sample at a time, and the whole value is of that sample."""

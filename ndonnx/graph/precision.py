@@ -15,7 +15,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from ndonnx.errors import TrainingError
-from ndonnx.graph.load import infer_shapes
+from ndonnx.graph.shapes.inference import infer_shapes
 
 OTHER_FLOATS = {ir.DataType.FLOAT16, ir.DataType.DOUBLE}
 """Floating types that are trained as float32."""

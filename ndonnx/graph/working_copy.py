@@ -11,13 +11,13 @@ from collections.abc import Collection, Sequence
 
 import onnx_ir as ir
 
-from ndonnx.graph.branches import fix_inputs
 from ndonnx.graph.dataflow import Kind, kinds_of, real_inputs
-from ndonnx.graph.inference import take_inferred
 from ndonnx.graph.interface import NOWHERE, WHOLE, Interface, note_feeding, sample_axis, set_sample_axis
-from ndonnx.graph.load import infer_shapes
-from ndonnx.graph.normalise import fold_constants
-from ndonnx.graph.sizes import factors, product
+from ndonnx.graph.passes.branches import fix_inputs
+from ndonnx.graph.passes.normalise import fold_constants
+from ndonnx.graph.shapes.inference import infer_shapes
+from ndonnx.graph.shapes.onnx_inference import take_inferred
+from ndonnx.graph.shapes.sizes import factors, product
 
 _NAME = "samples"
 """Name of the batch's size where the model has none of its own."""
@@ -28,7 +28,7 @@ def working_copy(model: ir.Model, interface: Interface | None = None) -> ir.Mode
 
     Args:
         model: not changed; value names are the same in the copy. Branches that are always taken are open in it
-            (`ndonnx.graph.branches.open_branches`).
+            (`ndonnx.graph.passes.branches.open_branches`).
         interface: how its inputs are fed. None: samples along the first axis of each.
 
     Raises:

@@ -1,6 +1,6 @@
 """Which parts of the teacher can be replaced: regions, neighbourhoods, channel groups."""
 
-from ndonnx.partition.groups import (
+from ndonnx.partition.channels.groups import (
     ChannelGroup,
     ChannelGroups,
     ChannelStatistic,

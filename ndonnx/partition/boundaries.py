@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from ndonnx.graph.fused_writer import is_inside_fused
 from ndonnx.graph.interface import NOWHERE, sample_axis
+from ndonnx.graph.passes.fused_writer import is_inside_fused
 
 
 def can_be_boundary(value: ir.Value) -> bool:

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from ndonnx.graph.costs import constant_of, dims, is_weight, parameters_of
 from ndonnx.graph.dataflow import STANDARD_DOMAINS, Dataflow
 from ndonnx.partition.boundaries import can_be_boundary
-from ndonnx.partition.groups import find_groups
+from ndonnx.partition.channels.groups import find_groups
 from ndonnx.partition.runs import Run
 from ndonnx.partition.slices import region_nodes
 

@@ -15,13 +15,14 @@ import onnx_ir as ir
 
 from ndonnx.errors import UsageError
 from ndonnx.graph.bound import BoundShapes, bind
-from ndonnx.graph.collector import collector_paused
 from ndonnx.graph.costs import Cost, is_weight, parameters_of
 from ndonnx.graph.dataflow import Dataflow, Kind, reads, real_inputs
 from ndonnx.graph.interface import NOWHERE, Interface, first_sizes, sample_axis, samples_back
 from ndonnx.graph.macs import sample_cost
+from ndonnx.graph.shapes.inference import infer_shapes
+from ndonnx.graph.working_copy import working_copy
+from ndonnx.partition.channels.groups import ChannelGroups, FrozenWidth, find_groups, frozen_widths
 from ndonnx.partition.choice import Choice, Chooser, worth
-from ndonnx.partition.groups import ChannelGroups, FrozenWidth, find_groups, frozen_widths
 from ndonnx.partition.layers import (
     LINEAR_OPERATORS,
     layer_runs,
@@ -43,6 +44,7 @@ from ndonnx.partition.sharing import (
     weights_in,
 )
 from ndonnx.partition.slices import extract, is_opaque, region_nodes, renamed, with_copies
+from ndonnx.runtime.gc_pause import collector_paused
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +125,11 @@ class Partition:
     def cost(self, neighbourhood: Neighbourhood) -> Cost:
         """Cost of one neighbourhood, MACs for one sample."""
         return sample_cost(neighbourhood.nodes, self.shapes)
+
+    def cost_of(self, model: ir.Model) -> Cost:
+        """Cost of the teacher or of a whole student, MACs for one sample of the teacher's stated shapes."""
+        working = working_copy(infer_shapes(model.clone()), self.interface)
+        return sample_cost(working.graph, bind(working, self.stated))
 
     @property
     def distillable(self) -> list[Neighbourhood]:

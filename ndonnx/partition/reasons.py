@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import onnx_ir as ir
 
 from ndonnx.graph.costs import parameters_of
-from ndonnx.partition.groups import UNREAD, FrozenWidth, frozen_widths
+from ndonnx.partition.channels.groups import UNREAD, FrozenWidth, frozen_widths
 from ndonnx.partition.slices import is_opaque
 
 Why = Callable[[list[ir.Node]], str]

@@ -16,11 +16,11 @@ import onnx_ir as ir
 
 from ndonnx.graph.costs import weights_of
 from ndonnx.graph.dataflow import Dataflow, Kind
-from ndonnx.graph.fused_writer import is_inside_fused
-from ndonnx.graph.lengths import Axes
-from ndonnx.graph.targets import shape_readers
+from ndonnx.graph.passes.fused_writer import is_inside_fused
+from ndonnx.graph.shapes.lengths import Axes
+from ndonnx.graph.shapes.targets import shape_readers
 from ndonnx.partition.boundaries import can_be_boundary
-from ndonnx.partition.groups import ChannelGroups, find_groups, shrinking_axes
+from ndonnx.partition.channels.groups import ChannelGroups, find_groups, shrinking_axes
 from ndonnx.partition.regions import Atom, Chain
 from ndonnx.partition.slices import is_opaque, is_region, region_nodes
 

@@ -7,9 +7,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import onnx_ir as ir
 
 from ndonnx.graph.dataflow import SOURCE, STANDARD_DOMAINS, Dataflow, Kind, reads, sub_graphs
-from ndonnx.graph.fused_writer import is_inside_fused
 from ndonnx.graph.interface import name_inside, samples_first
-from ndonnx.graph.load import infer_shapes
+from ndonnx.graph.passes.fused_writer import is_inside_fused
+from ndonnx.graph.shapes.inference import infer_shapes
 
 
 def region_nodes(flow: Dataflow, entry: ir.Value, exit_: ir.Value) -> tuple[list[ir.Node], list[ir.Value]]:

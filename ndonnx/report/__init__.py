@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ndonnx.evaluate import Evaluation
-from ndonnx.rundir import atomic_write_json
+from ndonnx.metrics.evaluation import Evaluation
+from ndonnx.runtime.run_directory import atomic_write_json
 
 
 @dataclass(frozen=True)

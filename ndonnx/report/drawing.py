@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
 from xml.sax.saxutils import escape
 
-if TYPE_CHECKING:
-    from ndonnx.report.inspection import Inspection, Piece, Status
+from ndonnx.report.piece import Piece, Status
 
 _WIDTH = 760
 """Pixels of the whole drawing."""
@@ -23,17 +21,24 @@ _COLOURS: dict[Status, str] = {"distillable": "#4c9f70", "kept": "#b8bcc2"}
 _INK = "#24292f"
 
 
-def draw(inspection: Inspection) -> str:
-    """A whole SVG document; the width of a box is its share of the parameters."""
-    height = _HEAD + (_ROW + _GAP) * len(inspection.neighbourhoods)
+def draw(name: str, title: str, share: float, pieces: Sequence[Piece]) -> str:
+    """A whole SVG document; the width of a box is its share of the parameters.
+
+    Args:
+        name: what a reader's software calls the drawing.
+        title: its first line.
+        share: part of the parameters, 0 to 1, that lies in distillable pieces.
+        pieces: from top to bottom.
+    """
+    height = _HEAD + (_ROW + _GAP) * len(pieces)
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height}" '
             f'viewBox="0 0 {_WIDTH} {height}" role="img" font-family="sans-serif" font-size="12" fill="{_INK}">',
-            f"<title>{_xml(f'Neighbourhoods of {inspection.model}')}</title>",
+            f"<title>{_xml(name)}</title>",
             f'<rect width="{_WIDTH}" height="{height}" fill="#ffffff"/>',
-            *_head(inspection),
-            *_boxes(inspection.neighbourhoods),
+            *_head(title, share),
+            *_boxes(pieces),
             "</svg>\n",
         ]
     )
@@ -47,9 +52,7 @@ def shorten(text: str, longest: int = _LONGEST) -> str:
     return f"{text[: longest - tail - 1]}…{text[-tail:]}"
 
 
-def _head(inspection: Inspection) -> Iterator[str]:
-    share = inspection.coverage.parameters
-    title = f"{shorten(inspection.model)}: opset {inspection.opset}, {inspection.parameters:,} parameters"
+def _head(title: str, share: float) -> Iterator[str]:
     yield _text(_LEFT, 24, title, "bold")
     legend: list[tuple[Status, float]] = [("distillable", share), ("kept", 1 - share)]
     for i, (status, part) in enumerate(legend):
@@ -58,7 +61,7 @@ def _head(inspection: Inspection) -> Iterator[str]:
         yield _text(x + 18, 46, f"{status}: {part:.1%} of the parameters")
 
 
-def _boxes(pieces: list[Piece]) -> Iterator[str]:
+def _boxes(pieces: Sequence[Piece]) -> Iterator[str]:
     most = max((piece.parameters for piece in pieces), default=0)
     for i, piece in enumerate(pieces):
         y = _HEAD + i * (_ROW + _GAP)

@@ -5,46 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
-from ndonnx.partition import FrozenWidth, Neighbourhood, Partition
+from ndonnx.config.recipe import Recipe
+from ndonnx.partition import Neighbourhood, Partition
 from ndonnx.partition.reasons import partly_frozen
 from ndonnx.partition.removable import removed_by_width
-from ndonnx.recipe import Recipe
-from ndonnx.report.drawing import draw
-from ndonnx.rundir import atomic_write
-
-Status: TypeAlias = Literal["distillable", "kept"]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One neighbourhood, or a piece of the teacher that is kept."""
-
-    name: str
-    input: str | None
-    """The stream value that it reads; None where there is none."""
-    context: list[str]
-    output: str | None
-    nodes: int
-    parameters: int
-    macs: int | None
-    """Multiply-accumulates for one sample; None where they cannot be told."""
-    widths: list[int]
-    """Units of each channel group that can be shrunk."""
-    status: Status
-    reason: str | None
-    """Why it is kept."""
-    parity: float | None = None
-    """Largest error of the slice in torch, relative to its output's scale; None where it was not checked."""
-    frozen: list[FrozenWidth] = field(default_factory=list)
-    """Widths inside that have to stay whole, with the operator that does not let them be followed."""
-    note: str | None = None
-    """Which operators hold on to channels of a neighbourhood that can be distilled."""
-    removable: int | None = None
-    """Parameters that the smallest student is without; None for a method whose students are not known beforehand."""
-    student_of: str | None = None
-    """The neighbourhood with the same weights whose student stands here too; None: its own."""
+from ndonnx.report.drawing import draw, shorten
+from ndonnx.report.piece import Piece
+from ndonnx.runtime.run_directory import atomic_write
 
 
 @dataclass(frozen=True)
@@ -113,7 +82,8 @@ class Inspection:
 
     def to_svg(self) -> str:
         """The neighbourhoods from top to bottom; the width of a box is its share of the parameters."""
-        return draw(self)
+        title = f"{shorten(self.model)}: opset {self.opset}, {self.parameters:,} parameters"
+        return draw(f"Neighbourhoods of {self.model}", title, self.coverage.parameters, self.neighbourhoods)
 
     def write_svg(self, path: Path) -> None:
         """Write the drawing, whole or not at all.

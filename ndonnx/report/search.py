@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from ndonnx.errors import UsageError
-from ndonnx.rundir import atomic_write, atomic_write_json
-from ndonnx.search import COSTS, TEACHER, parse_candidates
+from ndonnx.runtime.run_directory import atomic_write, atomic_write_json
+from ndonnx.select import COSTS, TEACHER, parse_candidates
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

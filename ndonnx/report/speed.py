@@ -9,13 +9,13 @@ from typing import Any
 
 import onnx_ir as ir
 
-from ndonnx.benchmark import ProviderSpeed
 from ndonnx.errors import UsageError
-from ndonnx.evaluate import Evaluation
 from ndonnx.graph import fold_constants
 from ndonnx.graph.bound import bind
-from ndonnx.graph.files import compressed_bytes, file_bytes
 from ndonnx.graph.macs import sample_cost
+from ndonnx.graph.storage.files import compressed_bytes, file_bytes
+from ndonnx.metrics.evaluation import Evaluation
+from ndonnx.metrics.latency import ProviderSpeed
 
 QUANTITIES = ("parameters", "macs", "bytes", "compressed_bytes")
 """What a model has without being run, in the order in which it is told."""
@@ -81,16 +81,6 @@ class Speed:
             "fidelity": None if self.fidelity is None else {k: found.to_json() for k, found in self.fidelity.items()},
             "notes": self.notes,
         }
-
-    def write_picture(self, path: str | Path) -> None:
-        """Draw latency over batch sizes, and the ratio with its interval, into a .png or .svg file.
-
-        Raises:
-            UsageError: the file has another ending, or cannot be written.
-        """
-        from ndonnx.report.speed_picture import write  # noqa: PLC0415 - matplotlib is slow to import
-
-        write(self, Path(path))
 
 
 def check_picture(path: Path) -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ndonnx.errors import RunDirError
-from ndonnx.rundir import atomic_write, atomic_write_json
-from ndonnx.threshold import DOCUMENT, Curve, Point, ThresholdReport
+from ndonnx.metrics.sensitivity import DOCUMENT, Curve, Point, ThresholdReport
+from ndonnx.runtime.run_directory import atomic_write, atomic_write_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -28,13 +28,13 @@ from ndonnx.convert import relative_error
 from ndonnx.data.user_code import import_function
 from ndonnx.errors import RecipeError, ShrinkError
 from ndonnx.graph import fold_constants
-from ndonnx.graph.load import infer_shapes
+from ndonnx.graph.shapes.inference import infer_shapes
 from ndonnx.graph.working_copy import slice_batch
-from ndonnx.rundir import fingerprint_file
+from ndonnx.runtime.run_directory import fingerprint_file
 from ndonnx.students.base import Candidate, StudentMethod, TeacherSlice
-from ndonnx.students.exit import find_exit
 from ndonnx.students.factors import fit_of
 from ndonnx.students.features import from_matrix
+from ndonnx.students.last_layer import find_exit
 from ndonnx.students.least_squares import MOST_FEATURES, Regression
 from ndonnx.students.linear import every_reader, set_weight
 from ndonnx.students.width import Init

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ndonnx.graph.costs import constant_of
-from ndonnx.graph.sparse import is_sparse
+from ndonnx.graph.storage.sparse import is_sparse
 from ndonnx.partition.layers import weight_slot
 from ndonnx.students.base import Constraint
 

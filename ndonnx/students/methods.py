@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ndonnx.recipe import Recipe
+from ndonnx.config.recipe import Recipe
 from ndonnx.students.activation import ActivationSwap
 from ndonnx.students.base import StudentMethod
 from ndonnx.students.custom import Custom

@@ -12,7 +12,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from ndonnx.errors import ShrinkError
 from ndonnx.graph import slice_cost
 from ndonnx.graph.costs import constant_of
-from ndonnx.graph.load import infer_shapes
+from ndonnx.graph.shapes.inference import infer_shapes
 from ndonnx.students.base import Candidate, StudentMethod, TeacherSlice
 from ndonnx.students.linear import add_weight, unique_name
 from ndonnx.students.width import Init

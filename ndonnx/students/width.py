@@ -13,14 +13,14 @@ import onnx_ir as ir
 from ndonnx.errors import ShrinkError
 from ndonnx.graph.costs import is_weight
 from ndonnx.graph.interface import is_inside, name_inside
-from ndonnx.graph.load import infer_shapes
-from ndonnx.graph.shapes import resolve_shapes
+from ndonnx.graph.shapes.inference import infer_shapes
+from ndonnx.graph.shapes.symbolic import resolve_shapes
 from ndonnx.partition import ChannelGroups, DimensionEdit, stays
+from ndonnx.partition.channels.sizes import write_number
 from ndonnx.partition.removable import kept_width
-from ndonnx.partition.sizes import write_number
 from ndonnx.students.base import WHOLE, Candidate, StudentMethod, TeacherSlice
 from ndonnx.students.importance import rank_units
-from ndonnx.students.refit import refit_consumers
+from ndonnx.students.reconstruction import refit_consumers
 from ndonnx.students.zeroing import check_by_zeroing
 
 Init = Literal["teacher", "least-squares", "random"]

@@ -25,7 +25,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from ndonnx.errors import DataError, ModelError, first_line
 from ndonnx.graph.interface import sample_axis, samples_first, set_sample_axis
-from ndonnx.machine import usable_cores
+from ndonnx.runtime.machine import usable_cores
 from ndonnx.teacher.blocks import Array, is_finite
 from ndonnx.teacher.sessions import OrtError, make_session
 from ndonnx.teacher.sizes import Batch, BoundedBatches, find_values

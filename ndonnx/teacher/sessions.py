@@ -14,8 +14,8 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as _ort
 
 from ndonnx.errors import ModelError, UsageError, first_line
-from ndonnx.graph.load import PROTOBUF_LIMIT
-from ndonnx.machine import usable_cores
+from ndonnx.graph.save import PROTOBUF_LIMIT
+from ndonnx.runtime.machine import usable_cores
 
 OrtError: tuple[type[Exception], ...] = (
     _ort.EPFail,

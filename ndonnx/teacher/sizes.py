@@ -15,7 +15,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from ndonnx.errors import DataError, ModelError, first_line
 from ndonnx.graph.dataflow import reads, real_inputs
 from ndonnx.graph.interface import first_sizes, sample_axis, samples_first
-from ndonnx.graph.sizes import Size, factors
+from ndonnx.graph.shapes.sizes import Size, factors
 from ndonnx.graph.working_copy import batch_size
 from ndonnx.teacher.sessions import OrtError, make_session
 

@@ -1,0 +1,162 @@
+"""`benchmark`: how fast a model is in onnxruntime, and how much it weighs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from ndonnx.config.recipe import Recipe
+from ndonnx.data import DataSource, InputSpec, input_specs, open_source
+from ndonnx.data.inputs import interface_of, settle
+from ndonnx.data.synthetic import made_up_samples
+from ndonnx.errors import DataError
+from ndonnx.graph import load
+from ndonnx.graph.bound import one_sample
+from ndonnx.metrics.evaluation import Evaluation
+from ndonnx.metrics.evaluation import evaluate as measure
+from ndonnx.metrics.latency import AGAINST, MODEL, PROCESSES, Plan, common_batch_size, feeds_for
+from ndonnx.metrics.latency import measure as measure_speed
+from ndonnx.report.speed import ModelSize, Speed, check_picture
+from ndonnx.runtime.machine import usable_cores
+from ndonnx.runtime.progress import Progress
+from ndonnx.teacher import make_session
+from ndonnx.teacher.synthetic_inputs import settings_for
+from ndonnx.teacher.trying import hold_if_mixed
+
+
+def benchmark(
+    model: str | Path,
+    *,
+    against: str | Path | None = None,
+    data: str | None = None,
+    recipe: Recipe | None = None,
+    batch_sizes: Sequence[int] = (1, 8, 32),
+    providers: Sequence[str] = ("cpu",),
+    threads: int | None = None,
+    processes: int = PROCESSES,
+    rounds: int | None = None,
+    samples: int | None = None,
+    memory: bool = True,
+    picture: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Speed:
+    """Time a model in onnxruntime, alone or in turn with another one that has the same inputs.
+
+    Everything is loaded and timed anew in several processes. Where weights come to lie in memory stays the same
+    for the life of a process and moves all of its ratios, so that only further processes tell how sure they are.
+
+    Args:
+        model: path of the model.
+        against: path of what to compare with.
+        data: source of what is run on; with labels or `against`, the answers are measured too. None: made up.
+        recipe: says how the data become inputs.
+        batch_sizes: samples in a run; a model with a fixed batch is run at its own, and a note says so.
+        providers: execution providers of onnxruntime by the beginning of their names, `cpu` or `cuda`.
+        threads: inside one operator, for each model. None: the cores that this process may use.
+        processes: how often everything is repeated, at least 2.
+        rounds: timed runs of each model in each process. None: what a second has room for, from 3 to 30.
+        samples: most samples of the comparison of answers. None: all of the data.
+        memory: also measure the peak memory, in one more process for each model.
+        picture: a .png or .svg file to draw latency over batch sizes into.
+        progress: told what is measured.
+
+    Raises:
+        UsageError: a model or the data cannot be read, they do not fit each other, or a provider is not there.
+    """
+    recipe = recipe or Recipe()
+    if picture is not None:
+        check_picture(Path(picture))
+    plan = Plan(
+        tuple(dict.fromkeys(batch_sizes)),
+        tuple(dict.fromkeys(providers)),
+        usable_cores() if threads is None else threads,
+        processes,
+        rounds,
+        memory,
+    )
+    models = {MODEL: Path(model)} | ({} if against is None else {AGAINST: Path(against)})
+    graphs = {name: load(path) for name, path in models.items()}
+    sessions = {name: _opened_on(models[name], plan.providers) for name in models}
+    specs = {name: input_specs(session) for name, session in sessions.items()}
+    source, graph = None, graphs[MODEL].graph
+    settings = settings_for(data, sessions[MODEL], graph, recipe)
+    if data is not None:
+        source = open_source(data, specs[MODEL], recipe.data, seed=recipe.seed, graph=graph, settings=settings)
+        hold_if_mixed(sessions[MODEL], source)
+        inputs, fixed = list(source.inputs), source.fixed
+    else:
+        inputs, fixed = settle(specs[MODEL], settings)
+    del sessions
+    plan = replace(plan, interface=interface_of(inputs, fixed))
+    notes = []
+    common = common_batch_size({str(models[name]): _sampled(entry, recipe, fixed) for name, entry in specs.items()})
+    size = common or plan.interface.batch  # the graph's own numbers may hold what the inputs leave open
+    if size is not None:
+        if plan.batch_sizes != (size,):
+            notes.append(f"the batch size is fixed in the model: timed at {size} only")
+        plan = replace(plan, batch_sizes=(size,))
+    batch = _one_batch(inputs, source, graph, recipe, max(plan.batch_sizes))
+    arrays = {name: array.shape for name, array in batch.items()}
+    sizes = {
+        name: ModelSize.of(models[name], graph, one_sample(graph, arrays, plan.interface))
+        for name, graph in graphs.items()
+    }
+    for name, entry in specs.items():
+        feeds_for(str(models[name]), entry, plan.interface.feeds(batch))
+    found = measure_speed(models, batch, plan, progress)
+    if not all(timing.is_steady for entry in found for timing in entry.batches):
+        notes.append("runs took very unequal times: other work on these cores? the intervals hold for it, too")
+    speed = Speed(
+        model=sizes[MODEL],
+        against=sizes.get(AGAINST),
+        threads=plan.threads,
+        processes=plan.processes,
+        providers=found,
+        fidelity=None if source is None else _fidelity(models, source, samples, progress),
+        notes=notes,
+    )
+    if picture is not None:
+        from ndonnx.report.speed_picture import write  # noqa: PLC0415 - matplotlib is slow to import
+
+        write(speed, Path(picture))
+    return speed
+
+
+def _opened_on(model: Path, providers: Sequence[str]) -> ort.InferenceSession:
+    """A model on the first provider, after it was opened on every one: what cannot be, is told before any timing."""
+    first, *_ = [make_session(model, device=provider) for provider in providers]
+    return first
+
+
+def _sampled(specs: Sequence[InputSpec], recipe: Recipe, fixed: Mapping[str, object]) -> list[InputSpec]:
+    """The inputs of a model that have samples."""
+    return [spec for spec in settle(specs, recipe.model_inputs)[0] if spec.name not in fixed]
+
+
+def _one_batch(
+    specs: Sequence[InputSpec], source: DataSource | None, graph: ir.Graph, recipe: Recipe, size: int
+) -> dict[str, NDArray[np.generic]]:
+    if source is None:
+        return made_up_samples(specs, graph, recipe.data, size, seed=recipe.seed)
+    batch = next(iter(source.batches(size, samples=size)), None)
+    if batch is None or not len(batch):
+        raise DataError(f"{source.spec}: expected samples to run on, found none")
+    return batch.inputs
+
+
+def _fidelity(
+    models: Mapping[str, Path], source: DataSource, samples: int | None, progress: Progress | None
+) -> dict[str, Evaluation] | None:
+    """How good the models are; None where there is nothing to measure them by."""
+    found = {}
+    if AGAINST in models or source.has_labels:
+        found[MODEL] = measure(models[MODEL], source, teacher=models.get(AGAINST), samples=samples, progress=progress)
+    if AGAINST in models and source.has_labels:
+        found[AGAINST] = measure(models[AGAINST], source, samples=samples, progress=progress)
+    return found or None

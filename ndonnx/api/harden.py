@@ -1,0 +1,224 @@
+"""From a model file and data to the hardened model and what there is to tell of it."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from ndonnx.assemble.verify import verify
+from ndonnx.config.recipe import Recipe
+from ndonnx.distill import Training
+from ndonnx.distill.hardening import MODEL_FILE, HardenJob
+from ndonnx.distill.memory import MemoryPlan
+from ndonnx.distill.noisy_body import measure_noises
+from ndonnx.distill.schedule import Schedule
+from ndonnx.errors import ModelError, NdonnxError, SliceError, UsageError
+from ndonnx.flow.prepare import Opened, Request, open_all, partition_model
+from ndonnx.graph import load, save
+from ndonnx.graph.dataflow import real_inputs
+from ndonnx.graph.shapes.declared import state_as_in_file
+from ndonnx.metrics.evaluation import Evaluation, evaluate
+from ndonnx.partition import Partition
+from ndonnx.runtime.faults import Fault
+from ndonnx.runtime.machine import usable_cores
+from ndonnx.runtime.progress import Progress, Silent
+from ndonnx.runtime.run_directory import Entry, record_fault
+from ndonnx.teacher import capture_bytes
+from ndonnx.teacher.batches import probe, whole_batches
+from ndonnx.teacher.noise_inputs import Noise
+from ndonnx.teacher.outputs import capture_answers, run_alone
+
+NOISE = 0.3
+"""Deviation of the noise, as a part of the activation's own."""
+STEPS = 2000
+
+_SPREAD_SAMPLES = 128
+"""Samples by which the size of activations is measured."""
+
+
+@dataclass(frozen=True)
+class HardenReport:
+    """What came of a hardening."""
+
+    model: str
+    output: str | None
+    noise: float
+    """Deviation of the noise, as a part of each activation's own."""
+    values: tuple[str, ...]
+    """Exits of neighbourhoods, to which it was added."""
+    steps: int
+    seconds: float
+    """Of the training."""
+    loss_start: float
+    """Under noise, as all four, on the samples by which the best state was chosen."""
+    loss: float
+    nmse_start: float
+    """Of the output, the teacher's clean answer being right."""
+    nmse: float
+    metrics: dict[str, Evaluation]
+    """Of `teacher` and `hardened`, without any noise."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As one JSON document."""
+        return asdict(self) | {"metrics": {name: found.to_json() for name, found in self.metrics.items()}}
+
+
+@dataclass(frozen=True)
+class HardenResult:
+    """The hardened model, and what there is to tell of it."""
+
+    model: ir.Model
+    report: HardenReport
+
+    def save(self, path: str | Path) -> None:
+        """Write it under its final name only when complete (see `ndonnx.graph.save`)."""
+        save(self.model, path)
+
+
+def harden(
+    model: str | Path,
+    *,
+    data: str,
+    noise: float = NOISE,
+    steps: int | None = None,
+    recipe: Recipe | None = None,
+    output: str | Path | None = None,
+    eval_data: str | None = None,
+    progress: Progress | None = None,
+) -> HardenResult:
+    """Train a model to answer the same with noise on its inner activations (appendix B.1).
+
+    The targets are the model's own clean answers: class scores by the softened cross-entropy
+    (and the labels', if `label_weight` says so), any other output by the squared error. The best
+    held-out state is kept, so the model never bears noise worse than it did.
+
+    Args:
+        model: path of the teacher; never modified. It has one output.
+        data: inputs to train on, as a data source.
+        noise: deviation of the noise at the exit of every neighbourhood, as a part of the activation's own.
+        steps: optimiser steps. None: the recipe's `finetune_steps`, or 2,000 where it says none.
+        recipe: the partition, `finetune_lr`, `finetune_samples`, `temperature`, `label_weight` and how to run.
+        output: where the hardened model is written. None: nowhere, see `HardenResult.model`.
+        eval_data: data for the comparison without noise; labels give accuracy. None: rows of `data`
+            that nothing else has seen, a tenth of them, at most 2,000.
+        progress: told what goes on.
+
+    Raises:
+        UsageError: bad input, a model that does not convert to torch, or a training that broke down.
+        NdonnxError: the training ended in something that nobody foresaw; a file beside the output has its traceback.
+    """
+    recipe, progress = recipe or Recipe(), progress or Silent()
+    if not (math.isfinite(noise) and noise >= 0):
+        raise UsageError(f"--noise {noise:g}: expected a number from 0, as a part of each activation's deviation")
+    if steps is not None and steps < 0:
+        raise UsageError(f"--steps {steps}: expected at least 0")
+    steps = (recipe.finetune_steps or STEPS) if steps is None else steps
+    progress.stage("load")
+    path = Path(model)
+    request = Request(path, data, eval_data, None if output is None else Path(output))
+    given = open_all(request, recipe, samples=recipe.finetune_samples)
+    for remark in given.remarks:
+        progress.note(remark)
+    if len(given.teacher.model.graph.outputs) != 1:
+        raise ModelError(
+            f"{path}: has {len(given.teacher.model.graph.outputs)} outputs; only a model with one can be hardened"
+        )
+    progress.stage("partition")
+    parts = partition_model(given.teacher.model, recipe, given.teacher.interface)
+    try:
+        noises = measure_noises(parts, given.split.to_fit(_SPREAD_SAMPLES), noise)
+        with tempfile.TemporaryDirectory(prefix="ndonnx-") as folder:
+            trained = _Run(given, parts, recipe, progress, Path(folder)).train(noises, steps)
+    except SliceError as error:
+        raise UsageError(f"{path}: cannot be hardened: {error}") from error
+    if isinstance(trained, Fault):
+        raise _unforeseen(trained, path, Path(output or model))
+    hardened, training = trained
+    state_as_in_file(hardened, given.teacher.model)
+    verify(given.teacher.model, hardened, parts, {}, probe(given.split.source), recipe.parity)
+    if output is not None:
+        save(hardened, output)
+    report = HardenReport(
+        model=str(path),
+        output=None if output is None else str(output),
+        noise=noise,
+        values=tuple(found.value for found in noises),
+        steps=training.steps,
+        seconds=round(training.seconds, 3),
+        loss_start=training.loss_start,
+        loss=training.loss,
+        nmse_start=training.nmse_start,
+        nmse=training.nmse,
+        metrics={
+            "teacher": evaluate(path, given.judge),
+            "hardened": evaluate(hardened, given.judge, teacher=path, progress=progress),
+        },
+    )
+    return HardenResult(hardened, report)
+
+
+def _unforeseen(fault: Fault, model: Path, output: Path) -> NdonnxError:
+    """One line of what nobody foresaw, and where more is told of it."""
+    told = record_fault(output.with_suffix(".faults"), "model", fault)
+    return NdonnxError(f"{model}: cannot be hardened: {fault.reason}; {told} tells more")
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One hardening: the teacher's answers, then the training in a process of its own."""
+
+    given: Opened
+    parts: Partition
+    recipe: Recipe
+    progress: Progress
+    folder: Path
+
+    def train(self, noises: tuple[Noise, ...], steps: int) -> tuple[ir.Model, Training] | Fault:
+        """The hardened model and its training, or what nobody foresaw.
+
+        Raises:
+            SliceError: the model cannot be trained.
+        """
+        samples = self._samples()
+        answers = capture_answers(self.parts, self.given.split, samples, self.folder, self.recipe, self.progress)
+        recipe = self.recipe
+        entry = Entry(self.folder / "hardened")
+        job = HardenJob(
+            name="model",
+            teacher_path=self.given.teacher.path,
+            store_path=answers.store.path,
+            labels_path=answers.labels,
+            noises=noises,
+            entry=entry,
+            plan=replace(
+                Schedule(recipe, finetunable=True).plan(steps, recipe.finetune_lr),
+                memory=MemoryPlan.of(recipe, self.parts, usable_cores()).whole_step(),
+            ),
+            temperature=recipe.temperature,
+            label_weight=recipe.label_weight,
+            holdout=answers.holdout,
+            parity=recipe.parity,
+            threads=usable_cores(),
+            interface=self.parts.interface,
+        )
+        outcome, _ = run_alone(job, "harden", steps, recipe, self.progress)
+        if (fault := outcome.fault) is not None:
+            if fault.foreseen or not fault.traceback:
+                raise SliceError(fault.reason)
+            return fault
+        hardened = load(entry.path / MODEL_FILE)
+        ir.external_data.load_to_model(hardened)  # its files go with the folder
+        return hardened, Training(**entry.meta())
+
+    def _samples(self) -> int:
+        """As many as there are, the recipe asks for, and the cache budget holds."""
+        graph = self.parts.model.graph
+        names = [value.name or "" for value in (*real_inputs(graph), *graph.outputs)]
+        batch = next(whole_batches(self.given.split.source, 1, samples=1))
+        each = capture_bytes(self.parts.model, names, 1, batch=batch)
+        return max(2, min(self.given.samples, self.recipe.cache_budget // max(1, each)))

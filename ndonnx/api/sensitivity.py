@@ -1,0 +1,145 @@
+"""`threshold`: how much error a model bears, and where (the thresholding effect)."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ndonnx.config.recipe import Recipe
+from ndonnx.data import input_specs, open_source
+from ndonnx.data.inputs import interface_of
+from ndonnx.data.split import draw
+from ndonnx.errors import ModelError
+from ndonnx.flow.measure import Rows
+from ndonnx.flow.prepare import held_out_for, partition_model
+from ndonnx.graph import load
+from ndonnx.graph.passes.branches import open_branches
+from ndonnx.metrics.partial import PartialModels
+from ndonnx.metrics.sensitivity import (
+    AMPLITUDES,
+    KEEP,
+    REPEATS,
+    SHAPING_SAMPLES,
+    STUDIED,
+    ThresholdReport,
+    check_study,
+    study,
+)
+from ndonnx.report.threshold import make_folder, write_threshold
+from ndonnx.runtime.machine import usable_cores
+from ndonnx.runtime.progress import Progress, Silent
+from ndonnx.select import parse_drop
+from ndonnx.teacher import make_session
+from ndonnx.teacher.synthetic_inputs import settings_for
+from ndonnx.teacher.trying import hold_if_mixed
+
+
+def threshold(
+    model: str | Path,
+    *,
+    data: str,
+    recipe: Recipe | None = None,
+    samples: int = 2000,
+    amplitudes: Sequence[float] | None = None,
+    repeats: int | None = None,
+    keep: Sequence[float] | None = None,
+    max_drop: float | str = "1%",
+    output: str | Path | None = None,
+    progress: Progress | None = None,
+) -> ThresholdReport:
+    """Measure how much error a model bears, and where: the thresholding effect (figures 1, 4 and 6).
+
+    Noise goes in behind one, half and all neighbourhoods, and on the weights of one after the other; each
+    neighbourhood is replaced, alone, by untrained students of several widths. All is judged by accuracy where the
+    data has labels, else by agreement with the model, or by the NMSE of its outputs where it has no class scores.
+
+    Args:
+        model: path of the teacher; never modified.
+        data: inputs to measure on, as a data source.
+        recipe: the partition, `round_to`, `cache_budget`, `seed` and how the data become inputs.
+        samples: most samples on which answers are judged, three quarters of those at hand; students are shaped on
+            others. Fewer where the activations would not fit into half of `cache_budget`.
+        amplitudes: of the noise, as parts of each value's deviation. None: 0.05 to 1.6.
+        repeats: draws of the noise at each amplitude. None: 3.
+        keep: multipliers of the students, above 0 to 1. None: 0.25, 0.5 and 0.75.
+        max_drop: what the tolerances are for, in the unit of the measure; `1%` is a point of accuracy.
+        output: folder for the JSON document, the CSV files and the pictures. None: nothing is written.
+        progress: told how far it has got.
+
+    Raises:
+        UsageError: the model or the data cannot be read, a number is out of range, or nothing can be distilled.
+    """
+    began = time.perf_counter()
+    recipe, progress = recipe or Recipe(), progress or Silent()
+    amplitudes, keep = AMPLITUDES if amplitudes is None else amplitudes, KEEP if keep is None else keep
+    repeats, drop = REPEATS if repeats is None else repeats, parse_drop(max_drop)
+    check_study(samples, amplitudes, repeats, keep)
+    progress.stage("load")
+    path, teacher = Path(model), load(model)
+    session = make_session(path)
+    settings = settings_for(data, session, teacher.graph, recipe)
+    specs = input_specs(session)
+    source = open_source(data, specs, recipe.data, seed=recipe.seed, graph=teacher.graph, settings=settings)
+    hold_if_mixed(session, source)
+    split = draw(
+        source,
+        round(samples / STUDIED),
+        seed=recipe.seed,
+        holdout=STUDIED,
+        confirming=held_out_for(
+            recipe, data, promised=True
+        ).confirming,  # what a run with `--max-drop` will test its promise on
+    )
+    progress.stage("partition")
+    interface = interface_of(source.inputs, source.fixed)
+    parts = partition_model(open_branches(teacher, interface.fixed), recipe, interface)
+    if not parts.distillable:
+        raise ModelError(f"{path}: no neighbourhood can be distilled; `ndonnx inspect {path}` says why")
+    folder = None if output is None else make_folder(Path(output))
+    judged, shaping = Rows(split.to_choose(), parts), Rows(split.to_fit(SHAPING_SAMPLES), parts)
+    progress.stage("capture", judged.count + shaping.count, "samples")
+
+    def captured(rows: Rows, folder: Path, labels: NDArray[np.int64] | None) -> PartialModels:
+        return PartialModels(
+            parts,
+            rows.batches,
+            folder,
+            rows.count,
+            threads=usable_cores(),
+            labels=labels,
+            budget=recipe.cache_budget // 2,
+            on_batch=progress.advance,
+        )
+
+    with (
+        tempfile.TemporaryDirectory(prefix=".ndonnx-", dir=folder, ignore_cleanup_errors=True) as scratch,
+        captured(judged, Path(scratch) / "judged", judged.labels) as partials,
+        captured(shaping, Path(scratch) / "shaping", None) as shaped_on,
+    ):
+        if partials.samples < judged.count:
+            progress.note(
+                f"{partials.samples} of {judged.count} samples fit into half of the cache budget; "
+                "--cache-budget raises it"
+            )
+        report = study(
+            partials,
+            shaping=shaped_on,
+            model=str(model),
+            data=data,
+            amplitudes=amplitudes,
+            repeats=repeats,
+            keep=keep,
+            max_drop=drop,
+            round_to=recipe.round_to,
+            seed=recipe.seed,
+            threads=usable_cores(),
+            progress=progress,
+        )
+    report = replace(report, seconds=time.perf_counter() - began)
+    return report if folder is None else write_threshold(report, folder)

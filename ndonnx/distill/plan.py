@@ -1,0 +1,36 @@
+"""How long, how fast and on what a module is trained."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long, how fast, on what."""
+
+    steps: int
+    batch_size: int
+    lr: float
+    """Peak step, relative to each weight's root mean square."""
+    warmup: float
+    seed: int
+    device: str = "cpu"
+    bf16: bool = False
+    seconds: float | None = None
+    """Wall time after which the training ends, its learning rate fallen to zero, whatever the steps."""
+    enough: float | None = None
+    """NMSE of the target at or under which the training is over, wherever it is measured anyway, the start included.
+    None: never."""
+
+    optimiser: Literal["muon", "adam"] = "adam"
+    """What moves matrices where that is cheap; see `ndonnx.distill.optimiser`."""
+    memory: int | None = None
+    """Bytes of activations that a step may keep, where memory is scarce; gradients are then added up from parts of a
+    batch, whose sizes decide the last bits. None: as many as `ndonnx.distill.steps` gives to each thread."""
+
+    def key(self) -> dict[str, Any]:
+        """What a student depends on. Without what older students did not have, so that they are found again."""
+        older = {"enough": None, "optimiser": "adam", "memory": None}
+        return {name: value for name, value in asdict(self).items() if name not in older or value != older[name]}

@@ -1,0 +1,110 @@
+"""How long what is trained: by steps as the recipe says, or by a time budget for everything."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from ndonnx.config.recipe import FINETUNE_FACTOR, Recipe
+from ndonnx.distill import Plan
+from ndonnx.runtime.machine import computes_in_bf16, pick_device
+
+_DISTIL_PART = 0.1
+"""Part of a time budget for the neighbourhoods, where the whole student is fine-tuned after them."""
+_ALONE_PART = 0.75
+"""The same where it is not."""
+_RESERVE = 0.05
+"""Part of a time budget left for the last checks."""
+_ANSWERS_PART = 0.1
+"""Part of a time budget for reading data and sending it through the teacher: before the neighbourhoods, and again
+before fine-tuning."""
+_LEAST_SAMPLES = 256
+"""Drawn in any case: where they take too long, the budget was too small."""
+_SEEN = 2
+"""Times that fine-tuning sees the same answer, where the images can be changed."""
+_MOST_VIEWS = 64
+"""Of one image."""
+_ENDLESS = 10**7
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Plans of training; the clock of a time budget runs from its making."""
+
+    recipe: Recipe
+    finetunable: bool
+    """Whether the whole student can be fine-tuned, as far as is known beforehand."""
+    rate: float = 0.0
+    """Samples that are read and answered by the teacher in a second; needed with a time budget only."""
+    _began: float = field(default_factory=time.perf_counter)
+
+    @property
+    def finetunes(self) -> bool:
+        """Whether there is to be a fine-tuning."""
+        return self.recipe.finetune_steps != 0 and (self.recipe.time_budget is not None or self.finetune_steps > 0)
+
+    @property
+    def alone(self) -> bool:
+        """Whether the neighbourhoods are all that is trained, as far as is known beforehand."""
+        return not (self.finetunable and self.finetunes)
+
+    @property
+    def finetune_steps(self) -> int:
+        """Of the whole student, without a time budget."""
+        recipe = self.recipe
+        return FINETUNE_FACTOR * recipe.steps if recipe.finetune_steps is None else recipe.finetune_steps
+
+    def distil(self, jobs: int, workers: int) -> Plan:
+        """Of one neighbourhood, when `jobs` of them are trained by so many workers at a time."""
+        recipe, seconds = self.recipe, None
+        if recipe.time_budget is not None:
+            part = _ALONE_PART if self.alone else _DISTIL_PART
+            seconds = part * recipe.time_budget * min(workers, jobs) / max(1, jobs)
+        steps = recipe.steps if seconds is None else min(_ENDLESS, max(recipe.steps, 1) * 1000)
+        return self.plan(steps, recipe.lr, seconds)
+
+    def distil_samples(self, samples: int) -> int:
+        """Samples of the neighbourhoods, when there are so many."""
+        return samples if self.recipe.time_budget is None else min(samples, max(_LEAST_SAMPLES, self._answers))
+
+    def finetune_samples(self) -> int:
+        """Most samples of fine-tuning."""
+        most = self.recipe.finetune_samples
+        return most if self.recipe.time_budget is None else min(most, max(_LEAST_SAMPLES, self._answers))
+
+    def views(self, samples: int) -> int:
+        """How often each of so many images comes in fine-tuning, changed each time; 1 is as they are."""
+        recipe = self.recipe
+        seen = self.finetune_steps * recipe.batch_size / _SEEN
+        answers = seen if recipe.time_budget is None else self._answers
+        return max(1, min(_MOST_VIEWS, round(answers / samples)))
+
+    @property
+    def _answers(self) -> int:
+        """Of the teacher, in their part of a time budget."""
+        return int(_ANSWERS_PART * (self.recipe.time_budget or 0.0) * self.rate)
+
+    def finetune(self) -> Plan:
+        """Of the whole student; with a time budget, in what is left of it."""
+        recipe = self.recipe
+        if recipe.time_budget is None:
+            return self.plan(self.finetune_steps, recipe.finetune_lr)
+        left = (1 - _RESERVE) * recipe.time_budget - (time.perf_counter() - self._began)
+        return self.plan(_ENDLESS, recipe.finetune_lr, max(1.0, left))
+
+    def plan(self, steps: int, lr: float, seconds: float | None = None) -> Plan:
+        """Of any training, by the recipe."""
+        recipe = self.recipe
+        device = pick_device(recipe.device)
+        bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and computes_in_bf16(device))
+        return Plan(
+            steps,
+            recipe.batch_size,
+            lr,
+            recipe.warmup,
+            recipe.seed,
+            device,
+            bf16,
+            seconds,
+            optimiser=recipe.optimiser,
+        )

@@ -1,0 +1,377 @@
+"""Gradient descent on one module: seeded, best held-out state kept, NaN stopped, weights held to their constraint."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ndonnx.convert import TorchSlice
+from ndonnx.distill.losses import Objective, nmse, target_variance
+from ndonnx.distill.optimiser import Optimiser
+from ndonnx.distill.plan import Plan
+from ndonnx.distill.samples import Rows, Samples
+from ndonnx.distill.steps import loss_of, samples_in_memory
+from ndonnx.errors import TrainingError
+from ndonnx.students import Constraint
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+OnStep = Callable[[int, int, float], None]
+"""Step, steps, held-out NMSE so far."""
+
+_EVALUATIONS = 20
+"""Times that the held-out error is measured during a training."""
+_HOLDOUT_BYTES = 64 * 2**20
+"""Most bytes of held-out samples that are kept in memory, as float32."""
+_HOLDOUT_SAMPLES = 1024
+"""Most of them."""
+_EVALUATION_BATCH = 64
+_GRADIENT = 6
+"""Operations of a gradient for each multiply-accumulate of the answer: forwards, and twice that backwards."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What came out: held-out errors before and after, and where the best state was found."""
+
+    nmse_start: float
+    """Of the target itself, whatever the objective."""
+    nmse: float
+    loss_start: float
+    """The objective's value."""
+    loss: float
+    best_step: int
+    steps: int
+    seconds: float
+
+
+def learning_rate(done: float, plan: Plan) -> float:
+    """Relative step size: linear warm-up, then half a cosine down to zero; `done` is the part that is over, 0 to 1."""
+    first = 1 / max(1, plan.steps)
+    rise = min(1.0, (done + first) / max(plan.warmup, first))
+    return plan.lr * rise * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
+
+
+def train(
+    module: TorchSlice,
+    samples: Samples,
+    objective: Objective,
+    plan: Plan,
+    on_step: OnStep,
+    constraint: Constraint | None = None,
+    *,
+    threads: int = 1,
+    macs: float = 0.0,
+) -> Training:
+    """Train in place; the module ends in its best held-out state, never worse than it began.
+
+    With a constraint, the beginning is the start on which it was imposed at once, and nothing is measured, so
+    that nothing can be enough, before its pattern is settled. On a CPU each of
+    `threads` takes a part of every batch: inside the operators of small modules threads gain nothing,
+    and lose a lot as soon as another process takes one of their cores. `macs` are the module's for one
+    sample, by which the plan's optimiser judges what is cheap; 0 leaves everything to Adam.
+
+    Raises:
+        TrainingError: the loss, or the held-out error of the start, is NaN or Inf.
+    """
+    began = time.perf_counter()
+    torch.manual_seed(plan.seed)
+    device = torch.device(plan.device)
+    module.to(device)
+    objective.to(device)
+    before = torch.get_num_threads()
+    lanes = _Lanes(threads if device.type == "cpu" else 1)
+    try:
+        return _train(module, samples, objective, plan, on_step, constraint, lanes, macs, began)
+    finally:
+        lanes.close()
+        torch.set_num_threads(before)
+
+
+def _train(
+    module: TorchSlice,
+    samples: Samples,
+    objective: Objective,
+    plan: Plan,
+    on_step: OnStep,
+    constraint: Constraint | None,
+    lanes: _Lanes,
+    macs: float,
+    began: float,
+) -> Training:
+    at_once = plan.batch_size
+    if plan.device == "cpu":
+        at_once = samples_in_memory(module, samples, objective, plan, lanes.count, bf16=plan.bf16)
+    judge = _Judge(module, samples, objective, torch.device(plan.device), lanes, at_once)
+    free = _copy(module)
+    if constraint is not None:
+        impose(constraint, module, 1.0)
+    start = best = judge.errors()
+    if not math.isfinite(start.loss):
+        raise TrainingError(
+            f"the held-out error is {start.loss} before the first step; the captured activations overflow"
+        )
+    best_step, state = 0, _copy(module)
+    _restore(module, free)
+    step = 0
+    trainable = any(weight.requires_grad for weight in module.parameters())
+    if plan.steps and trainable and not _is_enough(best, plan):
+        for step, done in _descend(module, samples, objective, plan, constraint, lanes, macs, at_once):
+            if constraint is None or done >= constraint.settled:
+                errors = judge.errors()
+                if errors.loss < best.loss:
+                    best, best_step, state = errors, step, _copy(module)
+            on_step(step, _expected_steps(step, done, plan), best.nmse)
+            if _is_enough(best, plan):
+                break
+    _restore(module, state)
+    module.to("cpu")
+    seconds = time.perf_counter() - began
+    return Training(start.nmse, best.nmse, start.loss, best.loss, best_step, step, seconds)
+
+
+def _expected_steps(step: int, done: float, plan: Plan) -> int:
+    """Steps that a training will have had: the plan's, or as many as its time has room for at the pace so far."""
+    if done >= 1:
+        return step
+    if plan.seconds is None:
+        return plan.steps
+    return min(plan.steps, max(step + 1, round(step / done)))
+
+
+def _is_enough(best: _Errors, plan: Plan) -> bool:
+    return plan.enough is not None and best.nmse <= plan.enough
+
+
+def impose(constraint: Constraint, module: TorchSlice, done: float) -> None:
+    """Hold a module's weights to a constraint."""
+    with torch.no_grad():
+        weights = {name: weight.data for name, weight in zip(module.weight_names, module.weights, strict=True)}
+        constraint.impose(weights, done)
+
+
+def _descend(
+    module: TorchSlice,
+    samples: Samples,
+    objective: Objective,
+    plan: Plan,
+    constraint: Constraint | None,
+    lanes: _Lanes,
+    macs: float,
+    at_once: int,
+) -> Iterator[tuple[int, float]]:
+    """Run the steps; yield the step and the part that is over whenever the held-out error is to be measured."""
+    weights = [weight for weight in module.parameters() if weight.requires_grad]
+    held = set() if constraint is None else set(constraint.held())
+    masked = [weight for name, weight in zip(module.weight_names, module.weights, strict=True) if name in held]
+    work = _GRADIENT * macs * plan.batch_size
+    optimiser = Optimiser(weights, work, muon=plan.optimiser == "muon", masked=masked)
+    slope = _Slope(module, samples, objective, plan, weights, at_once)
+    clock = _Clock(plan)
+    measured = 0.0
+    for step, rows in enumerate(_batches(samples, plan), start=1):
+        loss = slope.descend(rows, lanes)
+        optimiser.step(learning_rate(clock.done, plan))
+        clock.tick(step)
+        if constraint is not None:
+            impose(constraint, module, clock.done)
+        if clock.done >= 1 or clock.done - measured >= 1 / _EVALUATIONS - 1e-9:
+            measured = clock.done
+            if not math.isfinite(loss):
+                raise TrainingError(f"the loss became {loss} by step {step}; lower --lr")
+            yield step, clock.done
+        if clock.done >= 1:
+            return
+
+
+class _Lanes:
+    """Threads that each do a part of the same thing, one torch thread each."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._pool: ThreadPoolExecutor | None = None
+        if count > 1:
+            torch.set_num_threads(1)
+            self._pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
+
+    def map(self, work: Callable[[T], R], parts: Sequence[T]) -> list[R]:
+        """The results in the order of the parts."""
+        if self._pool is None or len(parts) == 1:
+            return [work(part) for part in parts]
+        return list(self._pool.map(work, parts))
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+
+class _Slope:
+    """Gradients of a batch, each lane's from its own samples; their sum does not depend on who is faster."""
+
+    def __init__(
+        self,
+        module: TorchSlice,
+        samples: Samples,
+        objective: Objective,
+        plan: Plan,
+        weights: list[nn.Parameter],
+        at_once: int,
+    ) -> None:
+        self._module = module
+        self._samples = samples
+        self._objective = objective
+        self._device = torch.device(plan.device)
+        self._bf16 = plan.bf16
+        self._weights = weights
+        self._at_once = at_once
+
+    def descend(self, rows: np.ndarray, lanes: _Lanes) -> float:
+        """Put the gradients into the weights; the loss."""
+        parts = self._samples.split(rows, max(lanes.count, -(-len(rows) // self._at_once)))
+        total = 0.0
+        for weight in self._weights:
+            weight.grad = None
+        for start in range(0, len(parts), lanes.count):
+            some = parts[start : start + lanes.count]
+            for part, (loss, gradients) in zip(some, lanes.map(self._of, some), strict=True):
+                share = len(part) / len(rows)
+                total += share * loss
+                for weight, gradient in zip(self._weights, gradients, strict=True):
+                    _add_gradient(weight, gradient, share)
+        return total
+
+    def _of(self, rows: np.ndarray) -> tuple[float, Sequence[Tensor | None]]:
+        batch = self._samples.batch(rows)
+        loss = loss_of(self._module, self._samples.inputs, self._objective, batch, self._device, bf16=self._bf16)
+        return float(loss.detach()), torch.autograd.grad(loss, self._weights, allow_unused=True)
+
+
+def _add_gradient(weight: Tensor, gradient: Tensor | None, share: float) -> None:
+    """Add a part's share in the weight's own memory layout, which the fused optimiser takes for granted."""
+    if gradient is not None:
+        weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        weight.grad.add_(gradient, alpha=share)
+
+
+class _Clock:
+    """The part of a training that is over: of its steps, or of its time where that is further on."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._began = time.perf_counter()
+        self.done = 0.0
+
+    def tick(self, step: int) -> None:
+        self.done = step / self._plan.steps
+        if self._plan.seconds is not None:
+            elapsed = time.perf_counter() - self._began
+            self.done = max(self.done, elapsed / self._plan.seconds)
+        self.done = min(1.0, self.done)
+
+
+def _batches(samples: Samples, plan: Plan) -> Iterator[np.ndarray]:
+    """Rows of each step: every epoch a new order, sorted inside a batch so that the disk is read forwards."""
+    rng = np.random.default_rng(plan.seed)
+    first, last = samples.blocks.holdout, samples.blocks.samples
+    size = min(plan.batch_size, last - first)
+    order, position = np.empty(0, dtype=np.int64), 0
+    for _ in range(plan.steps):
+        if position + size > len(order):
+            order, position = first + rng.permutation(last - first), 0
+        yield np.sort(order[position : position + size])
+        position += size
+
+
+@dataclass(frozen=True)
+class _Errors:
+    loss: float
+    nmse: float
+
+
+@dataclass(frozen=True, eq=False)
+class _Held:
+    """Held-out rows of one shape."""
+
+    values: Mapping[str, Tensor]
+    constant: frozenset[str]
+    count: int
+
+    @classmethod
+    def of(cls, rows: Rows, target: str) -> _Held:
+        values = {name: torch.from_numpy(array) for name, array in rows.arrays.items()}
+        return cls(values, rows.constant, len(values[target]))
+
+
+def _variance(targets: Sequence[Tensor]) -> float:
+    """Variance of a target over samples; of several, the mean that counts every element alike."""
+    found = [target_variance(target if len(target) > 1 else target.reshape(-1, 1)) for target in targets]
+    if len(found) == 1:
+        return found[0]
+    sizes = [target.numel() for target in targets]
+    return sum(size * variance for size, variance in zip(sizes, found, strict=True)) / sum(sizes)
+
+
+class _Judge:
+    """The held-out errors of a module, in float32 whatever it is trained in."""
+
+    def __init__(
+        self,
+        module: TorchSlice,
+        samples: Samples,
+        objective: Objective,
+        device: torch.device,
+        lanes: _Lanes,
+        at_once: int,
+    ) -> None:
+        self._module = module
+        self._inputs = samples.inputs
+        self._objective = objective
+        self._device = device
+        self._lanes = lanes
+        self._batch = min(_EVALUATION_BATCH, at_once)
+        most = max(1, _HOLDOUT_BYTES // max(1, samples.bytes_per_sample()))
+        rows = samples.heldout(min(samples.blocks.holdout, _HOLDOUT_SAMPLES, most))
+        self._sets = [_Held.of(each, objective.target) for each in rows]
+        self._count = sum(held.count for held in self._sets)
+        self._variance = _variance([held.values[objective.target] for held in self._sets])
+        self._batches = [(h, start) for h in self._sets for start in range(0, h.count, self._batch)]
+
+    def errors(self) -> _Errors:
+        """The objective, and the NMSE of the target, on the held-out samples."""
+        found = self._lanes.map(self._of, self._batches)
+        loss, squared, elements = (sum(values) for values in zip(*found, strict=True))
+        return _Errors(loss / self._count, nmse(squared / elements, self._variance))
+
+    def _of(self, part: tuple[_Held, int]) -> tuple[float, float, int]:
+        """Loss times samples, squared error and number of elements of one batch."""
+        held, start = part
+        stop = min(start + self._batch, held.count)
+        batch = {
+            name: (tensor if name in held.constant else tensor[start:stop]).to(self._device)
+            for name, tensor in held.values.items()
+        }
+        with torch.no_grad():
+            answer = self._module(*(batch[name] for name in self._inputs))
+            target = batch[self._objective.target]
+            loss = float(self._objective(answer, batch)) * (stop - start)
+            return loss, float(((answer - target).double() ** 2).sum()), target.numel()
+
+
+def _copy(module: TorchSlice) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in module.parameters()]
+
+
+def _restore(module: TorchSlice, state: list[Tensor]) -> None:
+    with torch.no_grad():
+        for parameter, kept in zip(module.parameters(), state, strict=True):
+            parameter.copy_(kept)

@@ -1,0 +1,138 @@
+"""Trained students into one: refitted down the chain, spliced, fine-tuned, verified."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import onnx_ir as ir
+
+from ndonnx.assemble.splice import is_changed, splice
+from ndonnx.assemble.verify import check_no_larger, verify
+from ndonnx.distill import load_student, read_result
+from ndonnx.errors import VerificationError
+from ndonnx.flow.finish import Finishing
+from ndonnx.flow.run import Run
+from ndonnx.graph.shapes.declared import copy_of, state_as_in_file
+from ndonnx.partition import Neighbourhood
+from ndonnx.report import FinetuneReport
+from ndonnx.runtime.faults import Fault, fault_of
+from ndonnx.runtime.run_directory import Entry
+from ndonnx.teacher.batches import probe
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """A finished student."""
+
+    model: ir.Model
+    tuned: FinetuneReport | None
+    """What its fine-tuning came to; None where there was none."""
+    refused: dict[str, Fault]
+    """Neighbourhoods whose students failed at their place in the whole and were left out, with the reason."""
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """Puts students together, the same way whoever chose them."""
+
+    run: Run
+    finishing: Finishing
+
+    def spliced(self, entries: Mapping[str, Entry]) -> ir.Model:
+        """The students as they were trained, in the teacher's place."""
+        students = self._students(entries)
+        return self._in_place(students)
+
+    def assemble(self, entries: Mapping[str, Entry], data: tuple[str, ...]) -> Assembled:
+        """The finished student; students that fail their check inside it are left out.
+
+        Args:
+            entries: trained students by the name of the neighbourhood.
+            data: what they and the finishing depend on.
+
+        Raises:
+            VerificationError: the whole is not what was trained, and no student alone is to blame.
+        """
+        refused: dict[str, Fault] = {}
+        while True:
+            try:
+                student, tuned = self._assembled({n: e for n, e in entries.items() if n not in refused}, data)
+            except VerificationError as error:
+                if error.neighbourhood is None:
+                    raise
+                uses = self.run.parts.uses(self._by_name(error.neighbourhood))
+                fault = replace(fault_of(error.__cause__ or error), reason=str(error))
+                refused |= dict.fromkeys((n.name for n in uses), fault)
+                self.run.progress.note(f"{error}; it stays as the teacher has it")
+            else:
+                return Assembled(student, tuned, refused)
+
+    def _by_name(self, name: str) -> Neighbourhood:
+        return next(n for n in self.run.parts.neighbourhoods if n.name == name)
+
+    def _assembled(self, entries: Mapping[str, Entry], data: tuple[str, ...]) -> tuple[ir.Model, FinetuneReport | None]:
+        # In the teacher's order, not in that of completion: the same students are the same bytes.
+        entries = {n.name: entries[n.name] for n in self.run.parts.neighbourhoods if n.name in entries}
+        key: tuple[str, ...] = (*data, *(entry.path.name for entry in entries.values()))
+        with self.run.clock.measure("splice"):
+            students = self._students(entries)
+        inputs = self.run.recipe.inputs
+        if inputs == "refit" or (inputs is None and not self.run.schedule.finetunes):
+            students = self._refitted(students, key)
+        student, tuned = self._spliced(students), None
+        self._check_size(student, students, entries)
+        if self.run.schedule.finetunes and students:
+            with self.run.clock.measure("finetune"):
+                student, tuned = self.finishing.finetune(student, students, (*key, str(inputs)))
+            if tuned.reason is not None and inputs is None:
+                students = self._refitted(students, key)
+                student = self._spliced(students)
+        with self.run.clock.measure("splice"):
+            # Fine-tuning compares the student as a whole; its slices are no longer those that were trained.
+            unchanged = students if tuned is None or tuned.reason is not None else {}
+            verify(
+                self.run.teacher.model,
+                student,
+                self.run.parts,
+                unchanged,
+                probe(self.run.split.source),
+                self.run.recipe.parity,
+            )
+            state_as_in_file(student, self.run.teacher.model)
+        return student, tuned
+
+    def _refitted(self, students: dict[str, ir.Model], key: tuple[str, ...]) -> dict[str, ir.Model]:
+        if not students:
+            return students
+        with self.run.clock.measure("refit"):
+            return self.finishing.refit(students, key)
+
+    def _spliced(self, students: Mapping[str, ir.Model]) -> ir.Model:
+        with self.run.clock.measure("splice"):
+            self.run.progress.stage("splice")
+            return self._in_place(students)
+
+    def _in_place(self, students: Mapping[str, ir.Model]) -> ir.Model:
+        if not students:
+            return copy_of(self.run.teacher.original)
+        turned = {name: self.run.parts.as_in_teacher(student) for name, student in students.items()}
+        return splice(self.run.teacher.model, turned, self.run.parts.shared)
+
+    def _students(self, entries: Mapping[str, Entry]) -> dict[str, ir.Model]:
+        """The students that differ from the teacher, at each of their places."""
+        found: dict[str, ir.Model] = {}
+        for n in self.run.parts.trained:
+            student = load_student(entries[n.name]) if n.name in entries else None
+            if student is not None and is_changed(student, self.run.parts.slice_of(n)):
+                found |= {use.name: self.run.parts.at(use, student) for use in self.run.parts.uses(n)}
+        return {n.name: found[n.name] for n in self.run.parts.neighbourhoods if n.name in found}
+
+    def _check_size(self, student: ir.Model, students: Mapping[str, ir.Model], entries: Mapping[str, Entry]) -> None:
+        """Refuse students that make the whole larger, but for those of methods that promise nothing of the kind."""
+        larger = {name for name, entry in entries.items() if read_result(entry).may_grow}
+        promising = {n: model for n, model in students.items() if self.run.parts.shared.get(n, n) not in larger}
+        if promising:
+            whole = student if len(promising) == len(students) else self._in_place(promising)
+            turned = {name: self.run.parts.as_in_teacher(model) for name, model in promising.items()}
+            check_no_larger(self.run.teacher.model, whole, turned, self.run.parts.shared)

@@ -1,0 +1,193 @@
+"""After the neighbourhoods: the refit walk and the fine-tuning, each kept in the run directory when done."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx_ir as ir
+
+from ndonnx.assemble.propagation import refit_walk
+from ndonnx.data.augmentation import image_axes
+from ndonnx.distill import Training
+from ndonnx.distill.finetune import STUDENT_FILE, FinetuneJob, why_not_finetuned
+from ndonnx.flow.run import Run
+from ndonnx.graph import load, save
+from ndonnx.graph.costs import weights_of
+from ndonnx.graph.dataflow import reads, real_inputs
+from ndonnx.report import FinetuneReport
+from ndonnx.runtime.faults import Fault, tried
+from ndonnx.runtime.machine import usable_cores
+from ndonnx.runtime.run_directory import Entry, fingerprint
+from ndonnx.teacher.batches import read_batch, sample_bytes, value_bytes, whole_batches
+from ndonnx.teacher.outputs import capture_answers, run_alone
+
+_REFIT_SAMPLES = 2048
+"""Most samples of the refit walk."""
+_LEAST_REFIT = 2
+"""One to fit on, and one to tell whether that helped."""
+
+
+@dataclass
+class Finishing:
+    """What is done to the students together."""
+
+    run: Run
+    workers_rss: int = 0
+
+    def refit(self, students: Mapping[str, ir.Model], key: tuple[str, ...]) -> dict[str, ir.Model]:
+        """Walk down the chain and refit each student's last linear operator; see `refit_walk`.
+
+        Args:
+            students: by the name of the neighbourhood.
+            key: what they depend on.
+        """
+        if not students:
+            return {}
+        samples = self._refit_samples()
+        source = self.run.split.to_fit(samples)
+        if source.length < _LEAST_REFIT:
+            self.run.progress.note(
+                f"the students are not refitted on their own inputs: {source.length} sample to fit on"
+            )
+            return dict(students)
+        entry = self.run.directory.entry("refitted", fingerprint(*key, sorted(students), source.fingerprint()))
+        if not entry.done:
+            self.run.progress.stage("refit", len(students), "neighbourhoods")
+            folder = entry.begin()
+            scratch = self.run.directory.path / "walk"
+            try:
+                refitted = refit_walk(
+                    self.run.parts,
+                    students,
+                    lambda: whole_batches(source, read_batch(source)),
+                    scratch,
+                    source.length,
+                    threads=usable_cores(),
+                    on_neighbourhood=lambda name, done: self.run.progress.advance(),
+                    on_fault=self._not_refitted,
+                )
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+            for name, student in refitted.items():
+                save(student, folder / f"{name}.onnx")
+            entry.commit({"students": sorted(refitted)})
+        return {name: load(entry.path / f"{name}.onnx") for name in students}
+
+    def _not_refitted(self, name: str, fault: Fault) -> None:
+        self.run.directory.record(f"{name} refit", fault)
+        self.run.progress.note(f"{name} is not refitted on its own inputs: {fault.reason}")
+
+    def _refit_samples(self) -> int:
+        """As many as the cache budget holds of the largest neighbourhood, on both sides, in full precision."""
+        ends = [
+            [value.name or "" for value in (n.entry, *n.context, n.exit) if value is not None]
+            for n in self.run.parts.distillable
+        ]
+        wanted = (name for names in ends for name in names)
+        sizes = value_bytes(self.run.parts.model, wanted, self.run.split.source, np.float32)
+        most = max((sum(sizes.get(name, 0) for name in names) for names in ends), default=0)
+        return max(2, min(_REFIT_SAMPLES, self.run.samples, self.run.recipe.cache_budget // (2 * max(1, most))))
+
+    def finetune(
+        self, student: ir.Model, replaced: Collection[str], key: tuple[str, ...]
+    ) -> tuple[ir.Model, FinetuneReport]:
+        """Train the whole student against the teacher's answers; it comes back as it was where that cannot be.
+
+        Args:
+            student: the spliced student.
+            replaced: names of the neighbourhoods whose weights are trained; all others stay the teacher's.
+            key: what it depends on.
+        """
+        if (reason := why_not_finetuned(student)) is not None:
+            return self._not_finetuned(student, Fault(reason))
+        plan = replace(self.run.schedule.finetune(), memory=self.run.memory.whole_step())
+        samples, views = self._finetune_samples()
+        rows = self.run.split.to_train(samples).fingerprint()
+        settings: list[object] = [
+            self.run.recipe.temperature,
+            self.run.recipe.label_weight,
+            self.run.recipe.holdout,
+            rows,
+        ]
+        if views > 1:
+            settings += [views, *self.run.recipe.augment]
+        # Of a time budget, not what is left of it: a run that goes on finds what it has done.
+        length = (str(self.run.recipe.time_budget), str(self.run.schedule.finetune_steps))
+        same = replace(plan, steps=0, seconds=None).key()
+        entry = self.run.directory.entry("finetuned", fingerprint(*key, same, *length, *map(str, settings)))
+        if not entry.done:
+            fault = tried(lambda: self._train(student, self._kept(replaced), entry, samples, views))
+            if fault is not None:
+                return self._not_finetuned(student, fault)
+        found = Training(**entry.meta())
+        return load(entry.path / STUDENT_FILE), FinetuneReport(
+            steps=found.steps,
+            seconds=round(found.seconds, 3),
+            loss_start=found.loss_start,
+            loss=found.loss,
+            nmse_start=found.nmse_start,
+            nmse=found.nmse,
+        )
+
+    def _not_finetuned(self, student: ir.Model, fault: Fault) -> tuple[ir.Model, FinetuneReport]:
+        self.run.progress.note(f"the student is not fine-tuned: {fault.reason}")
+        path = self.run.directory.record("fine-tuning", fault)
+        told = None if path is None else str(path)
+        return student, FinetuneReport(steps=0, seconds=0.0, reason=fault.reason, traceback=told)
+
+    def _train(self, student: ir.Model, kept: frozenset[str], entry: Entry, samples: int, views: int) -> Fault | None:
+        """Why there is no fine-tuned student; None when there is one."""
+        scratch = self.run.directory.path / "finetune"
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+        try:
+            answers = capture_answers(
+                self.run.parts, self.run.split, samples, scratch, self.run.recipe, self.run.progress, views
+            )
+            save(student, scratch / STUDENT_FILE)
+            # Now, when the answers' time is spent.
+            plan = replace(self.run.schedule.finetune(), memory=self.run.memory.whole_step())
+            job = FinetuneJob(
+                name="student",
+                student_path=scratch / STUDENT_FILE,
+                store_path=answers.store.path,
+                labels_path=answers.labels,
+                entry=entry,
+                plan=plan,
+                temperature=self.run.recipe.temperature,
+                label_weight=self.run.recipe.label_weight,
+                holdout=answers.holdout,
+                parity=self.run.recipe.parity,
+                threads=usable_cores(),
+                kept=kept,
+                interface=self.run.parts.interface,
+            )
+            steps = plan.steps if plan.seconds is None else None
+            outcome, rss = run_alone(job, "finetune", steps, self.run.recipe, self.run.progress)
+            self.workers_rss = max(self.workers_rss, rss)
+            return outcome.fault
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    def _kept(self, replaced: Collection[str]) -> frozenset[str]:
+        outside = (n for n in self.run.parts.neighbourhoods if n.name not in replaced)
+        read = (v for n in outside for node in n.nodes for v in (*reads(node), *weights_of(node)) if v.is_initializer())
+        return frozenset(value.name or "" for value in read)
+
+    def _finetune_samples(self) -> tuple[int, int]:
+        """How many, and how often each comes."""
+        names = [
+            value.name or ""
+            for value in (*real_inputs(self.run.parts.model.graph), *self.run.parts.model.graph.outputs)
+        ]
+        source = self.run.split.source
+        each = sample_bytes(self.run.parts.model, names, source)
+        available = min(self.run.split.available, self.run.schedule.finetune_samples())
+        held = max(2, self.run.recipe.cache_budget // max(1, each))
+        samples = max(2, min(available, held))
+        images = image_axes(source.inputs, source.recipe)
+        views = self.run.schedule.views(samples) if self.run.recipe.augment and images else 1
+        return samples, max(1, min(views, held // samples))

@@ -1,0 +1,75 @@
+"""What all stages of a run share: made once, handed on, never changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import onnx_ir as ir
+
+from ndonnx.config.recipe import Recipe
+from ndonnx.data import DataSource
+from ndonnx.data.split import Split
+from ndonnx.distill.memory import MemoryPlan
+from ndonnx.distill.schedule import Schedule
+from ndonnx.graph.interface import Interface
+from ndonnx.graph.storage.external import external_tensors
+from ndonnx.metrics.sensitivity import StudyFile
+from ndonnx.partition import Partition
+from ndonnx.runtime.clock import Clock
+from ndonnx.runtime.machine import usable_cores
+from ndonnx.runtime.progress import Progress
+from ndonnx.runtime.run_directory import RunDir, fingerprint, fingerprint_file
+from ndonnx.teacher.capture_plan import gigabytes
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The user's model, opened."""
+
+    path: Path
+    original: ir.Model
+    """The model as its file has it: what is written where no student is."""
+    model: ir.Model
+    """The model with the branches that are always taken in the place of their `If`: where students go."""
+    interface: Interface
+    """How the model is fed."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: what it works on, with what settings, and whom it tells."""
+
+    directory: RunDir
+    recipe: Recipe
+    progress: Progress
+    clock: Clock
+    teacher: Teacher
+    parts: Partition
+    split: Split
+    """The data, and which of its rows do what."""
+    judge: DataSource
+    """Data of the final comparison: those given for it, else rows that nothing else reads."""
+    samples: int
+    """Maximum number of training samples of a neighbourhood."""
+    schedule: Schedule
+    study: StudyFile | None = None
+    """The sensitivity study that the recipe names."""
+
+    @cached_property
+    def model_key(self) -> str:
+        """Fingerprint of the teacher's file and of the weights that it keeps beside it."""
+        beside = sorted({str(tensor.path) for tensor in external_tensors(self.parts.model)})
+        return fingerprint(*map(fingerprint_file, [str(self.teacher.path), *beside]))
+
+    @cached_property
+    def memory(self) -> MemoryPlan:
+        """Number of jobs at a time, and the bytes of each; a budget that cannot be kept is told once."""
+        plan = MemoryPlan.of(self.recipe, self.parts, usable_cores())
+        if plan.least > plan.budget:
+            self.progress.note(
+                f"the memory budget of {gigabytes(plan.budget)} is less than the {gigabytes(plan.least)}, about, that "
+                "this model takes with one job at a time, and will be exceeded; raise --memory-budget"
+            )
+        return plan

@@ -1,0 +1,258 @@
+"""The three ways to train all students: in parallel, one after the other, or on noise.
+
+Each neighbourhood is trained on the teacher's activations, independently of the others (the paper's method); or on what
+the students before it give, so that errors do not add up; or on noise at its own input, without any data (section 6).
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from ndonnx.assemble.propagation import Prefix
+from ndonnx.distill import load_student
+from ndonnx.errors import RecipeError
+from ndonnx.flow.jobs import NeighbourhoodResult, Task
+from ndonnx.flow.run import Run
+from ndonnx.flow.train import Distillation, Stores
+from ndonnx.partition import Neighbourhood
+from ndonnx.runtime.faults import Fault, tried
+from ndonnx.runtime.run_directory import fingerprint
+from ndonnx.teacher import ActivationStore
+from ndonnx.teacher.moments import entry_noise
+from ndonnx.teacher.noise import EntryNoise, noise_store
+
+Rounds = Callable[[Sequence[Task]], Iterator[Sequence[Task]]]
+"""Tasks of one capture in the order of their training: each round is over before the next one is asked for."""
+
+
+class Strategy(ABC):
+    """One way to train the students of a run."""
+
+    def __init__(self, distillation: Distillation) -> None:
+        """Nothing is trained yet."""
+        self.distillation = distillation
+        self.run: Run = distillation.run
+
+    @abstractmethod
+    def train(self, tasks: Sequence[Task]) -> None:
+        """Bring every task to an end: its result is in `distillation.outcomes` afterwards."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """What progress is told while tasks are trained."""
+
+    unit: str
+    done: int
+    total: int
+
+
+class Parallel(Strategy):
+    """Each student on the teacher's activations, independently of the others: the paper's method."""
+
+    def train(
+        self,
+        tasks: Sequence[Task],
+        rounds: Rounds | None = None,
+        *,
+        unit: str = "neighbourhoods",
+        ordered: bool = False,
+    ) -> None:
+        """Train tasks, as many at a time as there are workers.
+
+        Args:
+            tasks: several of a neighbourhood share its capture.
+            rounds: puts the tasks of a wave in order, and may leave some out; None trains them all at once.
+            unit: what they are called in progress.
+            ordered: start them as they come; otherwise those with the largest activations first.
+        """
+        samples, waves = self.distillation.planned()
+        of_each: dict[str, list[Task]] = {}
+        for task in tasks:
+            of_each.setdefault(task.neighbourhood.name, []).append(task)
+        of_wave = [[task for n in wave for task in of_each.get(n.name, ())] for wave in waves]
+        known, reuse = self.distillation.outcomes, self.distillation.reuse
+        open_ = [[t for t in several if t.label not in known and not reuse(t)] for several in of_wave]
+        self.distillation.captures.estimate([wave for wave, todo in zip(waves, open_, strict=True) if todo], samples)
+        done, total = 0, sum(map(len, open_))
+        with self.distillation.workers_kept():
+            for wave, several, todo in zip(waves, of_wave, open_, strict=True):
+                if todo:
+                    in_turn = rounds(several) if rounds is not None else [several]
+                    done = self._train_wave(wave, in_turn, Told(unit, done, total), ordered)
+
+    def _train_wave(
+        self, wave: Sequence[Neighbourhood], rounds: Iterable[Sequence[Task]], told: Told, ordered: bool
+    ) -> int:
+        """The tasks of one capture; how many are done by then."""
+        done = told.done
+        samples, _ = self.distillation.planned()
+        values = self.distillation.jobs.wanted(wave)
+        entry = self.run.directory.entry("activations", fingerprint(*self.distillation.data, values))
+        store: ActivationStore | None = None
+        for these in rounds:
+            left = [task for task in these if task.label not in self.distillation.outcomes]
+            if not left:
+                continue
+            if store is None:
+                with self.run.clock.measure("capture"):
+                    store = self.distillation.capture(entry, values, samples)
+            stores = [dict.fromkeys(values, store.path)]
+            with self.run.clock.measure("distil"):
+                self.run.progress.stage("distil", told.total, told.unit)
+                self.run.progress.advance(done)
+                self.distillation.train(left, {task.label: stores for task in left}, ordered)
+            done += len(left)
+        entry.remove()
+        return done
+
+
+class FromNoise(Strategy):
+    """Each student on Gaussian noise at its own input, rectified behind a ReLU: no data at all (section 6)."""
+
+    def train(self, tasks: Sequence[Task]) -> None:
+        """Train tasks on noise.
+
+        Raises:
+            RecipeError: the recipe looks ahead, where noise says nothing.
+        """
+        if self.run.recipe.look_ahead:
+            raise RecipeError("look_ahead: noise at each neighbourhood says nothing of what follows; leave it out")
+        samples, waves = self.distillation.planned()
+        of_each = {task.neighbourhood.name: task for task in tasks}
+        drawn = entry_noise(self.run.parts, carry=False, seed=self.run.recipe.seed, threads=1)
+        folder = self.run.directory.path / "noise"
+        with self.distillation.workers_kept():
+            for wave in waves:
+                self._train_wave([of_each[n.name] for n in wave if n.name in of_each], drawn, samples, folder)
+
+    def _train_wave(self, tasks: Sequence[Task], drawn: Mapping[str, EntryNoise], samples: int, folder: Path) -> None:
+        stores: dict[str, Stores] = {}
+        with self.run.clock.measure("capture"):
+            for number, task in enumerate(tasks):
+                if self.distillation.reuse(task):
+                    continue
+                places = tried(partial(self._noise, task.neighbourhood, folder / f"{number:04}", samples, drawn))
+                if isinstance(places, Fault):
+                    self.distillation.keep(task.label, places)
+                else:
+                    stores[task.label] = places
+        left = [task for task in tasks if task.label in stores]
+        with self.run.clock.measure("distil"):
+            self.run.progress.stage("distil", len(left), "neighbourhoods")
+            self.distillation.train(left, stores)
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def _noise(
+        self, neighbourhood: Neighbourhood, folder: Path, samples: int, drawn: Mapping[str, EntryNoise]
+    ) -> list[dict[str, Path]]:
+        """Stores of the noise in each of the places of a student."""
+        stores = []
+        for place, use in enumerate(self.run.parts.uses(neighbourhood)):
+            noise = drawn.get(use.name, EntryNoise("white", None))
+            where = folder.with_name(f"{folder.name}-{place}" if place else folder.name)
+            store = noise_store(
+                self.run.parts.slice_of(use), where, samples, self.run.recipe.seed, noise.kind, noise.moments
+            )
+            stores.append(dict.fromkeys(store.names, store.path))
+        return stores
+
+
+class Sequential(Strategy):
+    """One student after the other, each on what the students before it give, so that errors do not add up."""
+
+    def train(self, tasks: Sequence[Task]) -> None:
+        """Train tasks in topological order."""
+        samples, waves = self.distillation.planned()
+        of_each = {task.neighbourhood.name: task for task in tasks}
+        turns = [[of_each[n.name] for n in wave if n.name in of_each] for wave in waves]
+        chained, chain = self.distillation.jobs.chained, self.distillation.jobs.chain
+        in_order = list(itertools.chain.from_iterable(turns))
+        if all(self.distillation.jobs.entry(task).done for task in chained(in_order)):
+            chain.clear()
+            for task in chained(in_order):
+                self.distillation.reuse(task)
+            return
+        chain.clear()
+        self.distillation.captures.estimate(waves, samples)
+        folder = self.run.directory.path / "prefix"
+        prefix = Prefix(self.run.parts, self.run.parts.in_order, self.distillation.batches(samples), folder, samples)
+        with self.distillation.workers_kept():
+            for wave, turn in zip(waves, turns, strict=True):
+                exits = self.distillation.jobs.exits(wave)
+                entry = self.run.directory.entry("activations", fingerprint(*self.distillation.data, exits))
+                with self.run.clock.measure("capture"):
+                    store = self.distillation.capture(entry, exits, samples)
+                with self.run.clock.measure("distil"):
+                    self.run.progress.stage("distil", len(in_order), "neighbourhoods")
+                    for task in chained(turn):
+                        self._after(prefix, task, store)
+                entry.remove()
+        prefix.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def _after(self, prefix: Prefix, task: Task, store: ActivationStore) -> None:
+        """Train one neighbourhood behind the students before it."""
+        neighbourhood = task.neighbourhood
+        if not self.distillation.reuse(task):
+            stores = tried(partial(self._stores, prefix, neighbourhood, store))
+            if isinstance(stores, Fault):
+                self.distillation.keep(task.label, stores)
+            else:
+                self.distillation.train([task], {task.label: stores})
+        for following in self._up_to_next(neighbourhood):
+            self._go_on(prefix, following)
+        self.run.progress.advance()
+
+    def _stores(self, prefix: Prefix, neighbourhood: Neighbourhood, store: ActivationStore) -> list[dict[str, Path]]:
+        """What each place of a student reads: the teacher's values, and what the students before it give."""
+        captured = dict.fromkeys((*store.names, *store.unstorable), store.path)
+        return [
+            captured | {name: given.path for name, given in prefix.inputs_of(use).items()}
+            if use is neighbourhood or self.run.parts.together(use)
+            else captured
+            for use in self.run.parts.uses(neighbourhood)
+        ]
+
+    def _go_on(self, prefix: Prefix, neighbourhood: Neighbourhood) -> None:
+        """Put the student in a place, or leave the place to the teacher."""
+        label = neighbourhood.first or neighbourhood.name
+        ended = self.distillation.outcomes[label].entry
+        if ended is not None:
+            fault = tried(lambda: prefix.put(neighbourhood, self.run.parts.at(neighbourhood, load_student(ended))))
+            if fault is None:
+                return
+            ended.remove()  # or a run that goes on here would take it for good
+            self.distillation.keep(label, fault)
+        prefix.leave(neighbourhood)
+
+    def _up_to_next(self, neighbourhood: Neighbourhood) -> Iterator[Neighbourhood]:
+        """A neighbourhood and those behind it whose student is trained by then."""
+        order = self.run.parts.in_order
+        yield neighbourhood
+        yield from itertools.takewhile(lambda n: n.first is not None, order[order.index(neighbourhood) + 1 :])
+
+
+_STRATEGIES: Mapping[str | None, type[Strategy]] = {"student": Sequential, "noise": FromNoise}
+"""By what students learn on, as the recipe's `inputs` says; parallel where nothing else is said."""
+
+
+def distil_all(distillation: Distillation) -> dict[str, NeighbourhoodResult]:
+    """Bring every neighbourhood to an end: distilled, re-used, or kept with its reason."""
+    parts, results = distillation.run.parts, distillation.outcomes
+    distillation.keep_the_rest()
+    distillation.planned()
+    tasks = [distillation.needed(n) for n in parts.trained]
+    _STRATEGIES.get(distillation.run.recipe.inputs, Parallel)(distillation).train(tasks)
+    results.update({name: results[first] for name, first in parts.shared.items()})
+    if distillation.budgets is not None:
+        for n in parts.distillable:
+            plan = distillation.needed(n).plan
+            results[n.name] = distillation.budgets.judged(n, results[n.name], plan, distillation.run.progress)
+    return results

@@ -1,0 +1,355 @@
+"""How good a model is: accuracy with labels; agreement and error against a teacher without.
+
+One pass over the data. Nothing is kept but sums, so the memory needed does not grow with it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from ndonnx.data import Batch, DataSource, input_specs
+from ndonnx.data.inputs import interface_of
+from ndonnx.distill.task import are_probabilities, class_scores, doubt, has_shape_of_scores
+from ndonnx.errors import DataError, ModelError, UsageError, first_line
+from ndonnx.graph import load
+from ndonnx.graph.interface import Interface
+from ndonnx.graph.passes.branches import open_branches
+from ndonnx.graph.working_copy import working_copy
+from ndonnx.runtime.progress import Progress, Silent
+from ndonnx.teacher.sessions import OrtError, make_session
+from ndonnx.teacher.sizes import rows_at_once
+
+Model = str | Path | ir.Model
+Array = NDArray[np.generic]
+Float = NDArray[np.float64]
+
+_FEW = 2
+"""Samples by which sizes are found."""
+_COPIES = 8
+"""Times that answers are in memory while they are compared: several in double precision."""
+_UNKNOWN = 16
+"""Samples run at a time where sizes cannot be found."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured; None where labels, a teacher or class scores were missing.
+
+    Class scores are the first output that is known to hold any, see `ndonnx.distill.task`.
+    """
+
+    samples: int
+    accuracy: float | None
+    """Part of the samples whose largest class score is at the label (top-1)."""
+    agreement: float | None
+    """Part of the samples whose largest class score is where the teacher's is."""
+    nmse: float | None
+    """Squared error over the teacher's variance, pooled over all float outputs; inf where an output broke."""
+    max_error: float | None
+    """Largest absolute difference from a teacher's value, over all float outputs."""
+    kl: float | None
+    """Kullback-Leibler divergence of the class distribution from the teacher's, in nats, mean over samples."""
+    worst_sample: int | None = None
+    """Number of the sample with the largest squared error, from 0 in the order of the data."""
+    worst_nmse: float | None = None
+    """Its squared error over the teacher's variance: `nmse` is the mean of this over all samples."""
+
+    def to_json(self) -> dict[str, int | float | None]:
+        """As a mapping for JSON, which has no NaN or Inf: such values become None."""
+        return {key: value if value is None or math.isfinite(value) else None for key, value in asdict(self).items()}
+
+
+def evaluate(
+    model: Model,
+    data: DataSource,
+    *,
+    teacher: Model | None = None,
+    batch_size: int = 256,
+    threads: int | None = None,
+    samples: int | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Run the model over all of the data, and beside it the teacher if there is one.
+
+    A model with a fixed batch dimension is run at that size, the last samples padded.
+
+    Args:
+        model: path or IR model.
+        data: opened for the inputs of this model (`input_specs`).
+        teacher: what to compare with; needs the same inputs and outputs.
+        batch_size: samples per run where the model leaves that open.
+        threads: for onnxruntime; None takes the cores of the process's affinity.
+        samples: only so many, the first ones; None for all.
+
+    Raises:
+        ModelError: a model cannot be opened or run, or the two do not match.
+        DataError: a sample is corrupt or does not fit, or a label is no class of the model.
+    """
+    progress = Silent() if progress is None else progress
+    student = _Runner(model, data, threads)
+    reference = None if teacher is None else _Runner(teacher, data, threads)
+    if reference is not None:
+        _check_match(student, reference)
+    tally = _Tally(student.name)
+    total = data.length if samples is None or data.length is None else min(samples, data.length)
+    progress.stage("evaluate", total=total, unit="samples")
+    fixed = data.fixed_batch or student.batch_size or (reference.batch_size if reference is not None else None)
+    size = fixed or _rows_at_once(model if teacher is None else teacher, student.outputs, data, batch_size)
+    for batch in data.batches(size, samples=samples):
+        for part in _parts(batch, size):
+            expected = None if reference is None else reference.run(part, fixed)
+            tally.add(student.run(part, fixed), expected, part.labels, len(part))
+        progress.advance(len(batch))
+    found = tally.result()
+    if reference is not None and tally.doubt is not None:
+        progress.note(tally.doubt)
+    worst = None if found.worst_sample is None else data.row_number(found.worst_sample)
+    return replace(found, worst_sample=worst)
+
+
+def _rows_at_once(model: Model, outputs: list[str], data: DataSource, most: int) -> int:
+    """Samples that are run at a time: as many as bounded memory holds, and what is made of their answers."""
+    few = next(iter(data.batches(_FEW, samples=_FEW)), None)
+    if few is None:
+        return most
+    try:
+        fed = _fed(model, interface_of(data.inputs, data.fixed))
+        graph = fed if isinstance(fed, ir.Model) else load(fed)
+        return rows_at_once(graph, outputs, few.inputs, most, copies=_COPIES)
+    except UsageError:  # onnxruntime runs it all the same, or says what is wrong
+        return min(most, _UNKNOWN)
+
+
+class _Runner:
+    """A session that knows its name for messages, its outputs and its batch size."""
+
+    def __init__(self, model: Model, data: DataSource, threads: int | None) -> None:
+        self.name = f"graph '{model.graph.name or ''}'" if isinstance(model, ir.Model) else str(model)
+        self._session = make_session(_fed(model, interface_of(data.inputs, data.fixed)), threads=threads)
+        self.inputs = input_specs(self._session)
+        self.outputs = [output.name for output in self._session.get_outputs()]
+        sizes = {spec.shape[0] for spec in self.inputs if spec.shape and isinstance(spec.shape[0], int)}
+        if len(sizes) > 1:
+            raise ModelError(f"{self.name}: expected one batch size, found {sorted(map(str, sizes))} in its inputs")
+        size = next(iter(sizes), None)
+        self.batch_size = size if isinstance(size, int) else None
+        """The fixed first dimension of the inputs; None where it is dynamic."""
+
+    def run(self, batch: Batch, size: int | None) -> dict[str, Array]:
+        """The outputs for these samples, run as a batch of `size` if it is fixed."""
+        count = len(batch)
+        feeds = {spec.name: _pad(batch.inputs[spec.name], size or count) for spec in self.inputs}
+        try:
+            values = self._session.run(self.outputs, feeds)
+        except OrtError as error:
+            raise ModelError(f"{self.name}: onnxruntime failed on a batch of {count}: {first_line(error)}") from error
+        # Only an output with one row per sample can be cut back to the samples that are not padding.
+        return {
+            name: value[:count] if value.ndim and len(value) == size else value
+            for name, value in zip(self.outputs, values, strict=True)
+            if isinstance(value, np.ndarray)
+        }
+
+
+def _fed(model: Model, interface: Interface) -> Model:
+    """The model as something that takes and gives arrays with the samples first."""
+    if interface.is_plain:
+        return model
+    loaded = model if isinstance(model, ir.Model) else load(model)
+    return Interface.of(working_copy(open_branches(loaded, interface.fixed), interface)).applied(loaded)
+
+
+class _Tally:
+    """Running sums of everything that an `Evaluation` tells."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._samples = 0
+        self._labelled = 0
+        self._right = 0
+        self._compared = 0
+        self._agreed = 0
+        self._divergence = 0.0
+        self._probabilities: bool | None = None
+        self._scores: str | None = None
+        self.doubt: str | None = None
+        """One line about an output that might hold class scores."""
+        self._fidelity: dict[str, Fidelity] = {}
+        self._worst: tuple[int, float] | None = None
+
+    def add(
+        self,
+        outputs: Mapping[str, Array],
+        expected: Mapping[str, Array] | None,
+        labels: NDArray[np.int64] | None,
+        count: int,
+    ) -> None:
+        """Take in the outputs for `count` samples."""
+        if expected is not None:
+            self._compare(outputs, expected, count)
+        scores = self._class_scores(outputs if expected is None else expected, labels, count)
+        if scores is not None and has_shape_of_scores(outputs[scores], count):
+            predicted = top_class(outputs[scores])
+            if labels is not None:
+                self._check(labels, outputs[scores].shape[1])
+                self._labelled += count
+                self._right += int(np.sum(predicted == labels))
+            if expected is not None:
+                self._compared += count
+                self._agreed += int(np.sum(predicted == top_class(expected[scores])))
+                self._divergence += self._kl(outputs[scores], expected[scores])
+        self._samples += count
+
+    def _class_scores(self, answers: Mapping[str, Array], labels: NDArray[np.int64] | None, count: int) -> str | None:
+        """The output with class scores; the first batch decides which it is, and whether there is one."""
+        if not self._samples:
+            self._scores = class_scores(answers, count, labelled=labels is not None)
+            self.doubt = doubt(answers, count, labelled=labels is not None)
+        return self._scores
+
+    def result(self) -> Evaluation:
+        """Everything so far."""
+        if not self._samples:
+            raise DataError(f"{self._name}: nothing to evaluate, the data source gave no samples")
+        parts = list(self._fidelity.values())
+        spread = sum(part.spread for part in parts)
+        worst, error = self._worst or (None, 0.0)
+        return Evaluation(
+            samples=self._samples,
+            accuracy=self._right / self._labelled if self._labelled else None,
+            agreement=self._agreed / self._compared if self._compared else None,
+            nmse=_ratio(sum(part.error for part in parts), spread) if parts else None,
+            max_error=max(part.largest for part in parts) if parts else None,
+            kl=self._divergence / self._compared if self._compared else None,
+            worst_sample=worst,
+            worst_nmse=None if worst is None else _ratio(error * self._samples, spread),
+        )
+
+    def _compare(self, outputs: Mapping[str, Array], expected: Mapping[str, Array], count: int) -> None:
+        errors = []
+        for name, value in expected.items():
+            if outputs[name].shape != value.shape:
+                raise ModelError(
+                    f"{self._name}: output '{name}': expected the teacher's shape {list(value.shape)}, "
+                    f"found {list(outputs[name].shape)}"
+                )
+            if value.dtype.kind == "f":
+                error = self._fidelity.setdefault(name, Fidelity()).add(outputs[name], value)
+                if error.ndim and len(error) == count:
+                    errors.append(error.reshape(count, -1).sum(axis=1))
+        if errors:
+            of_samples = np.sum(errors, axis=0)
+            first = int(np.argmax(of_samples))
+            if self._worst is None or of_samples[first] > self._worst[1]:
+                self._worst = self._samples + first, float(of_samples[first])
+
+    def _kl(self, student: Array, teacher: Array) -> float:
+        if self._probabilities is None:  # the first batch tells whether the model ends in a softmax
+            self._probabilities = are_probabilities(teacher)
+        log_p, log_q = (log_probabilities(value, self._probabilities) for value in (teacher, student))
+        possible = np.exp(log_p) > 0  # a class that the teacher masks adds nothing
+        value = float(np.sum(np.exp(log_p[possible]) * (log_p[possible] - log_q[possible])))
+        return math.inf if math.isnan(value) else value
+
+    def _check(self, labels: NDArray[np.int64], classes: int) -> None:
+        wrong = np.flatnonzero((labels < 0) | (labels >= classes))
+        if len(wrong):
+            raise DataError(
+                f"sample {self._samples + wrong[0]}: label {labels[wrong[0]]} is no class of {self._name}, "
+                f"expected 0 to {classes - 1}; mend the labels"
+            )
+
+
+class Fidelity:
+    """Error of one output against the teacher's, and the spread of the teacher's around its mean."""
+
+    def __init__(self) -> None:
+        self.error = 0.0
+        """Sum of squared differences."""
+        self.spread = 0.0
+        """Sum of the teacher's squared deviations from its mean over all elements."""
+        self.largest = 0.0
+        self._count = 0
+        self._mean = 0.0
+
+    def add(self, student: Array, teacher: Array) -> Float:
+        """Take in one batch; the squared error of every value.
+
+        Where the teacher itself is not finite (masks), the student may be anything.
+        """
+        finite = np.isfinite(teacher)
+        difference = np.zeros(teacher.shape)
+        np.subtract(student, teacher, out=difference, where=finite, dtype=np.float64)
+        difference[np.isnan(difference)] = np.inf
+        squares = np.square(difference)
+        if finite.any():
+            self.error += float(np.sum(squares))
+            self.largest = max(self.largest, float(np.abs(difference).max()))
+            self._spread_by(teacher[finite].astype(np.float64))
+        return squares
+
+    def _spread_by(self, values: Float) -> None:
+        # Chan's update: summing squares and subtracting the mean at the end would cancel digits.
+        mean = float(values.mean())
+        shift = mean - self._mean
+        total = self._count + values.size
+        self.spread += float(np.sum(np.square(values - mean))) + shift * shift * self._count * values.size / total
+        self._mean += shift * values.size / total
+        self._count = total
+
+
+def _parts(batch: Batch, size: int | None) -> Iterator[Batch]:
+    for start in range(0, len(batch), size or len(batch)):
+        part = slice(start, start + (size or len(batch)))
+        inputs = {name: value[part] for name, value in batch.inputs.items()}
+        yield Batch(inputs, None if batch.labels is None else batch.labels[part])
+
+
+def _pad(value: Array, size: int) -> Array:
+    missing = size - len(value)
+    return np.concatenate([value, np.repeat(value[-1:], missing, axis=0)]) if missing else value
+
+
+def top_class(scores: Array) -> NDArray[np.int64]:
+    """The class with the largest score; -1, which is no class, where a score is NaN."""
+    top = np.argmax(scores, axis=1).astype(np.int64)
+    top[np.isnan(scores).any(axis=1)] = -1
+    return np.asarray(top)
+
+
+def log_probabilities(scores: Array, probabilities: bool) -> Float:
+    """Logarithms of the class probabilities, float64; `probabilities` says that the scores are such already."""
+    values = scores.astype(np.float64)
+    if probabilities:
+        return np.asarray(np.log(np.maximum(values, np.finfo(np.float32).tiny)))
+    with np.errstate(invalid="ignore"):  # Inf - Inf: a broken model, whose divergence is reported as inf
+        values -= values.max(axis=1, keepdims=True)
+        return np.asarray(values - np.log(np.sum(np.exp(values), axis=1, keepdims=True)))
+
+
+def _ratio(error: float, spread: float) -> float:
+    """Error over spread; a constant output is met exactly (0) or not at all (inf)."""
+    if error == 0:
+        return 0.0
+    return error / spread if spread > 0 else math.inf
+
+
+def _check_match(student: _Runner, teacher: _Runner) -> None:
+    for what, found, expected in (
+        ("inputs", [spec.name for spec in student.inputs], [spec.name for spec in teacher.inputs]),
+        ("outputs", student.outputs, teacher.outputs),
+    ):
+        if sorted(found) != sorted(expected):
+            raise ModelError(f"{student.name}: expected the {what} of {teacher.name}, {expected}, found {found}")
+    if student.batch_size and teacher.batch_size and student.batch_size != teacher.batch_size:
+        raise ModelError(
+            f"{student.name}: expected the batch size {teacher.batch_size} of {teacher.name}, "
+            f"found {student.batch_size}"
+        )

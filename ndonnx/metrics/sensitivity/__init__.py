@@ -1,0 +1,38 @@
+"""How much error each neighbourhood, and all together, can bear: the thresholding effect (figures 1, 4 and 6)."""
+
+from ndonnx.metrics.sensitivity.noise import AMPLITUDES, Point
+from ndonnx.metrics.sensitivity.reading import DOCUMENT, Bearable, StudyFile, read_study
+from ndonnx.metrics.sensitivity.study import (
+    KEEP,
+    REPEATS,
+    SHAPING_SAMPLES,
+    STUDIED,
+    Curve,
+    Shrunk,
+    ThresholdReport,
+    WeightNoise,
+    check_study,
+    study,
+)
+from ndonnx.metrics.sensitivity.tolerance import Tolerance, tolerances
+
+__all__ = [
+    "AMPLITUDES",
+    "DOCUMENT",
+    "KEEP",
+    "REPEATS",
+    "SHAPING_SAMPLES",
+    "STUDIED",
+    "Bearable",
+    "Curve",
+    "Point",
+    "Shrunk",
+    "StudyFile",
+    "ThresholdReport",
+    "Tolerance",
+    "WeightNoise",
+    "check_study",
+    "read_study",
+    "study",
+    "tolerances",
+]

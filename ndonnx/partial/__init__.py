@@ -1,6 +1,0 @@
-"""Partial models: the teacher with one neighbourhood replaced, and how much worse its answers are (section 5)."""
-
-from ndonnx.partial.models import Batches, Change, PartialModels
-from ndonnx.partial.quality import Kind, Losses, Outputs, Quality
-
-__all__ = ["Batches", "Change", "Kind", "Losses", "Outputs", "PartialModels", "Quality"]

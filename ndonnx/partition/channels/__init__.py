@@ -1,0 +1,1 @@
+"""Which channels can go together: labels on axes, rules for operators, groups of weights."""

@@ -1,0 +1,112 @@
+"""Candidates by name: `width 0.5`, `sparsity 2:4`, `lowrank 0.5`, `activation`, `removal`, in any mixture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ndonnx.config.recipe import Recipe, parse_sparsity
+from ndonnx.errors import RecipeError
+
+DEFAULT_CANDIDATES = ("width 0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9", "lowrank 0.3,0.4,0.5,0.6,0.75")
+"""The multipliers of the paper (section 5), whose 1.0 is the teacher and needs no training, and factorisations, which
+lose less for the same weights on many slices."""
+
+_POSSIBLE = (
+    "width K, lowrank K (K above 0 and at most 1), sparsity S (S from 0 to below 1, or N:M as 2:4), activation "
+    "[OLD=NEW ...], removal, custom MODULE:FUNCTION; several numbers after one name by commas, as width 0.25,0.5"
+)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to shrink a slice."""
+
+    spec: str
+    """Its name, the same for all ways to write it: `width 0.50` is `width 0.5`."""
+    overrides: Mapping[str, Any] = field(compare=False)
+    """The recipe keys that make it."""
+    size: float = field(compare=False)
+    """Nominal part of the weights that is left: what is cheaper, before anything is built."""
+
+    @property
+    def method(self) -> str:
+        """The recipe's name of the method."""
+        return str(self.overrides["method"])
+
+    def recipe(self, base: Recipe) -> Recipe:
+        """The recipe of a run with this candidate everywhere."""
+        return base.model_copy(update=dict(self.overrides))
+
+
+def parse_candidates(specs: str | Iterable[str]) -> tuple[Candidate, ...]:
+    """Read candidates, in one text or several; commas separate them, and a number alone has the method before it.
+
+    `("width 0.25,0.5", "sparsity 2:4")` and `"0.25, 0.5, sparsity 2:4"` are the same: a first number is a width.
+
+    Returns:
+        The cheapest first (by `size`, then in the order given), each once. What is the teacher itself (width 1,
+        sparsity 0) is left out, since every neighbourhood has the teacher's own slice to choose.
+
+    Raises:
+        RecipeError: an entry is none of these, or there is nothing to train.
+    """
+    found: dict[str, Candidate] = {}
+    for text in [specs] if isinstance(specs, str) else specs:
+        method = "width"
+        for entry in text.split(","):
+            words = entry.split()
+            if words and words[0].isidentifier():
+                method, *words = words
+            candidate = _read(entry.strip(), method, words)
+            if candidate is not None:
+                found.setdefault(candidate.spec, candidate)
+    if not found:
+        raise RecipeError(f"candidates: there is nothing but the teacher itself; possible are {_POSSIBLE}")
+    return tuple(sorted(found.values(), key=lambda candidate: candidate.size))
+
+
+def _read(entry: str, method: str, words: list[str]) -> Candidate | None:
+    """The candidate of an entry; None where it is the teacher."""
+    match method, words:
+        case (("width" | "lowrank"), [number]):
+            keep = _number(number)
+            if keep is None or not 0 < keep <= 1:
+                raise _refused(entry)
+            return None if keep == 1 else Candidate(f"{method} {keep}", {"method": method, "keep": keep}, keep)
+        case "sparsity", [amount]:
+            return _sparse(entry, amount)
+        case "activation", swaps:
+            if not all(len(old_new := swap.split("=")) == 2 and all(old_new) for swap in swaps):
+                raise _refused(entry)
+            return Candidate(" ".join((method, *swaps)), {"method": method, "swap": tuple(swaps)}, 1.0)
+        case "removal", []:
+            return Candidate(method, {"method": method}, 0.0)
+        case "custom", [student] if ":" in student:
+            # What a user's module weighs is not known before it is built.
+            return Candidate(f"{method} {student}", {"method": method, "student": student}, 1.0)
+    raise _refused(entry)
+
+
+def _sparse(entry: str, amount: str) -> Candidate | None:
+    try:
+        sparsity = parse_sparsity(amount)
+    except ValueError as error:
+        raise _refused(entry) from error
+    zeros, colon, group = sparsity.partition(":")
+    part = int(zeros) / int(group) if colon else float(sparsity)
+    # 0.70 and 0.7 must have one name, and one key in the block library.
+    name = sparsity if colon else str(part)
+    return None if part == 0 else Candidate(f"sparsity {name}", {"method": "sparsity", "sparsity": name}, 1 - part)
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _refused(entry: str) -> RecipeError:
+    return RecipeError(f"candidate '{entry}': not one of {_POSSIBLE}")

@@ -1,0 +1,121 @@
+"""Closed form before any gradient: readers of a shrunk group are refitted by least squares.
+
+Each linear operator that lost inputs gets the weights that best reproduce the teacher's own
+output of that operator from the student's remaining inputs, on captured data. So does one behind a
+statistic of the channels, whose inputs are other ones since some channels are missing in it. Operators are
+taken in order, so that a later one sees what the earlier ones now give it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from ndonnx.graph.storage.sparse import is_sparse
+from ndonnx.partition import stays
+from ndonnx.students.base import TeacherSlice
+from ndonnx.students.features import LinearReader, from_matrix, linear_readers, offset_of, summed, summed_axis
+from ndonnx.students.forward import Forward, side_by_side
+from ndonnx.students.least_squares import MOST_FEATURES, Regression, features_of
+from ndonnx.students.linear import every_reader
+
+
+def refit_consumers(teacher: TeacherSlice, student: ir.Model, kept: npt.NDArray[np.bool_]) -> ir.Model:
+    """A copy of the shrunk slice whose readers of shrunk groups are refitted on the samples."""
+    copy = student.clone()
+    theirs, ours = Forward(teacher, teacher.model), Forward(teacher, copy)
+    sharing: dict[str, list[LinearReader]] = {}
+    for reader in _readers(teacher):
+        several = sharing.setdefault(reader.weight, [])
+        several.append(reader)
+        # A weight that several operators share has to suit them all: it is fitted when the last of them is reached.
+        if len(copy.graph.initializers[reader.weight].uses()) == len(several) and _are_alike(several):
+            _refit(ours, theirs, several, kept)
+    return copy
+
+
+def _readers(teacher: TeacherSlice) -> list[LinearReader]:
+    """Linear operators that lose inputs, or whose inputs change, in topological order."""
+    found = linear_readers(teacher.model, teacher.groups, teacher.held)
+    changed = _behind(teacher.model, [statistic.node for statistic in teacher.groups.statistics])
+    if changed:
+        losing = {reader.output for reader in found}
+        found += [r for r in every_reader(teacher.model, teacher.held) if r.data in changed and r.output not in losing]
+        place = {node.outputs[0].name: number for number, node in enumerate(teacher.model.graph)}
+        found.sort(key=lambda reader: place[reader.output])
+    return found
+
+
+def _behind(model: ir.Model, names: Sequence[str]) -> set[str]:
+    """Values that depend on these."""
+    found = set(names)
+    for node in model.graph if names else ():
+        if any(value is not None and value.name in found for value in node.inputs):
+            found.update(value.name or "" for value in node.outputs)
+    return found
+
+
+def _are_alike(readers: Sequence[LinearReader]) -> bool:
+    """Whether operators with one weight read it along the same axis."""
+    return len({(reader.node.op_type, summed_axis(reader.node)) for reader in readers}) == 1
+
+
+def _refit(ours: Forward, theirs: Forward, readers: Sequence[LinearReader], kept: npt.NDArray[np.bool_]) -> None:
+    """Fit the one weight of these operators, with the bias where it belongs to them alone."""
+    teacher, student = theirs.teacher, ours.model
+    weight = student.graph.initializers[readers[0].weight]
+    node, shape = readers[0].node, _shape(weight)
+    if features_of(node, shape) > MOST_FEATURES or is_sparse(weight):
+        return
+    bias = _own_bias(teacher, readers)
+    problem = Regression(node, teacher.count * len(readers), shape)
+    for number, reader in enumerate(readers):
+        first = number * teacher.count
+        for samples, data, output in side_by_side((ours, reader.data), (theirs, reader.output)):
+            whole = summed(reader.node, output, offset=bias is not None)
+            expected = _kept_outputs(teacher, reader, whole, kept)
+            problem.add(range(first + samples.start, first + samples.stop), data, expected)
+    if len(readers) > 1:
+        ours.forget()  # the last of them reads what the first one gives
+    if problem.rows < problem.features:
+        return  # more unknowns than rows: any solution fits them, with weights as large as it likes
+    weights, offset = problem.solve(offset=bias is not None)
+    _set(weight, from_matrix(node, weights[0].numpy(), shape))
+    if bias is not None:
+        value = student.graph.initializers[bias]
+        _set(value, offset[0].numpy().reshape(_shape(value)))
+
+
+def _own_bias(teacher: TeacherSlice, readers: Sequence[LinearReader]) -> str | None:
+    """The bias that all these operators have and nothing else has; None where there is none, or it has to stay."""
+    if len(readers) == 1:
+        return readers[0].bias
+    biases = {offset_of(reader.node) for reader in readers}
+    bias = biases.pop()
+    if biases or bias is None or bias.name in teacher.held:
+        return None
+    return bias.name if len(bias.uses()) == len(readers) else None
+
+
+def _kept_outputs(
+    teacher: TeacherSlice, reader: LinearReader, output: np.ndarray, kept: npt.NDArray[np.bool_]
+) -> np.ndarray:
+    """The teacher's output on the channels that the student still has."""
+    channel_axis = 1 if reader.node.op_type == "Conv" else output.ndim - 1
+    for axis in teacher.groups.axes:
+        if axis.initializer == reader.weight and axis.role == "out":
+            return np.compress(stays(axis.units, kept), output, axis=channel_axis)
+    return output
+
+
+def _set(value: ir.Value, array: np.ndarray) -> None:
+    assert value.const_value is not None
+    value.const_value = ir.tensor(array.astype(value.const_value.dtype.numpy()), name=value.name)
+
+
+def _shape(value: ir.Value) -> tuple[int, ...]:
+    assert value.const_value is not None
+    return tuple(int(d) for d in value.const_value.shape.numpy())

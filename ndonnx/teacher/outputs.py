@@ -1,0 +1,176 @@
+"""What training a whole model needs: the teacher's answers with the labels beside them, and a process of its own."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from ndonnx.config.recipe import Recipe
+from ndonnx.data import DataSource
+from ndonnx.data.augmentation import image_axes, with_views
+from ndonnx.data.split import Split
+from ndonnx.graph.dataflow import real_inputs
+from ndonnx.partition import Partition
+from ndonnx.runtime.executor import Job, Outcome, make_executor
+from ndonnx.runtime.machine import pick_device
+from ndonnx.runtime.progress import Progress
+from ndonnx.teacher import ActivationStore, capture, make_session
+from ndonnx.teacher.batches import read_batch, whole_batches
+
+
+def answers_a_second(model: Path | ir.Model, source: DataSource) -> float:
+    """Samples that are read and answered by a model in a second, roughly: by a few batches, the first not counted."""
+    session = make_session(model)
+    began, samples, size = time.perf_counter(), 0, min(_TIMED_BATCH, read_batch(source))
+    for number, batch in enumerate(whole_batches(source, size, samples=_TIMED * size)):
+        session.run(None, dict(batch))
+        if number == 0:
+            began = time.perf_counter()
+        else:
+            samples += len(next(iter(batch.values())))
+    return samples / (time.perf_counter() - began) if samples else math.inf
+
+
+_TIMED = 16
+"""Batches."""
+_TIMED_BATCH = 16
+"""Samples of one."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the teacher says to samples and to changed copies of them."""
+
+    store: ActivationStore
+    """Its inputs and outputs."""
+    labels: Path | None
+    """An `.npy` of class numbers, one per sample; None where the data hold none."""
+    holdout: float
+    """Part of the store, at its beginning, that chooses the best state: it shares no sample with the rest."""
+
+
+def capture_answers(
+    parts: Partition,
+    split: Split,
+    samples: int,
+    folder: Path,
+    recipe: Recipe,
+    progress: Progress,
+    views: int = 1,
+) -> Answers:
+    """Run the teacher on the data.
+
+    Args:
+        parts: the teacher.
+        split: the data.
+        samples: how many of them, those that choose the best state among them.
+        folder: exists; the store goes to `answers` in it.
+        recipe: the seed of the views, the device and the kinds of views; a `label_weight` without labels is told of.
+        progress: told how far it is.
+        views: how often each image comes, once as it is and then changed; see `ndonnx.data.augmentation`.
+    """
+    copies = _Copies.of(split, samples, recipe, views)
+    source = split.to_train(copies.samples, copies.held)
+    # Two images in one have no class number.
+    kinds = [kind for kind in recipe.augment if kind != "mixup" or recipe.label_weight == 0]
+    labels: list[npt.NDArray[np.int64]] = []
+
+    def batches() -> Iterator[Mapping[str, npt.NDArray[Any]]]:
+        labels.clear()
+        drawn = whole_batches(source, copies.batch, on_labels=labels.append)
+        yield from with_views(drawn, kinds, copies.axes, views=copies.views, after=copies.held, seed=recipe.seed)
+
+    progress.stage("answers", copies.total, "samples")
+    graph = parts.model.graph
+    store = capture(
+        parts.model,
+        [value.name or "" for value in (*real_inputs(graph), *graph.outputs)],
+        batches,
+        folder / "answers",
+        samples=copies.total,
+        device=pick_device(recipe.device),
+        on_batch=progress.advance,
+    )
+    if not labels:
+        if recipe.label_weight > 0:
+            progress.note("--label-weight has no effect: the data hold no labels")
+        return Answers(store, None, copies.holdout)
+    path = folder / "labels.npy"
+    np.save(path, np.concatenate(list(copies.repeated(labels))))
+    return Answers(store, path, copies.holdout)
+
+
+@dataclass(frozen=True)
+class _Copies:
+    """How many samples come, and how often; copies come batch by batch."""
+
+    axes: Mapping[str, tuple[int, int]]
+    batch: int
+    samples: int
+    held: int
+    """Samples at the beginning without copies."""
+    views: int
+    holdout: float
+
+    @classmethod
+    def of(cls, split: Split, samples: int, recipe: Recipe, views: int) -> _Copies:
+        samples = min(samples, split.available)
+        wanted, size = split.held(samples), read_batch(split.source)
+        once = cls({}, size, samples, wanted, 1, wanted / samples)
+        axes = image_axes(split.source.inputs, split.source.recipe)
+        if views == 1 or not recipe.augment or not axes:
+            return once
+        fixed = split.source.fixed_batch
+        batch = fixed or min(size, wanted)
+        held = max(1, wanted // batch) * batch  # whole batches, since copies come batch by batch
+        samples = split.to_train(samples, held).length
+        samples -= samples % fixed if fixed else 0  # a batch that is filled up has no copies
+        if held >= samples:
+            return once
+        return cls(axes, batch, samples, held, views, held / (held + (samples - held) * views))
+
+    @property
+    def total(self) -> int:
+        return self.held + (self.samples - self.held) * self.views
+
+    def repeated(self, labels: Iterable[npt.NDArray[np.int64]]) -> Iterator[npt.NDArray[np.int64]]:
+        """Labels of batches as those of their views."""
+        seen = 0
+        for batch in labels:
+            yield from [batch] * (self.views if seen >= self.held else 1)
+            seen += len(batch)
+
+
+def run_alone(job: Job, stage: str, steps: int | None, recipe: Recipe, progress: Progress) -> tuple[Outcome, int]:
+    """Run one job in a process of its own, for its threads' sake (see `ndonnx.runtime.executor.worker`).
+
+    Args:
+        job: tells its steps.
+        stage: what it is called.
+        steps: of it; None where a time says when it ends.
+        recipe: the executor.
+        progress: told how far it is.
+
+    Returns:
+        What came of it, and the most memory that its process took, in bytes.
+    """
+    progress.stage(stage, steps, "steps")
+    reached = 0
+
+    def on_step(name: str, step: int, steps: int, nmse: float) -> None:
+        nonlocal reached
+        progress.advance(step - reached)
+        reached = step
+        progress.step(name, step, steps, nmse)
+
+    executor = make_executor(recipe.executor, 1)
+    (outcome,) = executor.run([job], on_step)
+    return outcome, executor.peak_rss_bytes

@@ -21,7 +21,6 @@ from ndonnx.data.split import Split, compared_of, draw
 from ndonnx.data.subset import Joined, Subset
 from ndonnx.distill.schedule import Schedule
 from ndonnx.errors import DataError, ModelError, RecipeError
-from ndonnx.flow.error_budgets import study_of
 from ndonnx.flow.run import Run, Teacher
 from ndonnx.graph import load
 from ndonnx.graph.bound import one_sample
@@ -30,6 +29,7 @@ from ndonnx.graph.interface import Interface
 from ndonnx.graph.passes.branches import open_branches
 from ndonnx.graph.save import check_writable
 from ndonnx.graph.working_copy import working_copy
+from ndonnx.metrics.sensitivity import study_of
 from ndonnx.partition import Partition, partition
 from ndonnx.runtime.clock import Clock
 from ndonnx.runtime.machine import usable_cores

@@ -36,7 +36,7 @@ from ndonnx.graph.save import serialise
 from ndonnx.graph.shapes.inference import infer_shapes
 from ndonnx.partition import find_groups
 from ndonnx.runtime.run_directory import Entry
-from ndonnx.students import Width
+from ndonnx.students.methods.width import Width
 from ndonnx.teacher import ActivationStore
 from tests.models import Array, Net, run
 

@@ -17,7 +17,8 @@ from ndonnx.assemble.splice import splice
 from ndonnx.errors import DataError, ModelError, ParityError
 from ndonnx.metrics.partial import Judged, Losses, PartialModels, Quality
 from ndonnx.partition import Partition, nodes_between, sort_nodes
-from ndonnx.students import TeacherSlice, Width
+from ndonnx.students import TeacherSlice
+from ndonnx.students.methods.width import Width
 from tests.models import (
     Array,
     Net,

@@ -23,7 +23,7 @@ from ndonnx.errors import RecipeError, UsageError
 from ndonnx.flow.error_budgets import ErrorBudgets, allowed_divergence, measured_need, shared
 from ndonnx.flow.measure import Loss
 from ndonnx.metrics.sensitivity import Bearable, StudyPlan, read_study, study
-from ndonnx.runtime.run_directory import fingerprint
+from ndonnx.runtime.fingerprints import fingerprint
 from ndonnx.students import Constraint
 from ndonnx_cli.main import main
 from tests.models import Net, parted, residual_cnn

@@ -14,8 +14,9 @@ import pytest
 from ndonnx.assemble.propagation import Prefix, held_values, refit_walk
 from ndonnx.assemble.splice import splice
 from ndonnx.partition import Partition
-from ndonnx.students import TeacherSlice, Width
+from ndonnx.students import TeacherSlice
 from ndonnx.students.last_layer import find_exit, refit_exit
+from ndonnx.students.methods.width import Width
 from tests.models import Array, Net, inputs_of, parted, residual_cnn, run, stack, transformer
 
 SAMPLES = 40

@@ -23,7 +23,7 @@ from ndonnx.partition import Neighbourhood, Partition, extract, nodes_between
 from ndonnx.runtime.faults import Fault, tried
 from ndonnx.students.last_layer import refit_exit
 from ndonnx.teacher import ActivationStore, capture, input_type
-from ndonnx.teacher.store import StoredRows
+from ndonnx.teacher.stored_rows import StoredRows
 
 Batches = Callable[[], Iterator[Mapping[str, npt.NDArray[np.generic]]]]
 

@@ -336,6 +336,10 @@ class Recipe(_Section):
             return rest | {"model_inputs": _merged(values["inputs"], values.get("model_inputs", {}))}
         return values
 
+    def setting(self, name: str) -> Any:
+        """The value of a key."""
+        return getattr(self, name)
+
     @property
     def changes_nothing(self) -> bool:
         """Whether the student is the teacher by definition: every channel kept, and nothing trained."""

@@ -20,8 +20,9 @@ from ndonnx.graph.costs import weights_of
 from ndonnx.graph.dataflow import reads, real_inputs
 from ndonnx.report import FinetuneReport
 from ndonnx.runtime.faults import Fault, tried
+from ndonnx.runtime.fingerprints import fingerprint
 from ndonnx.runtime.machine import usable_cores
-from ndonnx.runtime.run_directory import Entry, fingerprint
+from ndonnx.runtime.run_directory import Entry
 from ndonnx.teacher.batches import read_batch, sample_bytes, value_bytes, whole_batches
 from ndonnx.teacher.outputs import capture_answers, run_alone
 

@@ -29,8 +29,9 @@ from ndonnx.metrics.partial import Judged, Kind, Losses, PartialModels, Quality
 from ndonnx.metrics.sensitivity import Draws, tolerances
 from ndonnx.partition import Neighbourhood, Partition
 from ndonnx.runtime.faults import Fault, tried
+from ndonnx.runtime.fingerprints import Fingerprintable, fingerprint
 from ndonnx.runtime.machine import usable_cores
-from ndonnx.runtime.run_directory import Entry, Fingerprintable, fingerprint
+from ndonnx.runtime.run_directory import Entry
 from ndonnx.select import ERROR, TEACHER, first_confidence
 from ndonnx.teacher import make_session
 from ndonnx.teacher.batches import read_batch, whole_batches

@@ -21,7 +21,8 @@ from ndonnx.runtime.executor import Executor, make_executor
 from ndonnx.runtime.faults import Fault, tried
 from ndonnx.runtime.machine import pick_device, usable_cores
 from ndonnx.runtime.run_directory import Entry
-from ndonnx.students import StudentMethod, method_of
+from ndonnx.students import StudentMethod
+from ndonnx.students.registry import method_of
 from ndonnx.teacher import ActivationStore, CaptureSettings, capture
 from ndonnx.teacher.batches import read_batch, value_bytes, whole_batches
 from ndonnx.teacher.capture_plan import Waves, gigabytes

@@ -21,7 +21,8 @@ from ndonnx.metrics.sensitivity.noise import AMPLITUDES, Draws, JointNoise, Poin
 from ndonnx.metrics.sensitivity.tolerance import Tolerance, tolerance_of
 from ndonnx.runtime.faults import Fault, tried
 from ndonnx.runtime.progress import Progress, Silent
-from ndonnx.students import TeacherSlice, Width
+from ndonnx.students import TeacherSlice
+from ndonnx.students.methods.width import Width
 
 KEEP = (0.25, 0.5, 0.75)
 REPEATS = 3

@@ -18,7 +18,7 @@ class Finetuning(Section):
 
     finetune_steps: Annotated[int | None, Flag("N", Panel.TRAIN)] = Field(None, ge=0)
     """Number of fine-tuning steps of the whole student against the teacher's outputs (equation 3 of the paper).
-    Default: three times `steps`."""
+    Default: three times the steps per neighbourhood."""
     finetune_samples: Annotated[int, Flag("N", Panel.TRAIN)] = Field(50_000, ge=2)
     """Maximum number of fine-tuning samples, of which only inputs and outputs are stored."""
     augment: Annotated[Augmentations, Flag("KINDS", Panel.TRAIN)] = ("flip", "shift")

@@ -13,7 +13,7 @@ class Goal(Section):
 
     target: Annotated[Names, Flag("COST=FRACTION", Panel.REACH, repeatable=True)] = ()
     """Fraction of the teacher's cost to reach, with `params`, `macs`, `size` or `latency` as the cost (`params=0.5`):
-    each neighbourhood gets a candidate of its own, found by a search. Default: no search, the same candidate for all."""
+    each neighbourhood gets a candidate of its own, found by a search. Default: no search, one candidate for all."""
     max_drop: Annotated[Drop | None, Flag("DROP", Panel.REACH)] = None
     """Largest loss of quality, as `1%` or `0.01`, promised with 95% confidence by a test on held-out samples. Default:
     any loss."""

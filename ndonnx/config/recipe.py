@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 from pydantic import (
     BeforeValidator,
+    Field,
     InstanceOf,
     PlainSerializer,
     SerializerFunctionWrapHandler,
@@ -58,12 +59,12 @@ __all__ = [
 class Recipe(Execution, Finetuning, Training, Goal, Build):  # pydantic puts the fields of the last base first
     """The whole of a compression run; see `ndonnx compress --help` for the same list."""
 
-    model_inputs: dict[str, InputRecipe] = {}
+    model_inputs: dict[str, InputRecipe] = Field(default_factory=dict)
     """What the model's inputs are, by name. In a file `[inputs.NAME]`, or `[model_inputs.NAME]` where the file says
     `inputs = "refit"` as well."""
-    data: DataRecipe = DataRecipe()
+    data: DataRecipe = Field(default_factory=DataRecipe)
     """How raw samples become model inputs: the table `[data]`."""
-    search: SearchRecipe = SearchRecipe()
+    search: SearchRecipe = Field(default_factory=SearchRecipe)
     """How the candidates of a search are trained, measured and chosen: the table `[search]`."""
     extra: Annotated[InstanceOf[Extra], BeforeValidator(Extra.read), PlainSerializer(dict)] = Extra()
     """Values of the settings that student methods declare for themselves, by name. In a file and as arguments of
@@ -100,7 +101,7 @@ KEYS = frozenset(Recipe.model_fields) - frozenset(_TABLES) - {"extra"}
 
 
 def settings() -> dict[str, Setting]:
-    """Every setting that has a flag, by its key: those of the recipe, `search.steps` and the like, the declared ones."""
+    """Every setting that has a flag, by its key: those of the recipe, those of `[search]` (`search.steps`), declared."""
     found = [*settings_of(Recipe), *settings_of(SearchRecipe, "search"), *declared().values()]
     return {setting.name: setting for setting in found}
 

@@ -15,7 +15,8 @@ from enum import StrEnum
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
-from pydantic.fields import FieldInfo
+
+from ndonnx.config.docstrings import field_docstrings
 
 
 class Panel(StrEnum):
@@ -41,6 +42,9 @@ class Flag:
     """Whether the flag may be given several times, each time with one element of a tuple."""
 
 
+_NO_FLAG = Flag("", Panel.BUILD)
+
+
 class Section(BaseModel):
     """Base of everything that can be set in a recipe: frozen, and unknown keys are refused."""
 
@@ -49,7 +53,6 @@ class Section(BaseModel):
         frozen=True,
         validate_default=True,
         protected_namespaces=(),
-        use_attribute_docstrings=True,
         defer_build=True,  # `--help` reads the fields and validates nothing
     )
 
@@ -102,23 +105,22 @@ class Setting:
         return found if found in (int, float, bool) else str
 
 
-def settings_of(section: type[Section], table: str = "") -> Iterator[Setting]:
+def settings_of(section: type[Section], table: str = "", *, unflagged: bool = False) -> Iterator[Setting]:
     """The settings of a section that have a flag, in the order of their declaration.
 
     Args:
         section: the class whose fields are read.
         table: name of the table in which the section stands in a recipe. Empty: none, its keys are flat.
-
-    Raises:
-        TypeError: a field has a flag but no docstring.
+        unflagged: whether fields without a flag are settings too, with an empty metavar.
     """
+    helps = helps_of(section)
     for name, field in section.model_fields.items():
-        flag = next((each for each in field.metadata if isinstance(each, Flag)), None)
+        flag = next((each for each in field.metadata if isinstance(each, Flag)), _NO_FLAG if unflagged else None)
         if flag is not None:
-            text, default_text = described(f"{section.__name__}.{name}", field)
+            text, default_text = helps[name]
             yield Setting(
                 name=f"{table}.{name}" if table else name,
-                annotation=Annotated[(field.annotation, *field.metadata)],
+                annotation=Annotated[(field.annotation, *field.metadata, flag)],
                 default=field.default,
                 help=text,
                 metavar=flag.metavar,
@@ -129,16 +131,11 @@ def settings_of(section: type[Section], table: str = "") -> Iterator[Setting]:
             )
 
 
-def described(name: str, field: FieldInfo) -> tuple[str, str]:
-    """The help of a field and its default in words, both from its docstring; the second may be empty.
-
-    Raises:
-        TypeError: the field has no docstring.
-    """
-    if field.description is None:
-        raise TypeError(f"{name} has no docstring below it")
-    text, _, default = " ".join(field.description.split()).partition(" Default: ")
-    return text, default.removesuffix(".")
+def helps_of(section: type[Section]) -> dict[str, tuple[str, str]]:
+    """By field of a section: its help, and its default in words, which may be empty; both from its docstring."""
+    found = field_docstrings(section)
+    parts = {name: found.get(name, "").partition(" Default: ") for name in section.model_fields}
+    return {name: (text, default.removesuffix(".")) for name, (text, _, default) in parts.items()}
 
 
 def _reads_text(annotation: Any) -> bool:

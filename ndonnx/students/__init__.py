@@ -4,7 +4,7 @@ from ndonnx.students.activation import ActivationSwap
 from ndonnx.students.base import WHOLE, Candidate, Constraint, StudentMethod, TeacherSlice
 from ndonnx.students.custom import Custom, ValueType
 from ndonnx.students.lowrank import LowRank
-from ndonnx.students.methods import method_of
+from ndonnx.students.methods import check_method, method_of
 from ndonnx.students.removal import Removal
 from ndonnx.students.sparsity import Sparsity
 from ndonnx.students.width import Width
@@ -22,5 +22,6 @@ __all__ = [
     "TeacherSlice",
     "ValueType",
     "Width",
+    "check_method",
     "method_of",
 ]

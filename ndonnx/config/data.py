@@ -28,5 +28,5 @@ class DataRecipe(Section):
     layout: Literal["NCHW", "NHWC"] | None = None
     """Layout of the model's image input. Default: read off the input's shape."""
     dtype: str | None = None
-    """numpy name of the element type of the model's input; integer arrays are converted to it. Default: the model's
+    """Element type of the model's input, by its name in numpy; integer arrays are converted to it. Default: the model's
     own."""

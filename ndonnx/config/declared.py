@@ -8,30 +8,29 @@ is declared when the plug-in is imported, before recipes are read and the comman
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
-from pydantic_core import PydanticCustomError
 
 from ndonnx.config.setting import Setting
 
-REFUSED = "declared_setting"
-"""Type of the validation error of a declared setting; its context holds `key`, `input` and `reason`."""
-
 _DECLARED: dict[str, Setting] = {}
+_TAKEN: set[str] = set()
 
 
 def declare(setting: Setting) -> Setting:
     """Make a setting a key of every recipe and a flag of `ndonnx compress`; the same one may be declared again.
 
     Raises:
-        ValueError: its name is no identifier, another setting has been declared under it, or its default is not of
-            its own type.
+        ValueError: its name is no identifier or a key of every recipe, another setting has been declared under it,
+            or its default is not of its own type.
     """
     if not setting.name.isidentifier():
         raise ValueError(f"setting '{setting.name}': its name should be an identifier, as round_to")
+    if setting.name in _TAKEN:
+        raise ValueError(f"setting '{setting.name}': a recipe has this key already")
     if _DECLARED.get(setting.name, setting) != setting:
         raise ValueError(f"setting '{setting.name}' is declared already, and differently")
     try:
@@ -48,9 +47,22 @@ def withdraw(name: str) -> None:
     _reader.cache_clear()
 
 
+def reserve(names: Iterable[str]) -> None:
+    """Keep names from being declared: those that are fields of the recipe itself."""
+    _TAKEN.update(names)
+
+
 def declared() -> Mapping[str, Setting]:
     """The declared settings by name, in the order of their declaration."""
     return dict(_DECLARED)
+
+
+class SettingError(ValueError):
+    """A value is not of the type of its setting, or its setting is not declared."""
+
+    def __init__(self, name: str, value: object, reason: str) -> None:
+        super().__init__(f"{name}: {reason}")
+        self.name, self.value, self.reason = name, value, reason
 
 
 class Extra(Mapping[str, Any]):
@@ -70,7 +82,7 @@ class Extra(Mapping[str, Any]):
         """Validate each value by the type of its setting; pass what is no mapping to pydantic.
 
         Raises:
-            PydanticCustomError: a setting is not declared, or a value is not of its type.
+            SettingError: a setting is not declared, or a value is not of its type.
         """
         if isinstance(values, Extra) or not isinstance(values, Mapping):
             return values
@@ -103,17 +115,13 @@ class Extra(Mapping[str, Any]):
 
 def _read(name: str, value: Any) -> Any:
     if name not in _DECLARED:
-        raise _refused(name, value, f"no student method declares this setting; declared: {', '.join(_DECLARED) or '-'}")
+        raise SettingError(name, value, "no student method declares this setting")
     try:
         return _reader(name).validate_python(value)
     except ValidationError as error:
-        raise _refused(name, value, error.errors()[0]["msg"]) from error
+        raise SettingError(name, value, error.errors()[0]["msg"]) from error
 
 
 @cache
 def _reader(name: str) -> TypeAdapter[Any]:
     return TypeAdapter(_DECLARED[name].annotation)
-
-
-def _refused(name: str, value: Any, reason: str) -> PydanticCustomError:
-    return PydanticCustomError(REFUSED, "{key}: {reason}", {"key": name, "input": value, "reason": reason})

@@ -27,7 +27,7 @@ from pydantic import (
 
 from ndonnx.config.build import Build
 from ndonnx.config.data import DataRecipe
-from ndonnx.config.declared import REFUSED, Extra, declared
+from ndonnx.config.declared import Extra, SettingError, declared, reserve
 from ndonnx.config.execution import Execution
 from ndonnx.config.finetuning import FINETUNE_FACTOR, Finetuning
 from ndonnx.config.goal import Goal
@@ -79,7 +79,7 @@ class Recipe(Execution, Finetuning, Training, Goal, Build):  # pydantic puts the
         values = dict(values)
         if isinstance(values.get("inputs"), Mapping):
             values["model_inputs"] = _merged(values.pop("inputs"), values.get("model_inputs", {}))
-        found = {name: values.pop(name) for name in declared() if name in values and name not in cls.model_fields}
+        found = {name: values.pop(name) for name in declared() if name in values}
         if found:
             values["extra"] = {**values.get("extra", {}), **found}
         return values
@@ -100,8 +100,11 @@ KEYS = frozenset(Recipe.model_fields) - frozenset(_TABLES) - {"extra"}
 """Flat keys of a recipe: those outside its tables, without the settings that student methods declare."""
 
 
+reserve(Recipe.model_fields)
+
+
 def settings() -> dict[str, Setting]:
-    """Every setting that has a flag, by its key: those of the recipe, those of `[search]` (`search.steps`), declared."""
+    """Every setting that has a flag, by its key (`search.steps` in `[search]`); those of student methods come last."""
     found = [*settings_of(Recipe), *settings_of(SearchRecipe, "search"), *declared().values()]
     return {setting.name: setting for setting in found}
 
@@ -159,8 +162,9 @@ def make_recipe(values: dict[str, Any], where: str = "recipe") -> Recipe:
         if first["type"] == "extra_forbidden":
             known = ", ".join(sorted(_known(str(first["loc"][0]) if len(first["loc"]) > 1 else "")))
             raise RecipeError(f"{where}: unknown key '{key}'; known keys: {known}") from error
-        if first["type"] == REFUSED:
-            key, found, reason = (first["ctx"][name] for name in ("key", "input", "reason"))
+        cause = first.get("ctx", {}).get("error")
+        if isinstance(cause, SettingError):
+            key, found, reason = cause.name, cause.value, cause.reason
         raise RecipeError(f"{where}: '{key}' = {found!r}: {reason}") from error
 
 

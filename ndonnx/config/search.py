@@ -17,7 +17,7 @@ class SearchRecipe(Section):
     """Candidates tried in every neighbourhood, separated by commas: `width K`, `sparsity S`, `lowrank K`, `activation`,
     `removal`. Default: width 0.1 to 0.9, lowrank 0.3 to 0.75."""
     steps: Annotated[int | None, Flag("N", Panel.TRAIN)] = Field(None, ge=0)
-    """Number of optimizer steps of a candidate in the search. Default: a fifth of those of `compress`, 200."""
+    """Number of optimizer steps of a candidate in the search. Default: a fifth of the recipe's `steps`, 200."""
     quality: Annotated[Literal["divergence", "metric", "nmse"], Flag("NAME", Panel.REACH)] = "divergence"
     """Quality loss by which a candidate is judged: divergence from the teacher of the model with it alone
     (`divergence`), drop of the metric (`metric`, the paper's), or its own NMSE times the sensitivity of its
@@ -31,4 +31,4 @@ class SearchRecipe(Section):
     attempts: int = Field(3, ge=0)
     """Number of corrections of the choice after a whole student was measured, or failed the test of a promise."""
     early_stop: bool = True
-    """Skip candidates smaller than one that alone loses far more quality than `max_drop` allows."""
+    """Skip candidates smaller than one that alone loses far more quality than `max_drop` allows. Default: `true`."""

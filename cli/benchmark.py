@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 import ndonnx
@@ -9,29 +11,69 @@ from ndonnx.errors import UsageError
 
 from . import options
 from .outcome import DONE, job
+from .settings import given, option, takes
+
+Against = Annotated[
+    str | None, typer.Option("--against", metavar="FILE.onnx", help="Time this model too, by turns, and compare.")
+]
+BatchSizes = Annotated[
+    str, option("--batch-sizes", "N,N", "Numbers of samples in a run, timed one after the other.", "1,8,32")
+]
+Providers = Annotated[
+    list[str] | None,
+    option("--provider", "cpu|cuda", "Execution provider of onnxruntime, or another one. Repeatable.", "cpu"),
+]
+Threads = Annotated[int | None, option("--threads", "N", "Number of threads inside one operator.", "all usable cores")]
+Processes = Annotated[
+    int,
+    option(
+        "--processes",
+        "N",
+        "Number of processes, one after the other, in each of which everything is loaded and timed anew.",
+        "8",
+    ),
+]
+Rounds = Annotated[
+    int | None,
+    option(
+        "--rounds",
+        "N",
+        "Number of timed runs of each model in each process.",
+        "what a second has room for, 3 to 30",
+    ),
+]
+Samples = Annotated[
+    int | None,
+    option("--samples", "N", "Maximum number of samples on which the outputs are compared.", "all of --data"),
+]
+Picture = Annotated[
+    str | None,
+    typer.Option("--picture", metavar="FILE.png|svg", help="Also draw latency over batch sizes, and the ratio."),
+]
 
 
+@takes()
 def benchmark(
     context: typer.Context,
     model: options.Model,
-    against: options.Against = None,
+    against: Against = None,
     data: options.Data = None,
     recipe: options.RecipeFile = None,
     input_settings: options.InputSettings = None,
     shapes: options.Shapes = None,
-    batch_sizes: options.BatchSizes = "1,8,32",
-    provider: options.Provider = None,
-    threads: options.Threads = None,
-    processes: options.Processes = 8,
-    rounds: options.Rounds = None,
-    compared: options.FidelitySamples = None,
-    picture: options.Picture = None,
+    batch_sizes: BatchSizes = "1,8,32",
+    provider: Providers = None,
+    threads: Threads = None,
+    processes: Processes = 8,
+    rounds: Rounds = None,
+    compared: Samples = None,
+    picture: Picture = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> int:
     """Measure in onnxruntime how fast MODEL loads and answers, and how much memory it takes; with data how well."""
-    settings = ndonnx.load_recipe(recipe, **options.given(context))
+    settings = ndonnx.load_recipe(recipe, **given(context))
     sizes = _whole_numbers(batch_sizes)
 
     from .speed import print_speed  # noqa: PLC0415 - rich is not for `--help`

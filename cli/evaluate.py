@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 import ndonnx
@@ -9,13 +11,19 @@ from ndonnx.errors import UsageError
 
 from . import options
 from .outcome import DONE, job
+from .settings import given, takes
+
+Teacher = Annotated[
+    str | None, typer.Option("--teacher", metavar="FILE.onnx", help="Also measure agreement with it, and the error.")
+]
 
 
+@takes()
 def evaluate(
     context: typer.Context,
     model: options.Model,
     data: options.Data = None,
-    teacher: options.Teacher = None,
+    teacher: Teacher = None,
     recipe: options.RecipeFile = None,
     input_settings: options.InputSettings = None,
     shapes: options.Shapes = None,
@@ -24,7 +32,7 @@ def evaluate(
     verbose: options.Verbose = False,
 ) -> int:
     """Measure the accuracy of MODEL on labelled data, or how far it is from a teacher on any data."""
-    settings = ndonnx.load_recipe(recipe, **options.given(context))
+    settings = ndonnx.load_recipe(recipe, **given(context))
     if data is None:
         raise UsageError(
             f"--data is missing: give {options.SOURCES}; --data leaves with a --teacher works without data"

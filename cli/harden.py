@@ -8,15 +8,57 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import ndonnx
+from ndonnx.config.setting import Panel
 from ndonnx.errors import UsageError
 
 from . import options
 from .outcome import DONE, job
+from .settings import Changed, given, option, takes
 
 if TYPE_CHECKING:
     from ndonnx import HardenReport
 
+Noise = Annotated[
+    float | None,
+    option(
+        "--noise",
+        "FRACTION",
+        "Standard deviation of the noise, as a fraction of each activation's own.",
+        "0.3",
+        Panel.TRAIN,
+    ),
+]
+Steps = Annotated[
+    int | None,
+    option(
+        "--steps",
+        "N",
+        "Number of optimizer steps of the whole model.",
+        "the recipe's finetune_steps, else 2000",
+        Panel.TRAIN,
+    ),
+]
 
+
+@takes(
+    "granularity",
+    "cut",
+    "freeze",
+    "batch_size",
+    Changed("finetune_lr", "Peak learning rate, relative to the root mean square of each weight.", flag="--lr"),
+    "warmup",
+    Changed("temperature", "Softmax temperature of the distillation loss."),
+    Changed("label_weight", "Weight of the labels' cross-entropy in the loss; the distillation loss has the rest."),
+    "holdout",
+    Changed("finetune_samples", "Maximum number of training samples, drawn at random.", flag="--samples"),
+    "parity",
+    "seed",
+    "executor",
+    "device",
+    "precision",
+    "cache_budget",
+    "memory_budget",
+)
 def harden(
     context: typer.Context,
     model: options.Model,
@@ -26,31 +68,14 @@ def harden(
     recipe: options.RecipeFile = None,
     input_settings: options.InputSettings = None,
     shapes: options.Shapes = None,
-    granularity: options.Granularity = None,
-    cut: options.Cut = None,
-    freeze: options.Freeze = None,
-    noise: options.Noise = None,
-    harden_steps: options.HardenSteps = None,
-    batch_size: options.BatchSize = None,
-    finetune_lr: options.HardenLr = None,
-    warmup: options.Warmup = None,
-    temperature: options.Temperature = None,
-    label_weight: options.LabelWeight = None,
-    holdout: options.Holdout = None,
-    finetune_samples: options.HardenSamples = None,
-    parity: options.Parity = None,
-    seed: options.Seed = None,
-    executor: options.Executor = None,
-    device: options.Device = None,
-    precision: options.Precision = None,
-    cache_budget: options.CacheBudget = None,
-    memory_budget: options.MemoryBudget = None,
+    noise: Noise = None,
+    harden_steps: Steps = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> int:
     """Train MODEL to answer the same with noise on its inner activations, before it is compressed."""
-    settings = ndonnx.load_recipe(recipe, **options.given(context))
+    settings = ndonnx.load_recipe(recipe, **given(context))
     if data is None:
         raise UsageError(f"--data is missing: give {options.SOURCES}")
     target = Path(output) if output is not None else Path(f"{Path(model).stem}-hardened.onnx")
@@ -58,7 +83,7 @@ def harden(
     from .tables import print_json  # noqa: PLC0415 - rich is not for `--help`
 
     with job(quiet, verbose) as progress:
-        given = {} if noise is None else {"noise": noise}
+        stated = {} if noise is None else {"noise": noise}
         report = ndonnx.harden(
             model,
             data=data,
@@ -67,7 +92,7 @@ def harden(
             output=target,
             eval_data=eval_data,
             progress=progress,
-            **given,
+            **stated,
         ).report
     if json:
         print_json(report.to_json())

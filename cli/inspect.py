@@ -12,31 +12,32 @@ from ndonnx.errors import UsageError
 
 from . import options
 from .outcome import DONE, job
+from .settings import given, takes
 
 Check = Annotated[
     bool,
     typer.Option("--check", help="Also convert and shrink every neighbourhood, as before training, and compare."),
 ]
 
+Svg = Annotated[str | None, typer.Option("--svg", metavar="FILE.svg", help="Also draw it, from top to bottom.")]
 
+
+@takes("granularity", "cut", "freeze")
 def inspect(
     context: typer.Context,
     model: options.Model,
     recipe: options.RecipeFile = None,
     input_settings: options.InputSettings = None,
     shapes: options.Shapes = None,
-    granularity: options.Granularity = None,
-    cut: options.Cut = None,
-    freeze: options.Freeze = None,
     check: Check = False,
     data: options.Data = None,
-    svg: options.Svg = None,
+    svg: Svg = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> int:
     """Show the neighbourhoods of MODEL: where it can be cut, and what each piece holds and costs."""
-    settings = ndonnx.load_recipe(recipe, **options.given(context))
+    settings = ndonnx.load_recipe(recipe, **given(context))
     if data is not None and not check:
         raise UsageError("--data is for --check, which runs the model; give both, or leave it out")
 

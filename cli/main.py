@@ -23,22 +23,9 @@ from .outcome import BAD_INPUT, BUG, DONE, INTERRUPTED, TARGET_MISSED, Interrupt
 from .search import search
 from .threshold import threshold
 
-app = typer.Typer(
-    add_completion=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    invoke_without_command=True,
-)
-app.command()(compress)
-app.command()(inspect)
-app.command()(evaluate)
-app.command()(benchmark)
-app.command()(search)
-app.command()(threshold)
-app.command()(harden)
-app.command()(demo)
+_COMMANDS = (compress, inspect, evaluate, benchmark, search, threshold, harden)
 
 
-@app.callback()
 def _start(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
@@ -53,13 +40,35 @@ def _start(
     return DONE
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code; only a bug leaves with an exception."""
+def build_app() -> typer.Typer:
+    """The command `ndonnx` with all its flags, those of the settings that are declared when it is called among them."""
+    made = typer.Typer(
+        add_completion=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+        invoke_without_command=True,
+    )
+    made.callback()(_start)
+    for command in _COMMANDS:
+        made.command()(command.build())
+    made.command()(demo)
+    return made
+
+
+app = build_app()
+
+
+def main(arguments: Sequence[str] | None = None, command: typer.Typer = app) -> int:
+    """Run a command and return its exit code; only a bug leaves with an exception.
+
+    Args:
+        arguments: what stands behind `ndonnx`. None: the arguments of this process.
+        command: the command line, as `build_app` makes it; another one where settings have been declared since.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name must not end a run because a terminal lacks a letter
     try:
-        return get_command(app).main(arguments, prog_name="ndonnx", standalone_mode=False) or DONE
+        return get_command(command).main(arguments, prog_name="ndonnx", standalone_mode=False) or DONE
     except typer.TyperException as error:
         return _fail(f"{error.format_message()} (see --help)", BAD_INPUT)
     except UsageError as error:

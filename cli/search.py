@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -11,53 +12,87 @@ from ndonnx.errors import UsageError
 
 from . import options
 from .outcome import DONE, job, reached
+from .settings import Changed, given, takes
+
+Pareto = Annotated[
+    int,
+    typer.Option(
+        "--pareto",
+        metavar="N",
+        min=0,
+        help="Number of students on the trade-off curve. (default: 5)",
+        show_default=False,
+    ),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Tell what is in the library and what would be trained. (default: off)")
+]
 
 
+@takes(
+    "search.candidates",
+    Changed(
+        "target",
+        "Fraction of the teacher's cost that the student is to have, with params, macs, size or latency as the cost "
+        "(params=0.5).",
+        "none, the trade-off curve alone",
+    ),
+    "max_drop",
+    "search.quality",
+    "search.solver",
+    "round_to",
+    "granularity",
+    "cut",
+    "freeze",
+    "init",
+    "data_free",
+    Changed(
+        "inputs",
+        "Training inputs of a neighbourhood: the teacher's activations (teacher), or those and then a closed-form fit "
+        "on the students' (refit).",
+        "teacher before a fine-tuning, else refit",
+    ),
+    "search.steps",
+    "batch_size",
+    "lr",
+    Changed("finetune_steps", "Number of fine-tuning steps of each whole student against the teacher's outputs.", "0"),
+    "samples",
+    "search.samples",
+    Changed(
+        "threshold",
+        "Error budgets of the neighbourhoods, a file that ndonnx threshold wrote: a student of --target or --max-drop "
+        "beyond them is reported.",
+        "no report",
+    ),
+    "seed",
+    "workers",
+    "executor",
+    "device",
+    "precision",
+    "cache_budget",
+    "memory_budget",
+)
 def search(
     context: typer.Context,
     model: options.Model,
     data: options.Data = None,
-    data_free: options.DataFree = False,
     eval_data: options.Eval = None,
-    output: options.SearchFolder = None,
+    output: Annotated[
+        str | None,
+        options.folder("Folder for the students, table and picture.", "MODEL-search in this folder"),
+    ] = None,
     recipe: options.RecipeFile = None,
     input_settings: options.InputSettings = None,
     shapes: options.Shapes = None,
-    candidates: options.Candidates = None,
-    target: options.Target = None,
-    max_drop: options.MaxDrop = None,
-    pareto: options.Pareto = 5,
-    quality: options.Quality = None,
-    solver: options.Solver = None,
-    dry_run: options.DryRun = False,
-    round_to: options.RoundTo = None,
-    granularity: options.Granularity = None,
-    cut: options.Cut = None,
-    freeze: options.Freeze = None,
-    init: options.Init = None,
-    inputs: options.Inputs = None,
-    candidate_steps: options.CandidateSteps = None,
-    batch_size: options.BatchSize = None,
-    lr: options.Lr = None,
-    finetune_steps: options.SearchFinetuneSteps = None,
-    samples: options.Samples = None,
-    held_out: options.HeldOut = None,
-    threshold: options.SearchThreshold = None,
-    seed: options.Seed = None,
-    workers: options.Workers = None,
-    executor: options.Executor = None,
-    device: options.Device = None,
-    precision: options.Precision = None,
-    cache_budget: options.CacheBudget = None,
-    memory_budget: options.MemoryBudget = None,
+    pareto: Pareto = 5,
+    dry_run: DryRun = False,
     run_dir: options.RunDir = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> int:
     """Train students of many sizes, and write those of the best trade-offs between cost and quality."""
-    table = {"steps": candidate_steps, "quality": quality, "solver": solver, "samples": held_out}
-    settings = ndonnx.load_recipe(recipe, **options.given(context), search=table | {"candidates": candidates or None})
+    settings = ndonnx.load_recipe(recipe, **given(context))
     if data is None and not settings.data_free:
         raise UsageError(f"--data is missing: give {options.SOURCES}; --data-free works without data")
     folder = Path(output) if output is not None else Path(f"{Path(model).stem}-search")

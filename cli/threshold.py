@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,36 +12,56 @@ from ndonnx.errors import UsageError
 
 from . import options
 from .outcome import DONE, job
+from .settings import given, option, takes
 
 if TYPE_CHECKING:
     from ndonnx import ThresholdReport
 
+Amplitudes = Annotated[
+    str | None,
+    option(
+        "--amplitudes",
+        "A,A",
+        "Amplitudes of the noise, as fractions of each value's standard deviation.",
+        "0.05,0.1,0.2,0.4,0.8,1.6",
+    ),
+]
+Repeats = Annotated[int | None, option("--repeats", "N", "Number of draws of the noise at each amplitude.", "3")]
+Multipliers = Annotated[
+    str | None,
+    option("--keep", "K,K", "Fractions of inner channels that untrained students keep, above 0 to 1.", "0.25,0.5,0.75"),
+]
+MaxDrop = Annotated[
+    str, option("--max-drop", "DROP", "Loss of quality that one neighbourhood may cost, as 1% or 0.01.", "1%")
+]
+Samples = Annotated[
+    int, option("--samples", "N", "Maximum number of samples on which the loss of quality is measured.", "2000")
+]
 
+
+@takes("granularity", "cut", "freeze", "round_to", "seed", "cache_budget")
 def threshold(
     context: typer.Context,
     model: options.Model,
     data: options.Data = None,
-    output: options.StudyFolder = None,
+    output: Annotated[
+        str | None,
+        options.folder("Folder for figures, tables and the document.", "MODEL-threshold in this folder"),
+    ] = None,
     recipe: options.RecipeFile = None,
     input_settings: options.InputSettings = None,
     shapes: options.Shapes = None,
-    granularity: options.Granularity = None,
-    cut: options.Cut = None,
-    freeze: options.Freeze = None,
-    amplitudes: options.Amplitudes = None,
-    repeats: options.Repeats = None,
-    multipliers: options.Multipliers = None,
-    round_to: options.RoundTo = None,
-    tolerated: options.StudyDrop = "1%",
-    judged: options.StudySamples = 2000,
-    seed: options.Seed = None,
-    cache_budget: options.CacheBudget = None,
+    amplitudes: Amplitudes = None,
+    repeats: Repeats = None,
+    multipliers: Multipliers = None,
+    tolerated: MaxDrop = "1%",
+    judged: Samples = 2000,
     json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> int:
     """Measure how much error each neighbourhood of MODEL bears, and all together: with noise, and with students."""
-    settings = ndonnx.load_recipe(recipe, **options.given(context))
+    settings = ndonnx.load_recipe(recipe, **given(context))
     if data is None:
         raise UsageError(f"--data is missing: give {options.SOURCES}")
     target = Path(output) if output is not None else Path(f"{Path(model).stem}-threshold")

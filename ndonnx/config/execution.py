@@ -1,0 +1,29 @@
+"""How to run it: worker processes, devices, precision, and the disk and memory that a run may take."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ndonnx.config.setting import Flag, Panel, Section
+from ndonnx.config.values import Bytes
+
+
+class Execution(Section):
+    """Settings of how a run uses the machine: workers, device, precision, disk and memory."""
+
+    workers: Annotated[int | None, Flag("N", Panel.RUN)] = Field(None, ge=1)
+    """Number of neighbourhoods trained at the same time. Default: one per core, fewer for few neighbourhoods."""
+    executor: Annotated[Literal["serial", "process"], Flag("serial|process", Panel.RUN)] = "process"
+    """Executor of the training jobs: one after the other in this process (`serial`), or in worker processes
+    (`process`)."""
+    device: Annotated[Literal["auto", "cpu", "cuda"], Flag("auto|cpu|cuda", Panel.RUN)] = "auto"
+    """Device of training and inference; `auto` is cuda where torch has it."""
+    precision: Annotated[Literal["auto", "fp32", "bf16"], Flag("auto|fp32|bf16", Panel.RUN)] = "auto"
+    """Floating-point precision of training; `auto` is bf16 where the machine computes in it, else fp32."""
+    cache_budget: Annotated[Bytes, Flag("SIZE", Panel.RUN)] = 4 * 10**9
+    """Maximum disk space of captured activations, in bytes (`4GB`, `512MiB`). Default: 4GB."""
+    memory_budget: Annotated[Bytes | None, Flag("SIZE", Panel.RUN)] = None
+    """Maximum memory of the run with all its workers, in bytes (`3GB`): it limits how many workers there are, and how
+    many samples are computed at a time. Default: a quarter of the machine's."""

@@ -1,0 +1,32 @@
+"""How to fine-tune it: end-to-end distillation of the assembled student."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from ndonnx.config.setting import Flag, Panel, Section
+from ndonnx.config.values import Augmentations
+
+FINETUNE_FACTOR = 3
+"""Number of fine-tuning steps for each step of a neighbourhood, where the recipe does not set `finetune_steps`."""
+
+
+class Finetuning(Section):
+    """Settings of the end-to-end distillation of the assembled student: steps, samples, augmentation, loss."""
+
+    finetune_steps: Annotated[int | None, Flag("N", Panel.TRAIN)] = Field(None, ge=0)
+    """Number of fine-tuning steps of the whole student against the teacher's outputs (equation 3 of the paper).
+    Default: three times the steps per neighbourhood."""
+    finetune_samples: Annotated[int, Flag("N", Panel.TRAIN)] = Field(50_000, ge=2)
+    """Maximum number of fine-tuning samples, of which only inputs and outputs are stored."""
+    augment: Annotated[Augmentations, Flag("KINDS", Panel.TRAIN)] = ("flip", "shift")
+    """Augmentation of images in fine-tuning: `flip`, `shift` and `mixup`, separated by commas, or `none`. The teacher
+    labels every augmented image."""
+    finetune_lr: Annotated[float, Flag("RATE", Panel.TRAIN)] = Field(0.01, gt=0)
+    """Peak learning rate of fine-tuning, relative to the root mean square of each weight."""
+    temperature: Annotated[float, Flag("T", Panel.TRAIN)] = Field(4.0, gt=0)
+    """Softmax temperature of the distillation loss in fine-tuning."""
+    label_weight: Annotated[float, Flag("FRACTION", Panel.TRAIN)] = Field(0.0, ge=0, le=1)
+    """Weight of the labels' cross-entropy in the fine-tuning loss; the distillation loss has the rest."""

@@ -25,8 +25,8 @@ workers  The distil jobs of all slices, by two worker processes with one thread 
          one thread: the wall time of the stage, with the start of the processes. Ratio of times, one worker over
          two: at least 1.6. It needs two cores.
 
-fixed    A run of the command with one step for each neighbourhood and two of fine-tuning: what a neighbourhood costs
-         before any training (ranking, least squares, conversion, gates, checks), of the slowest one at most 3 s, and
+fixed    A run of the command with no step for any neighbourhood and two of fine-tuning: what a neighbourhood costs
+         besides training (ranking, least squares, conversion, gates, checks), of the slowest one at most 3 s, and
          the most memory that the run held with all its workers, at most 3 GB. Left out unless --only asks for it.
 
 The floor is the time of the loop, of the session, half the time of one worker, and for `fixed` the 3 s and the 3 GB.
@@ -188,7 +188,7 @@ def measure_distil(bench: Bench, repeat: int, threads: int) -> list[Measured]:
         raise UsageError(f"{bench.subject.model}: no neighbourhood could be shrunk, there is nothing to measure")
     sums = [(sum(sdk for sdk, _ in turn), sum(bare for _, bare in turn)) for turn in zip(*times.values(), strict=True)]
     lines = [*times.items(), ("all", sums)]
-    return [_measured("distil", name, pairs, [sdk / bare for sdk, bare in pairs]) for name, pairs in lines]
+    return [measured_line("distil", name, pairs, [sdk / bare for sdk, bare in pairs]) for name, pairs in lines]
 
 
 def bare_loop(bench: Bench, part: Slice, threads: int) -> Callable[[int], float] | None:
@@ -254,7 +254,7 @@ def measure_capture(bench: Bench, repeat: int) -> list[Measured]:
 
     pairs = paired(sdk, lambda: bare_sweep(bench), repeat + 1)[1:]
     Notes().note(f"capture: {_times(pairs)}")
-    return [_measured("capture", "all", pairs, [bare / sdk for sdk, bare in pairs])]
+    return [measured_line("capture", "all", pairs, [bare / sdk for sdk, bare in pairs])]
 
 
 def bare_sweep(bench: Bench) -> float:
@@ -289,11 +289,11 @@ def measure_workers(bench: Bench, repeat: int) -> list[Measured]:
         )
     Notes().note(f"workers: {_times(pairs)}")
     floors = [(two, one / WORKERS) for two, one in pairs]
-    return [_measured("workers", "all", floors, [one / two for two, one in pairs])]
+    return [measured_line("workers", "all", floors, [one / two for two, one in pairs])]
 
 
 def measure_fixed(bench: Bench) -> list[Measured]:
-    """The slowest neighbourhood of a run that hardly trains, and the memory of the run.
+    """The slowest neighbourhood of a run that does not train it, and the memory of the run.
 
     Raises:
         UsageError: the run failed.
@@ -302,7 +302,7 @@ def measure_fixed(bench: Bench) -> list[Measured]:
     tables = subject.recipe.data.model_dump(mode="json", exclude_none=True)
     lines = [f"samples = {subject.recipe.samples}", f"keep = {subject.recipe.keep}", "[data]"]
     recipe.write_text("\n".join([*lines, *(f"{key} = {json.dumps(value)}" for key, value in tables.items())]))
-    options = ["--recipe", str(recipe), "--inputs", "teacher", "--steps", "1", "--finetune-steps", "2", "--json", "-q"]
+    options = ["--recipe", str(recipe), "--inputs", "teacher", "--steps", "0", "--finetune-steps", "2", "--json", "-q"]
     options += ["--finetune-samples", str(subject.recipe.samples), "--augment", "none"]
     command = [sys.executable, "-c", _COMMAND, "compress", str(subject.model), "--data", subject.data, *options]
     done = subprocess.run([*command, "-o", str(bench.folder / "fixed.onnx")], stdout=subprocess.PIPE, check=False)
@@ -315,7 +315,7 @@ def measure_fixed(bench: Bench) -> list[Measured]:
         Notes().note(f"fixed {name}: {seconds:.2f} s")
     held = report["peak_rss_bytes"] / 1e9
     return [
-        _measured(FIXED, part, [(value, limit)], [value / limit])
+        measured_line(FIXED, part, [(value, limit)], [value / limit])
         for part, value, limit in ((slowest, found[slowest], FIXED_SECONDS), ("memory", held, FIXED_GIGABYTES))
     ]
 
@@ -420,7 +420,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _measured(measurement: str, part: str, pairs: Sequence[tuple[float, float]], ratios: Sequence[float]) -> Measured:
+def measured_line(
+    measurement: str, part: str, pairs: Sequence[tuple[float, float]], ratios: Sequence[float]
+) -> Measured:
     sdk, floor = (statistics.median(side) for side in zip(*pairs, strict=True))
     limit = f"<= {AT_MOST[measurement]}" if measurement in AT_MOST else f">= {AT_LEAST[measurement]}"
     return Measured(measurement, part, sdk, floor, statistics.median(ratios), tuple(ratios), limit)

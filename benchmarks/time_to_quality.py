@@ -298,7 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _print(judge.teacher, points, table, comparison.baselines)
     if options.out is not None:
         common.write_csv(options.out / "curve.csv", _CURVE, [tuple(asdict(point).values()) for point in points])
-        _plot(options.out / "curve.png", points, judge.teacher)
+        plot(options.out / "curve.png", points, judge.teacher)
         common.write_json(
             options.out / "table.json",
             {
@@ -378,7 +378,7 @@ def _print(
     common.print_table("Time to quality, and ND's speed-up", ["time to", *columns[1:]], cells)
 
 
-def _plot(path: Path, points: Sequence[Point], teacher: float) -> None:
+def plot(path: Path, points: Sequence[Point], teacher: float) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - needed for --out only
     from matplotlib.figure import Figure  # noqa: PLC0415
 

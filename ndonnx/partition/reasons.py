@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import onnx_ir as ir
 
 from ndonnx.graph.costs import parameters_of
-from ndonnx.partition.channels.groups import UNREAD, FrozenWidth, frozen_widths
+from ndonnx.partition.channels.group import UNREAD, FrozenWidth
+from ndonnx.partition.channels.groups import frozen_widths
 from ndonnx.partition.slices import is_opaque
 
 Why = Callable[[list[ir.Node]], str]

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from ndonnx.graph.costs import is_weight
 from ndonnx.graph.dataflow import reads
-from ndonnx.partition.channels.groups import ChannelGroups, stays
+from ndonnx.partition.channels.group import ChannelGroups, stays
 
 _ROUNDED_FROM = 64
 """Widths from which a kept width is rounded by default."""

@@ -20,7 +20,8 @@ from ndonnx.graph.passes.fused_writer import is_inside_fused
 from ndonnx.graph.shapes.lengths import Axes
 from ndonnx.graph.shapes.targets import shape_readers
 from ndonnx.partition.boundaries import can_be_boundary
-from ndonnx.partition.channels.groups import ChannelGroups, find_groups, shrinking_axes
+from ndonnx.partition.channels.group import ChannelGroups
+from ndonnx.partition.channels.groups import find_groups, shrinking_axes
 from ndonnx.partition.regions import Atom, Chain
 from ndonnx.partition.slices import is_opaque, is_region, region_nodes
 

@@ -10,15 +10,31 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
 from ndonnx.graph.costs import constant_of
 from ndonnx.graph.dataflow import STANDARD_DOMAINS, sub_graphs
+from ndonnx.graph.shapes.numbers_of import (
+    INTEGERS,
+    MOST_NUMBERS,
+    Numbers,
+    Shape,
+    bounds,
+    concat,
+    cut,
+    elementwise,
+    expanded,
+    filled,
+    gather,
+    reshaped,
+    shape_of,
+    size_of,
+    transposed,
+    where,
+)
 from ndonnx.graph.shapes.sizes import (
     Size,
     add,
@@ -32,14 +48,6 @@ from ndonnx.graph.shapes.sizes import (
     subtract,
 )
 
-_LARGEST = 64
-"""Elements up to which a tensor of integers may say something about a shape."""
-_INTEGERS = {ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL}
-
-Numbers = npt.NDArray[np.object_]
-"""Elements of an integer tensor: a `Size`, a truth value, or None where unknown."""
-Shape = list[Size | None]
-
 
 def resolve_shapes(model: ir.Model) -> ir.Model:
     """Fill in the shapes that are open after ONNX's inference where they follow from the graph; in place.
@@ -47,7 +55,7 @@ def resolve_shapes(model: ir.Model) -> ir.Model:
     What is known stays as it is. A size that stays unknown gets a name, one for equal sizes.
     """
     if any(_is_open(value) for node in model.graph for value in node.outputs):
-        walk = _Walk(model)
+        walk = _Shapes(model)
         for node in model.graph:
             walk.visit(node)
         walk.write(model.graph)
@@ -59,7 +67,7 @@ def known_numbers(model: ir.Model) -> dict[ir.Value, Numbers]:
 
     Works on a model whose shapes ONNX has inferred; fills its open ones in on the way.
     """
-    walk = _Walk(model)
+    walk = _Shapes(model)
     for node in model.graph:
         walk.visit(node)
     return walk.numbers
@@ -73,7 +81,7 @@ def _unnamed(name: str | None) -> bool:
     return name is None or is_made_up(name)
 
 
-class _Walk:
+class _Shapes:
     """What is known of sizes and of integers computed from them, node after node."""
 
     def __init__(self, model: ir.Model) -> None:
@@ -100,9 +108,9 @@ class _Walk:
                     self._refine(value, found)
                 if rule is not None and node.op_type not in _TYPED_OTHERWISE and node.inputs[0] is not None:
                     node.outputs[0].type = node.outputs[0].type or node.inputs[0].type
-            if node.op_type in _NUMBERS and node.outputs[0].dtype in _INTEGERS:
+            if node.op_type in _NUMBERS and node.outputs[0].dtype in INTEGERS:
                 numbers = _NUMBERS[node.op_type](self, node)
-                if numbers is not None and numbers.size <= _LARGEST:
+                if numbers is not None and numbers.size <= MOST_NUMBERS:
                     self.numbers[node.outputs[0]] = numbers
         except (ArithmeticError, AttributeError, IndexError, TypeError, ValueError):
             return  # a node that does not fit its operator's definition: its sizes stay open
@@ -122,7 +130,7 @@ class _Walk:
         if value is None or value in self.numbers:
             return self.numbers.get(value) if value is not None else None
         tensor = constant_of(value)
-        if tensor is None or tensor.size > _LARGEST or tensor.dtype not in _INTEGERS:
+        if tensor is None or tensor.size > MOST_NUMBERS or tensor.dtype not in INTEGERS:
             return None
         return np.array(tensor.numpy().tolist(), dtype=object)
 
@@ -187,7 +195,7 @@ class _Walk:
         """The value as a constant, where it is small and all of it is known."""
         tensor = constant_of(value)
         if tensor is not None:
-            return ir.to_proto(tensor) if tensor.size <= _LARGEST else None
+            return ir.to_proto(tensor) if tensor.size <= MOST_NUMBERS else None
         numbers = self.numbers.get(value)
         if numbers is None or value.dtype is None or not all(isinstance(n, int) for n in numbers.reshape(-1)):
             return None
@@ -216,7 +224,7 @@ def _shape_in(found: onnx.TypeProto | None) -> Shape | None:
 # Shapes that hang on the numbers in an input
 
 
-def _reshape(walk: _Walk, node: ir.Node) -> Shape | None:
+def _reshape(walk: _Shapes, node: ir.Node) -> Shape | None:
     data, target = walk.sizes(node.inputs[0]), walk.integers(node.inputs[1])
     if data is None or target is None:
         return None
@@ -230,7 +238,7 @@ def _reshape(walk: _Walk, node: ir.Node) -> Shape | None:
     return wanted
 
 
-def _expand(walk: _Walk, node: ir.Node) -> Shape | None:
+def _expand(walk: _Shapes, node: ir.Node) -> Shape | None:
     data, target = walk.sizes(node.inputs[0]), walk.integers(node.inputs[1])
     if data is None or target is None:
         return None
@@ -240,22 +248,22 @@ def _expand(walk: _Walk, node: ir.Node) -> Shape | None:
     return [broadcast(size, other) for size, other in pairs]
 
 
-def _constant_of_shape(walk: _Walk, node: ir.Node) -> Shape | None:
+def _constant_of_shape(walk: _Shapes, node: ir.Node) -> Shape | None:
     target = walk.integers(node.inputs[0])
     return None if target is None else target.tolist()
 
 
-def _flatten(walk: _Walk, node: ir.Node) -> Shape | None:
+def _flatten(walk: _Shapes, node: ir.Node) -> Shape | None:
     data = walk.sizes(node.inputs[0])
     axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 1
     return None if data is None else [product(data[:axis]), product(data[axis:])]
 
 
-def _as_first_input(walk: _Walk, node: ir.Node) -> Shape | None:
+def _as_first_input(walk: _Shapes, node: ir.Node) -> Shape | None:
     return walk.sizes(node.inputs[0])
 
 
-def _range(walk: _Walk, node: ir.Node) -> Shape | None:
+def _range(walk: _Shapes, node: ir.Node) -> Shape | None:
     bounds = [walk.integers(value) for value in node.inputs]
     start, limit, delta = (None if bound is None else bound.item() for bound in bounds)
     if isinstance(start, int) and isinstance(limit, int) and isinstance(delta, int):
@@ -263,16 +271,16 @@ def _range(walk: _Walk, node: ir.Node) -> Shape | None:
     return [limit if start == 0 and delta == 1 else None]
 
 
-def _resize(walk: _Walk, node: ir.Node) -> Shape | None:
+def _resize(walk: _Shapes, node: ir.Node) -> Shape | None:
     target = walk.integers(node.inputs[3]) if len(node.inputs) > 3 else None
     policy = node.attributes.get("keep_aspect_ratio_policy")
     plain = "axes" not in node.attributes and (policy is None or policy.as_string() == "stretch")
     return target.tolist() if target is not None and plain else None
 
 
-def _slice(walk: _Walk, node: ir.Node) -> Shape | None:
+def _slice(walk: _Shapes, node: ir.Node) -> Shape | None:
     data = walk.sizes(node.inputs[0])
-    starts, ends, axes, steps = _bounds(walk, node)
+    starts, ends, axes, steps = bounds(walk, node)
     if data is None or starts is None or ends is None or axes is None or steps is None:
         return None
     found = list(data)
@@ -285,26 +293,10 @@ def _slice(walk: _Walk, node: ir.Node) -> Shape | None:
     return found
 
 
-def _bounds(walk: _Walk, node: ir.Node) -> list[list[Any] | None]:
-    """Starts, ends, axes and steps of a `Slice`; None for a list that is not known."""
-    if len(node.inputs) < 3:  # before opset 10 they are attributes, and ONNX reads them
-        return [None] * 4
-    found: list[list[Any] | None] = []
-    for position in range(1, 5):
-        value = node.inputs[position] if position < len(node.inputs) else None
-        numbers = walk.integers(value)
-        if value is not None:
-            found.append(None if numbers is None else numbers.tolist())
-        else:
-            count = len(found[0] or ())
-            found.append([1] * count if position == 4 else list(range(count)))
-    return found
-
-
 _TO_THE_END = 2**31 - 1
 """Bounds from here on mean the end of an axis."""
 
-_SHAPES: dict[str, Callable[[_Walk, ir.Node], Shape | None]] = {
+_SHAPES: dict[str, Callable[[_Shapes, ir.Node], Shape | None]] = {
     "ConstantOfShape": _constant_of_shape,
     "Expand": _expand,
     "Flatten": _flatten,
@@ -324,122 +316,26 @@ _TYPED_OTHERWISE = {"ConstantOfShape", "Range"}
 # Numbers computed from sizes
 
 
-def _shape(walk: _Walk, node: ir.Node) -> Numbers | None:
-    sizes = walk.sizes(node.inputs[0])
-    if sizes is None:
-        return None
-    start, end = (
-        node.attributes[name].as_int() if name in node.attributes else default
-        for name, default in (("start", 0), ("end", len(sizes)))
-    )
-    return np.array(sizes[start:end], dtype=object)
-
-
-def _size(walk: _Walk, node: ir.Node) -> Numbers | None:
-    sizes = walk.sizes(node.inputs[0])
-    return None if sizes is None else np.array(product(sizes), dtype=object)
-
-
-def _gather(walk: _Walk, node: ir.Node) -> Numbers | None:
-    data, index = walk.integers(node.inputs[0]), walk.integers(node.inputs[1])
-    if data is None or index is None or data.ndim != 1:
-        return None
-    return np.asarray(data[index.astype(np.int64)], dtype=object)
-
-
-def _cut(walk: _Walk, node: ir.Node) -> Numbers | None:
-    data = walk.integers(node.inputs[0])
-    starts, ends, axes, steps = _bounds(walk, node)
-    if data is None or starts is None or ends is None or axes is None or steps is None:
-        return None
-    index = [slice(None)] * data.ndim
-    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
-        if not (isinstance(axis, int) and isinstance(start, int) and isinstance(end, int) and isinstance(step, int)):
-            return None
-        index[axis] = slice(start, end, step)
-    return data[tuple(index)]
-
-
-def _turned(walk: _Walk, node: ir.Node) -> Numbers | None:
-    data = walk.integers(node.inputs[0])
-    perm = node.attributes["perm"].as_ints() if "perm" in node.attributes else None
-    return None if data is None else np.transpose(data, perm)
-
-
-def _concat(walk: _Walk, node: ir.Node) -> Numbers | None:
-    parts = []
-    for value in node.inputs:
-        numbers = walk.integers(value)
-        if numbers is None:
-            sizes = walk.sizes(value)
-            if sizes is None or len(sizes) != 1 or not isinstance(sizes[0], int) or sizes[0] > _LARGEST:
-                return None
-            numbers = np.full(sizes[0], None, dtype=object)
-        parts.append(numbers)
-    return np.concatenate(parts) if all(part.ndim == 1 for part in parts) else None
-
-
-def _moved(walk: _Walk, node: ir.Node) -> Numbers | None:
-    """Operators that change no more than the form."""
-    data, sizes = walk.integers(node.inputs[0]), walk.sizes(node.outputs[0])
-    if data is None or sizes is None or not all(isinstance(size, int) for size in sizes):
-        return None
-    return data.reshape([int(size) for size in sizes if size is not None])
-
-
-def _spread(walk: _Walk, node: ir.Node) -> Numbers | None:
-    data, sizes = walk.integers(node.inputs[0]), walk.sizes(node.outputs[0])
-    count = product(sizes or [None])
-    if data is None or sizes is None or not isinstance(count, int) or count > _LARGEST:
-        return None
-    return np.broadcast_to(data, [int(size) for size in sizes if size is not None])
-
-
-def _filled(walk: _Walk, node: ir.Node) -> Numbers | None:
-    sizes = walk.sizes(node.outputs[0])
-    count = product(sizes or [None])
-    if sizes is None or not isinstance(count, int) or count > _LARGEST:
-        return None
-    value = node.attributes["value"].as_tensor().numpy().item() if "value" in node.attributes else 0
-    return np.full([int(size) for size in sizes if size is not None], value, dtype=object)
-
-
-def _elementwise(function: Callable[..., object]) -> Callable[[_Walk, ir.Node], Numbers | None]:
-    def rule(walk: _Walk, node: ir.Node) -> Numbers | None:
-        operands = [walk.integers(value) for value in node.inputs]
-        if any(operand is None for operand in operands):
-            return None
-        return np.asarray(np.frompyfunc(function, len(operands), 1)(*operands), dtype=object)
-
-    return rule
-
-
-def _where(condition: bool | None, a: Size | None, b: Size | None) -> Size | None:
-    if condition is None:
-        return a if a == b else None
-    return a if condition else b
-
-
-_NUMBERS: dict[str, Callable[[_Walk, ir.Node], Numbers | None]] = {
-    "Add": _elementwise(add),
-    "Cast": _moved,
-    "Concat": _concat,
-    "ConstantOfShape": _filled,
-    "Div": _elementwise(divide),
-    "Equal": _elementwise(equal),
-    "Expand": _spread,
-    "Gather": _gather,
-    "Identity": _moved,
-    "Mod": _elementwise(remainder),
-    "Mul": _elementwise(lambda a, b: product([a, b])),
-    "Not": _elementwise(lambda a: not a if isinstance(a, bool) else None),
-    "Reshape": _moved,
-    "Shape": _shape,
-    "Size": _size,
-    "Slice": _cut,
-    "Squeeze": _moved,
-    "Sub": _elementwise(subtract),
-    "Transpose": _turned,
-    "Unsqueeze": _moved,
-    "Where": _elementwise(_where),
+_NUMBERS: dict[str, Callable[[_Shapes, ir.Node], Numbers | None]] = {
+    "Add": elementwise(add),
+    "Cast": reshaped,
+    "Concat": concat,
+    "ConstantOfShape": filled,
+    "Div": elementwise(divide),
+    "Equal": elementwise(equal),
+    "Expand": expanded,
+    "Gather": gather,
+    "Identity": reshaped,
+    "Mod": elementwise(remainder),
+    "Mul": elementwise(lambda a, b: product([a, b])),
+    "Not": elementwise(lambda a: not a if isinstance(a, bool) else None),
+    "Reshape": reshaped,
+    "Shape": shape_of,
+    "Size": size_of,
+    "Slice": cut,
+    "Squeeze": reshaped,
+    "Sub": elementwise(subtract),
+    "Transpose": transposed,
+    "Unsqueeze": reshaped,
+    "Where": elementwise(where),
 }

@@ -39,13 +39,12 @@ import argparse
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -59,6 +58,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from benchmarks import common
 from benchmarks.common import Notes, Slice, Stopwatch, Subject
+from benchmarks.measured import FIXED, Measured, measured_line
 from ndonnx.convert import to_torch
 from ndonnx.distill import DistilJob, Plan
 from ndonnx.errors import ShrinkError, UsageError
@@ -71,44 +71,13 @@ from ndonnx.students.registry import method_of
 from ndonnx.teacher import ActivationStore, capture
 
 MEASUREMENTS = ("distil", "capture", "workers")
-FIXED = "fixed"
-AT_MOST = {"distil": 1.15, FIXED: 1.0}
 FIXED_SECONDS, FIXED_GIGABYTES = 3.0, 3.0
-AT_LEAST = {"capture": 0.85, "workers": 1.6}
 WORKERS = 2
 WARM_UP = 2
 """Steps of the bare loop before a slice's first measured run: libraries prepare their kernels for its shapes."""
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _COLUMNS = ("measurement", "SDK", "floor", "ratio", "target", "met")
 _COMMAND = "from ndonnx_cli.main import main; main()"
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One line of the table: medians of the seconds, and of the paired ratios."""
-
-    measurement: str
-    part: str
-    """A slice's name; `all` where there are no parts, or for their sum."""
-    sdk_seconds: float
-    floor_seconds: float
-    ratio: float
-    ratios: tuple[float, ...]
-    """Of every repetition."""
-    target: str
-
-    @property
-    def met(self) -> bool:
-        """Whether the ratio is what was asked for."""
-        if self.measurement in AT_MOST:
-            return self.ratio <= AT_MOST[self.measurement]
-        return self.ratio >= AT_LEAST[self.measurement]
-
-    def row(self) -> tuple[str, ...]:
-        """As the table prints it."""
-        name = f"{self.measurement} {self.part}" if self.part != "all" else self.measurement
-        met = "yes" if self.met else "no"
-        return name, f"{self.sdk_seconds:.2f}", f"{self.floor_seconds:.2f}", f"{self.ratio:.3f}", self.target, met
 
 
 class Bench:
@@ -418,14 +387,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, metavar="FILE", help="where the JSON goes")
     add("--work", type=Path, metavar="DIR", help="where scratch files go (default: the system's temporary folder)")
     return parser
-
-
-def measured_line(
-    measurement: str, part: str, pairs: Sequence[tuple[float, float]], ratios: Sequence[float]
-) -> Measured:
-    sdk, floor = (statistics.median(side) for side in zip(*pairs, strict=True))
-    limit = f"<= {AT_MOST[measurement]}" if measurement in AT_MOST else f">= {AT_LEAST[measurement]}"
-    return Measured(measurement, part, sdk, floor, statistics.median(ratios), tuple(ratios), limit)
 
 
 def _times(pairs: Sequence[tuple[float, float]]) -> str:

@@ -54,6 +54,7 @@ import ndonnx
 from benchmarks import common
 from benchmarks.common import Notes, Stopwatch, Subject
 from benchmarks.end_to_end import EndToEnd, Images, starting_student
+from benchmarks.time_to_quality_plot import Point, plot
 from ndonnx.teacher import make_session
 
 BASELINES = ("random", "teacher", "least-squares")
@@ -67,23 +68,6 @@ FIRST_CHECKPOINT = 0.02
 SHORTFALLS = (0.05, 0.02, 0.01, 0.005)
 """How far below the teacher the qualities of the table lie, unless --levels says otherwise."""
 _CURVE = ("method", "budget", "seconds", "steps", "accuracy", "agreement")
-
-
-@dataclass(frozen=True)
-class Point:
-    """A model on a curve: how it was made, in how many seconds, how good it is."""
-
-    method: str
-    budget: str
-    seconds: float
-    steps: int
-    accuracy: float | None
-    agreement: float
-
-    @property
-    def quality(self) -> float:
-        """Accuracy, or agreement where there are no labels."""
-        return self.agreement if self.accuracy is None else self.accuracy
 
 
 @dataclass(frozen=True)
@@ -376,26 +360,6 @@ def _print(
     columns = list(table[0])
     cells = [[common.percent(row["level"]), *(row[column] for column in columns[1:])] for row in table]
     common.print_table("Time to quality, and ND's speed-up", ["time to", *columns[1:]], cells)
-
-
-def plot(path: Path, points: Sequence[Point], teacher: float) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - needed for --out only
-    from matplotlib.figure import Figure  # noqa: PLC0415
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for method, budget in dict.fromkeys((p.method, "" if p.method == "ND" else p.budget) for p in points):
-        own = [p for p in points if p.method == method and budget in {"", p.budget}]
-        label = f"{method} {budget}".strip()
-        axes.plot([p.seconds for p in own], [100 * p.quality for p in own], marker="o", markersize=3, label=label)
-    axes.axhline(100 * teacher, linestyle="--", color="grey", label="teacher")
-    axes.set_xscale("log")
-    axes.set_xlabel("wall time in seconds")
-    axes.set_ylabel("accuracy in %" if points[0].accuracy is not None else "agreement with the teacher in %")
-    axes.grid(True, alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":

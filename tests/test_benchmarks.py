@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from benchmarks import common, overhead, time_to_quality
 from benchmarks.common import Stopwatch
 from benchmarks.end_to_end import softened_kl
-from benchmarks.time_to_quality import Point, Reach, envelope, speed_up, time_to
+from benchmarks.time_to_quality import Reach, envelope, speed_up, time_to
+from benchmarks.time_to_quality_plot import Point
 from ndonnx.errors import UsageError
 
 SAMPLES = 96

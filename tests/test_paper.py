@@ -19,7 +19,7 @@ from benchmarks.paper import published, scales
 from benchmarks.paper.__main__ import _parser, _scale, _text, main, print_table
 from benchmarks.paper.lab import Cell, Lab
 from benchmarks.paper.tables import KD_SCRATCH, TABLES, Table, _as_long, _over_kd, table6
-from benchmarks.time_to_quality import Point
+from benchmarks.time_to_quality_plot import Point
 from ndonnx import demo
 from ndonnx.config.recipe import Recipe
 from ndonnx.distill.losses import LABEL

@@ -16,7 +16,8 @@ from benchmarks import common
 from benchmarks.common import Notes, Stopwatch, Subject
 from benchmarks.end_to_end import EndToEnd, Images, Loss, starting_student
 from benchmarks.paper.scales import Scale
-from benchmarks.time_to_quality import Judge, Point
+from benchmarks.time_to_quality import Judge
+from benchmarks.time_to_quality_plot import Point
 from ndonnx.config.recipe import Recipe, make_recipe
 from ndonnx.errors import NdonnxError, UsageError
 from ndonnx.report import CompressReport

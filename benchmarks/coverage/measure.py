@@ -26,8 +26,9 @@ from ndonnx.errors import NdonnxError, SliceError
 from ndonnx.flow.prepare import partition_model
 from ndonnx.graph import load
 from ndonnx.graph.dataflow import real_inputs
-from ndonnx.metrics.check import boundary, check_neighbourhood
+from ndonnx.metrics.check import check_neighbourhood
 from ndonnx.partition import Neighbourhood, Partition
+from ndonnx.partition.parts import boundary
 from ndonnx.teacher import ActivationStore, CaptureSettings, capture, make_session
 
 KEEP = 0.5

@@ -191,14 +191,8 @@ class _Run:
         entry = Entry(self.folder / "hardened")
         plan = Schedule(recipe, finetunable=True).plan(steps, recipe.finetune_lr)
         memory = MemoryPlan.of(recipe, self.parts, usable_cores()).whole_step()
-        settings = WholeSettings(
-            replace(plan, memory=memory, threads=usable_cores()),
-            recipe.temperature,
-            recipe.label_weight,
-            answers.holdout,
-            recipe.parity,
-            self.parts.interface,
-        )
+        plan = replace(plan, memory=memory, threads=usable_cores())
+        settings = WholeSettings.of(recipe, plan, answers.holdout, self.parts.interface)
         path = self.given.teacher.path
         job = HardenJob("model", path, answers.store.path, answers.labels, entry, settings, noises=noises)
         outcome, _ = run_alone(job, "harden", steps, recipe, self.progress)

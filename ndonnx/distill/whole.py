@@ -12,6 +12,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
+from ndonnx.config.recipe import Recipe
 from ndonnx.convert import TorchSlice
 from ndonnx.distill.losses import LABEL, DistillationLoss, NeighbourhoodLoss, Objective
 from ndonnx.distill.plan import Plan
@@ -50,6 +51,11 @@ class WholeSettings:
     """Maximum relative error of torch against onnxruntime."""
     interface: Interface = field(default_factory=Interface)
     """How the model is fed."""
+
+    @classmethod
+    def of(cls, recipe: Recipe, plan: Plan, holdout: float, interface: Interface) -> WholeSettings:
+        """As a recipe says, with the fraction of the samples that was held out for it."""
+        return cls(plan, recipe.temperature, recipe.label_weight, holdout, recipe.parity, interface)
 
     def inputs_of(self, model: ir.Model) -> list[str]:
         """Names of the model's inputs that have samples."""

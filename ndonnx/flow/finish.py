@@ -157,15 +157,8 @@ class Finishing:
             save(student, scratch / MODEL_FILE)
             # Now, when the answers' time is spent.
             plan = replace(self.run.schedule.finetune(), memory=self.run.memory.whole_step())
-            recipe = self.run.recipe
-            settings = WholeSettings(
-                replace(plan, threads=usable_cores()),
-                recipe.temperature,
-                recipe.label_weight,
-                answers.holdout,
-                recipe.parity,
-                self.run.parts.interface,
-            )
+            plan = replace(plan, threads=usable_cores())
+            settings = WholeSettings.of(self.run.recipe, plan, answers.holdout, self.run.parts.interface)
             job = FinetuneJob(
                 "student", scratch / MODEL_FILE, answers.store.path, answers.labels, entry, settings, kept=kept
             )

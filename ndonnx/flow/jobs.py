@@ -13,6 +13,7 @@ from ndonnx.errors import RecipeError
 from ndonnx.flow.run import Run
 from ndonnx.graph import save
 from ndonnx.partition import Neighbourhood, Partition, extract, is_opaque, region_nodes
+from ndonnx.partition.parts import boundary
 from ndonnx.report import NeighbourhoodReport
 from ndonnx.runtime.faults import Fault
 from ndonnx.runtime.fingerprints import Fingerprintable, fingerprint
@@ -248,15 +249,6 @@ def _answer(parts: Partition) -> list[ir.Value]:
     if len(outputs) != 1 or outputs[0].dtype is None or not outputs[0].dtype.is_floating_point():
         return []
     return list(outputs)
-
-
-def boundary(neighbourhoods: Iterable[Neighbourhood]) -> list[str]:
-    """Names of the values to capture for these neighbourhoods, each once, in order."""
-    names: dict[str, None] = {}
-    for n in neighbourhoods:
-        assert n.entry is not None and n.exit is not None
-        names.update(dict.fromkeys(value.name or "" for value in (n.entry, *n.context, n.exit)))
-    return list(names)
 
 
 def unchanged_results(parts: Partition) -> dict[str, NeighbourhoodResult]:

@@ -32,6 +32,7 @@ from ndonnx.graph.interface import Interface
 from ndonnx.graph.precision import in_float32, in_own_types, rounding_error
 from ndonnx.graph.shapes.inference import infer_shapes
 from ndonnx.partition import ChannelGroups, Neighbourhood, Partition, extract
+from ndonnx.partition.parts import boundary
 from ndonnx.partition.removable import kept_width
 from ndonnx.runtime.faults import Fault, tried
 from ndonnx.runtime.machine import usable_cores
@@ -275,12 +276,3 @@ def _captured(
 ) -> ActivationStore:
     count = len(next(iter(samples.values())))
     return capture(parts.model, boundary(wave), lambda: _batches(samples, specs), folder, samples=count)
-
-
-def boundary(neighbourhoods: Sequence[Neighbourhood]) -> list[str]:
-    """Names of the values at the ends of these neighbourhoods, each once, in order."""
-    names: dict[str, None] = {}
-    for n in neighbourhoods:
-        assert n.entry is not None and n.exit is not None
-        names.update(dict.fromkeys(value.name or "" for value in (n.entry, *n.context, n.exit)))
-    return list(names)

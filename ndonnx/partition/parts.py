@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from operator import or_
@@ -65,6 +65,15 @@ class Neighbourhood:
     def widths(self) -> list[int]:
         """Number of units of each channel group."""
         return [group.width for group in self.groups.groups] if self.groups is not None else []
+
+
+def boundary(neighbourhoods: Iterable[Neighbourhood]) -> list[str]:
+    """Names of the values at the ends of these neighbourhoods, each once, in order."""
+    names: dict[str, None] = {}
+    for n in neighbourhoods:
+        assert n.entry is not None and n.exit is not None
+        names.update(dict.fromkeys(value.name or "" for value in (n.entry, *n.context, n.exit)))
+    return list(names)
 
 
 @dataclass(frozen=True, eq=False)

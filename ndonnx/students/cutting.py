@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from ndonnx.graph.initializers import set_numbers
 from ndonnx.graph.interface import is_inside, name_inside
 from ndonnx.graph.shapes.inference import infer_shapes
 from ndonnx.graph.shapes.symbolic import resolve_shapes
@@ -32,8 +33,7 @@ def shrink(model: ir.Model, groups: ChannelGroups, kept: npt.NDArray[np.bool_]) 
         value = graph.initializers[axis.initializer]
         assert value.const_value is not None
         array = axis.cut(value.const_value.numpy(), kept)
-        value.const_value = ir.tensor(np.ascontiguousarray(array), name=axis.initializer)
-        value.shape = ir.Shape(array.shape)
+        set_numbers(value, array)
     by_output = {node.outputs[0].name: node for node in graph}
     # Where the exit is turned, its name is that of the turned value.
     by_output |= {name_inside(node.outputs[0]): node for node in graph if is_inside(node.outputs[0])}

@@ -17,6 +17,7 @@ import torch
 
 from ndonnx.errors import ShrinkError, first_line
 from ndonnx.graph.costs import constant_of
+from ndonnx.graph.initializers import set_numbers
 from ndonnx.graph.working_copy import slice_batch
 from ndonnx.students.features import from_matrix, is_plain, offset_of
 from ndonnx.students.least_squares import (
@@ -226,8 +227,8 @@ def _apply(model: ir.Model, end: Exit, problem: Regression) -> None:
     if end.bias is not None:
         bias = model.graph.initializers[end.bias]
         assert bias.const_value is not None
-        _set(bias, bias.const_value.numpy() + moments.offset(solution)[0].numpy())
-    _set(weight, old + from_matrix(end.node, solution[0].numpy(), old.shape))
+        set_numbers(bias, bias.const_value.numpy() + moments.offset(solution)[0].numpy())
+    set_numbers(weight, old + from_matrix(end.node, solution[0].numpy(), old.shape))
 
 
 def _support(node: ir.Node, weight: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_] | None:
@@ -240,8 +241,3 @@ def _support(node: ir.Node, weight: npt.NDArray[np.float32]) -> npt.NDArray[np.b
 
 def _transposed(node: ir.Node) -> bool:
     return "transB" in node.attributes and node.attributes["transB"].as_int() == 1
-
-
-def _set(value: ir.Value, array: npt.NDArray[np.floating]) -> None:
-    assert value.const_value is not None
-    value.const_value = ir.tensor(array.astype(value.const_value.dtype.numpy()), name=value.name)

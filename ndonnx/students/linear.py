@@ -9,6 +9,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from ndonnx.graph.costs import is_weight
+from ndonnx.graph.initializers import add_constant, set_numbers
 from ndonnx.partition import ChannelGroups, WeightAxis
 from ndonnx.students.features import LinearReader, linear_readers
 
@@ -43,30 +44,10 @@ def _is_own(model: ir.Model, reader: LinearReader) -> bool:
 
 
 def set_weight(model: ir.Model, name: str, array: npt.NDArray[np.floating]) -> None:
-    """Give an initializer other numbers of the same shape, in its own type."""
-    value = model.graph.initializers[name]
-    assert value.const_value is not None
-    value.const_value = ir.tensor(array.astype(value.const_value.dtype.numpy()), name=name)
+    """Give an initializer other numbers, in its own type."""
+    set_numbers(model.graph.initializers[name], array)
 
 
 def add_weight(graph: ir.Graph, name: str, array: npt.NDArray[np.floating]) -> ir.Value:
     """A new float32 initializer under this name, or under one like it that is free."""
     return add_constant(graph, name, np.asarray(array, dtype=np.float32))
-
-
-def add_constant(graph: ir.Graph, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
-    """A new initializer of the array's type under this name, or under one like it that is free."""
-    name = unique_name(graph, name)
-    tensor = ir.tensor(np.ascontiguousarray(array), name=name)
-    value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
-    graph.register_initializer(value)
-    return value
-
-
-def unique_name(graph: ir.Graph, name: str) -> str:
-    """The name, or one like it, that no value and no node of the graph has."""
-    taken = {value.name for value in ir.convenience.create_value_mapping(graph).values()}
-    taken |= {node.name for node in graph}
-    while name in taken:
-        name += "'"
-    return name

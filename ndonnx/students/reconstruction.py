@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from ndonnx.graph.initializers import set_numbers
 from ndonnx.graph.storage.sparse import is_sparse
 from ndonnx.partition import stays
 from ndonnx.students.base import TeacherSlice
@@ -83,10 +84,10 @@ def _refit(ours: Forward, theirs: Forward, readers: Sequence[LinearReader], kept
     if problem.rows < problem.features:
         return  # more unknowns than rows: any solution fits them, with weights as large as it likes
     weights, offset = problem.solve(offset=bias is not None)
-    _set(weight, from_matrix(node, weights[0].numpy(), shape))
+    set_numbers(weight, from_matrix(node, weights[0].numpy(), shape))
     if bias is not None:
         value = student.graph.initializers[bias]
-        _set(value, offset[0].numpy().reshape(_shape(value)))
+        set_numbers(value, offset[0].numpy().reshape(_shape(value)))
 
 
 def _own_bias(teacher: TeacherSlice, readers: Sequence[LinearReader]) -> str | None:
@@ -109,11 +110,6 @@ def _kept_outputs(
         if axis.initializer == reader.weight and axis.role == "out":
             return np.compress(stays(axis.units, kept), output, axis=channel_axis)
     return output
-
-
-def _set(value: ir.Value, array: np.ndarray) -> None:
-    assert value.const_value is not None
-    value.const_value = ir.tensor(array.astype(value.const_value.dtype.numpy()), name=value.name)
 
 
 def _shape(value: ir.Value) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ndonnx.graph.costs import is_weight
+from ndonnx.graph.initializers import set_numbers
 
 Init = Literal["teacher", "least-squares", "random"]
 
@@ -24,7 +25,7 @@ def randomise(model: ir.Model, rng: np.random.Generator, held: Collection[str] =
         drawn.add(value)
         shape = tuple(int(d) for d in value.const_value.shape.numpy())
         array = rng.normal(0.0, np.sqrt(2.0 / _fan_in(node, shape)), shape)
-        value.const_value = ir.tensor(array.astype(value.const_value.dtype.numpy()), name=value.name)
+        set_numbers(value, array)
     return copy
 
 

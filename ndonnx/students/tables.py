@@ -18,9 +18,10 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from ndonnx.graph.costs import constant_of, is_weight
+from ndonnx.graph.initializers import unique_name
 from ndonnx.students.base import TeacherSlice
 from ndonnx.students.features import Matrix
-from ndonnx.students.linear import add_weight, unique_name
+from ndonnx.students.linear import add_weight
 
 _ROWS = 2**14
 """Rows of a table that are in memory as float64 at a time."""

@@ -16,9 +16,9 @@ import onnx_ir as ir
 
 from ndonnx.convert import relative_error
 from ndonnx.errors import ShrinkError
+from ndonnx.graph.initializers import add_constant, set_numbers, unique_name
 from ndonnx.partition import ChannelGroups, ChannelStatistic, stays
 from ndonnx.students.base import TeacherSlice
-from ndonnx.students.linear import add_constant, unique_name
 
 _PROBE = 16
 """Samples on which the check is run."""
@@ -87,7 +87,7 @@ def ignoring(model: ir.Model, groups: ChannelGroups, kept: Kept) -> ir.Model:
             value = graph.initializers[axis.initializer]
             assert value.const_value is not None
             array = axis.zeroed(value.const_value.numpy(), kept)
-            value.const_value = ir.tensor(np.ascontiguousarray(array), name=axis.initializer)
+            set_numbers(value, array)
     return copy
 
 

@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from ndonnx.graph.costs import constant_of
 from ndonnx.graph.dataflow import STANDARD_DOMAINS, sub_graphs
+from ndonnx.graph.initializers import add_constant
 from ndonnx.graph.shapes.lengths import Axes, lengths_read
 from ndonnx.graph.shapes.symbolic import known_numbers
 
@@ -149,13 +150,4 @@ _RULES = {"Expand": _expanded, "Reshape": _reshaped}
 
 def _write(graph: ir.Graph, node: ir.Node, slot: int, array: npt.NDArray[np.integer]) -> None:
     name = f"{node.outputs[0].name}/{'target' if slot == 1 else f'target{slot}'}"
-    while name in graph.initializers:
-        name += "'"
-    value = ir.Value(
-        name=name,
-        const_value=ir.tensor(array, name=name),
-        shape=ir.Shape(array.shape),
-        type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
-    )
-    graph.register_initializer(value)
-    node.replace_input_with(slot, value)
+    node.replace_input_with(slot, add_constant(graph, name, array))

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from ndonnx.graph.initializers import set_numbers
 from ndonnx.graph.interface import samples_first
 from ndonnx.metrics.partial import Change, PartialModels, Quality
 from ndonnx.partition.layers import weight_slot
@@ -228,7 +229,7 @@ def noisy_weights(slice_: ir.Model, name: str, amplitude: float, draw: tuple[int
         drawn = rng.standard_normal(array.shape, np.float32) * np.float32(
             amplitude * float(array.std(dtype=np.float64))
         )
-        value.const_value = ir.tensor((array + drawn).astype(array.dtype), name=value.name)
+        set_numbers(value, array + drawn)
     return copy if seen else None
 
 

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from ndonnx.errors import RecipeError, ShrinkError
 from ndonnx.graph.costs import constant_of
+from ndonnx.graph.initializers import unique_name
 from ndonnx.graph.shapes.inference import infer_shapes
 from ndonnx.partition import extract
 from ndonnx.students.base import Candidate, Spelled, StudentMethod, TeacherSlice
-from ndonnx.students.linear import axes_of, unique_name
+from ndonnx.students.linear import axes_of
 from ndonnx.students.reconstruction import refit_consumers
 from ndonnx.students.starting import Init, randomise
 from ndonnx.teacher.sessions import REFUSALS, make_session

@@ -10,12 +10,13 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from ndonnx.errors import ShrinkError
+from ndonnx.graph.initializers import unique_name
 from ndonnx.graph.shapes.inference import infer_shapes
 from ndonnx.students.base import Candidate, Spelled, StudentMethod, TeacherSlice, spelled_number
 from ndonnx.students.factors import Cut, Fit, Form, Problem, fit_of, forms_of
 from ndonnx.students.features import LinearReader, from_matrix, summed
 from ndonnx.students.least_squares import MOST_FEATURES, Regression
-from ndonnx.students.linear import add_weight, every_reader, set_weight, unique_name
+from ndonnx.students.linear import add_weight, every_reader, set_weight
 from ndonnx.students.starting import Init, randomise
 from ndonnx.students.tables import Table, lookups, measure, split_table
 

@@ -13,9 +13,10 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from ndonnx.errors import ShrinkError
 from ndonnx.graph import slice_cost
 from ndonnx.graph.costs import constant_of
+from ndonnx.graph.initializers import unique_name
 from ndonnx.graph.shapes.inference import infer_shapes
 from ndonnx.students.base import Candidate, Spelled, StudentMethod, TeacherSlice
-from ndonnx.students.linear import add_weight, unique_name
+from ndonnx.students.linear import add_weight
 from ndonnx.students.starting import Init
 
 _ACTIVATIONS = {

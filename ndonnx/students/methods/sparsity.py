@@ -12,6 +12,7 @@ import torch
 from ndonnx.config.recipe import parse_sparsity
 from ndonnx.errors import ShrinkError
 from ndonnx.graph.costs import constant_of
+from ndonnx.graph.initializers import set_numbers
 from ndonnx.partition.layers import LINEAR_OPERATORS
 from ndonnx.students.base import Candidate, Spelled, StudentMethod, TeacherSlice
 from ndonnx.students.features import summed
@@ -88,7 +89,7 @@ def fit_zeros(teacher: TeacherSlice, pattern: Pattern, weights: tuple[LinearWeig
         else:
             value = copy.graph.initializers[name]
             array = _array(value)
-            _set(value, array * pattern.mask(torch.from_numpy(np.abs(array)), layout).numpy())
+            set_numbers(value, array * pattern.mask(torch.from_numpy(np.abs(array)), layout).numpy())
     return copy
 
 
@@ -113,9 +114,9 @@ def _fit(ours: Forward, theirs: Forward, node: ir.Node, pattern: Pattern, layout
 
     before = to_groups(node, torch.tensor(_array(value), dtype=torch.float64))
     solution, _ = fit(moments, before, choose)
-    _set(value, from_groups(node, solution, layout.shape).numpy())
+    set_numbers(value, from_groups(node, solution, layout.shape).numpy())
     if bias is not None:
-        _set(bias, moments.offset(solution).reshape(_array(bias).shape).numpy())
+        set_numbers(bias, moments.offset(solution).reshape(_array(bias).shape).numpy())
 
 
 def _own_bias(node: ir.Node, layout: LinearWeight, held: Collection[str]) -> ir.Value | None:
@@ -131,8 +132,3 @@ def _array(value: ir.Value) -> np.ndarray:
     tensor = constant_of(value)
     assert tensor is not None
     return tensor.numpy()
-
-
-def _set(value: ir.Value, array: np.ndarray) -> None:
-    assert value.const_value is not None
-    value.const_value = ir.tensor(array.astype(value.const_value.dtype.numpy()), name=value.name)

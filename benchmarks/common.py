@@ -32,9 +32,10 @@ from ndonnx.errors import NdonnxError, UsageError
 from ndonnx.flow.prepare import partition_model
 from ndonnx.graph import load
 from ndonnx.partition import Neighbourhood, Partition
+from ndonnx.runtime.atomic import atomic_write_json
 from ndonnx.runtime.machine import computes_in_bf16, pick_device, usable_cores
-from ndonnx.runtime.run_directory import atomic_write_json
-from ndonnx.students import Candidate, TeacherSlice, method_of
+from ndonnx.students import Candidate, TeacherSlice
+from ndonnx.students.registry import method_of
 from ndonnx.teacher import ActivationStore, make_session
 
 CAPTURE_BATCH = 64

@@ -26,7 +26,7 @@ from ndonnx.graph import fold_constants, load
 from ndonnx.graph.dataflow import real_inputs
 from ndonnx.partition import Partition
 from ndonnx.runtime.machine import pick_device, usable_cores
-from ndonnx.teacher import ActivationStore, capture, make_session
+from ndonnx.teacher import ActivationStore, CaptureSettings, capture, make_session
 
 Loss = Literal["kd", "ce"]
 """KL divergence from the teacher's softened logits, or cross-entropy with the labels."""
@@ -64,7 +64,9 @@ class Images:
 
         device = pick_device(subject.recipe.device)
         names = [*self.inputs, self.logits]
-        self.store = capture(model, names, batches, folder, samples=count, device=device, half=False)
+        self.store = capture(
+            model, names, batches, folder, samples=count, settings=CaptureSettings(device=device, half=False)
+        )
         self.batch = common.capture_batch(model)
 
     def training(self, holdout: float) -> SliceSamples:

@@ -67,7 +67,7 @@ from ndonnx.partition import Partition
 from ndonnx.runtime.executor import Executor, ProcessExecutor, SerialExecutor
 from ndonnx.runtime.machine import pick_device, usable_cores
 from ndonnx.runtime.run_directory import RunDir
-from ndonnx.students import method_of
+from ndonnx.students.registry import method_of
 from ndonnx.teacher import ActivationStore, capture
 
 MEASUREMENTS = ("distil", "capture", "workers")

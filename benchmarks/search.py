@@ -43,8 +43,9 @@ from benchmarks.search_bench import Bench, Row, UniformCosts, quality_in, second
 from ndonnx.config.recipe import Recipe
 from ndonnx.flow.prepare import Request, prepare
 from ndonnx.flow.search_session import SearchSession
+from ndonnx.runtime.fingerprints import fingerprint
 from ndonnx.runtime.machine import usable_cores
-from ndonnx.runtime.run_directory import RunDir, fingerprint
+from ndonnx.runtime.run_directory import RunDir
 from ndonnx.select import parse_drop
 
 BUDGETS = (0.35, 0.5, 0.65, 0.8, 0.9)

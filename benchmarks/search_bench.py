@@ -22,8 +22,9 @@ from ndonnx.graph import slice_cost
 from ndonnx.metrics.evaluation import Evaluation
 from ndonnx.partition import Neighbourhood, Partition
 from ndonnx.partition.removable import kept_width
-from ndonnx.runtime.run_directory import RunDir, fingerprint, fingerprint_file
-from ndonnx.students.width import shrink
+from ndonnx.runtime.fingerprints import fingerprint, fingerprint_file
+from ndonnx.runtime.run_directory import RunDir
+from ndonnx.students.cutting import shrink
 
 MULTIPLIERS = [number / 1000 for number in range(1, 1000)]
 """From which the uniform one is taken."""

@@ -17,8 +17,9 @@ from ndonnx.assemble.splice import is_changed, splice
 from ndonnx.config.recipe import Recipe
 from ndonnx.errors import RecipeError, ShrinkError
 from ndonnx.graph.save import serialise
-from ndonnx.students import ActivationSwap, TeacherSlice, method_of
-from ndonnx.students.activation import DEFAULT, find_activations
+from ndonnx.students import TeacherSlice
+from ndonnx.students.methods.activation import DEFAULT, ActivationSwap, find_activations
+from ndonnx.students.registry import method_of
 from tests.models import Net, inputs_of, inverted_bottleneck, parted, run
 from tests.slices import answer, build, error, operators, teacher_of, weights
 

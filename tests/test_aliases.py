@@ -16,7 +16,10 @@ from ndonnx.config.recipe import Recipe
 from ndonnx.partition import ChannelGroup, ChannelGroups
 from ndonnx.partition.removable import kept_width
 from ndonnx.select import TEACHER, Option, Table
-from ndonnx.students import WHOLE, LowRank, Sparsity, Width
+from ndonnx.students import WHOLE
+from ndonnx.students.methods.lowrank import LowRank
+from ndonnx.students.methods.sparsity import Sparsity
+from ndonnx.students.methods.width import Width
 from ndonnx_cli.main import main
 from tests.runs import UNITS, Recorder
 from tests.test_searching import SETTINGS, markers

@@ -14,7 +14,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from ndonnx.errors import DataError, ModelError, RunDirError, UsageError
-from ndonnx.teacher import capture, capture_bytes, make_session, sessions
+from ndonnx.teacher import CaptureSettings, capture, capture_bytes, make_session, sessions
 
 Batches = Callable[[], Iterator[dict[str, np.ndarray]]]
 
@@ -89,7 +89,15 @@ def x() -> np.ndarray:
 def test_the_store_holds_what_onnxruntime_computes(tmp_path: Path, x: np.ndarray, half: bool, infer: bool) -> None:
     model, names = chain(infer=infer), ["x", "a/b:0", "hidden", "positive", "y"]
     counts: list[int] = []
-    store = capture(model, names, batched(16, x=x), tmp_path, samples=50, half=half, on_batch=counts.append)
+    store = capture(
+        model,
+        names,
+        batched(16, x=x),
+        tmp_path,
+        samples=50,
+        settings=CaptureSettings(half=half),
+        on_batch=counts.append,
+    )
     assert store.names == tuple(names)
     assert counts == [16, 16, 16, 2]
     for name, expected in zip(names[1:], reference(model, names[1:], x=x), strict=True):
@@ -107,7 +115,7 @@ def test_values_are_exact_and_halves_are_rounded_like_numpy(tmp_path: Path) -> N
     rng = np.random.default_rng(2)
     x = (rng.standard_normal((40, 4)) * 10.0 ** rng.integers(-9, 4, (40, 4))).astype(np.float32)
     model = one_node("Relu")
-    full = capture(model, ["y"], batched(7, x=x), tmp_path / "full", samples=40, half=False)
+    full = capture(model, ["y"], batched(7, x=x), tmp_path / "full", samples=40, settings=CaptureSettings(half=False))
     np.testing.assert_array_equal(full.array("y"), np.maximum(x, 0))
     half = capture(model, ["y"], batched(7, x=x), tmp_path / "half", samples=40)
     np.testing.assert_array_equal(half.array("y"), np.maximum(x, 0).astype(np.float16))
@@ -183,7 +191,9 @@ def test_other_floats_are_stored_as_they_are(tmp_path: Path, kind: int) -> None:
 def test_bad_numbers_are_recorded_and_kept(tmp_path: Path, bad: float, half: bool) -> None:
     x = np.ones((20, 4), np.float32)
     x[13, 2] = bad
-    store = capture(one_node("Neg"), ["x", "y"], batched(8, x=x), tmp_path, samples=20, half=half)
+    store = capture(
+        one_node("Neg"), ["x", "y"], batched(8, x=x), tmp_path, samples=20, settings=CaptureSettings(half=half)
+    )
     assert sorted(store.nonfinite) == ["x", "y"]
     np.testing.assert_array_equal(store.array("y"), -x)
 
@@ -284,7 +294,7 @@ def test_a_source_may_fill_the_same_array_again(tmp_path: Path) -> None:
             buffer[:] = x[start : start + 2]
             yield {"x": buffer}
 
-    store = capture(one_node("Neg"), ["x", "y"], batches, tmp_path, samples=64, half=False)
+    store = capture(one_node("Neg"), ["x", "y"], batches, tmp_path, samples=64, settings=CaptureSettings(half=False))
     np.testing.assert_array_equal(store.array("x"), x)
     np.testing.assert_array_equal(store.array("y"), -x)
 

@@ -15,8 +15,9 @@ from runs import Bench
 from ndonnx.convert import relative_error
 from ndonnx.graph import fold_constants
 from ndonnx.partition import find_groups
-from ndonnx.students import TeacherSlice, Width
-from ndonnx.students.width import shrink
+from ndonnx.students import TeacherSlice
+from ndonnx.students.cutting import shrink
+from ndonnx.students.methods.width import Width
 
 BLOCKS_IN_A_MODEL = 6
 CHUNKS = [sorted(CHANNEL_BLOCKS)[i : i + BLOCKS_IN_A_MODEL] for i in range(0, len(CHANNEL_BLOCKS), BLOCKS_IN_A_MODEL)]

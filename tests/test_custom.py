@@ -17,7 +17,9 @@ from ndonnx.assemble.splice import splice
 from ndonnx.config.recipe import Recipe
 from ndonnx.errors import RecipeError, ShrinkError
 from ndonnx.graph import slice_cost
-from ndonnx.students import Custom, TeacherSlice, ValueType, method_of
+from ndonnx.students import TeacherSlice
+from ndonnx.students.methods.custom import Custom, ValueType
+from ndonnx.students.registry import method_of
 from tests.models import Net, inputs_of, parted, residual_cnn, run, transformer
 from tests.slices import answer, build, error, teacher_of, weights
 
@@ -123,7 +125,7 @@ def own_answer(teacher: TeacherSlice, make: Callable[..., nn.Module], seed: int 
 @pytest.mark.parametrize("opset", [8, 9, 13, 18, 20, 21, 23])
 def test_a_student_answers_as_its_module_at_the_teachers_opset(folder: Path, opset: int) -> None:
     teacher = unit(opset)
-    candidate = build(teacher, Custom.of("my_students:unit", "teacher"))
+    candidate = build(teacher, Custom.made_by("my_students:unit", "teacher"))
     assert candidate.spec == "custom my_students:unit"
     assert candidate.model.opset_imports == teacher.model.opset_imports
     module = sys.modules["my_students"]
@@ -134,7 +136,7 @@ def test_a_student_answers_as_its_module_at_the_teachers_opset(folder: Path, ops
 
 
 def test_the_same_seed_gives_the_same_student_and_leaves_torch_alone(folder: Path) -> None:
-    teacher, method = unit(), Custom.of("my_students:unit", "teacher")
+    teacher, method = unit(), Custom.made_by("my_students:unit", "teacher")
     torch.manual_seed(7)
     before = torch.get_rng_state()
     one, same, other = (weights(build(teacher, method, seed).model) for seed in (1, 1, 2))
@@ -144,7 +146,7 @@ def test_the_same_seed_gives_the_same_student_and_leaves_torch_alone(folder: Pat
 
 
 def test_names_inside_are_of_this_slice(folder: Path) -> None:
-    model = build(unit(), Custom.of("my_students:unit")).model
+    model = build(unit(), Custom.made_by("my_students:unit")).model
     boundary = {model.graph.inputs[0].name, model.graph.outputs[0].name}
     made = {value.name for node in model.graph for value in node.outputs} | set(model.graph.initializers)
     assert all(name is not None and name.startswith("n01/") for name in made - boundary)
@@ -157,8 +159,8 @@ def test_names_inside_are_of_this_slice(folder: Path) -> None:
 def test_the_last_operator_is_the_least_squares_solution(folder: Path) -> None:
     """Behind a sum and an activation that the teacher ends with too."""
     teacher = unit()
-    start = build(teacher, Custom.of("my_students:unit", "teacher")).model
-    fitted = build(teacher, Custom.of("my_students:unit")).model
+    start = build(teacher, Custom.made_by("my_students:unit", "teacher")).model
+    fitted = build(teacher, Custom.made_by("my_students:unit")).model
     (read,) = (n.inputs[0] for n in fitted.graph if len(n.inputs) == 3 and n.inputs[1].name == "n01/b.weight")  # type: ignore[union-attr]
     assert read is not None
     hidden = answer(teacher, start, read.name).transpose(0, 2, 3, 1).reshape(-1, 4).astype(np.float64)
@@ -174,13 +176,13 @@ def test_where_the_ends_differ_the_student_begins_as_it_is(folder: Path) -> None
     """The teacher ends in an activation that the student does not have: the whole answer is fitted instead."""
     teacher = unit()
     start, fitted = (
-        build(teacher, Custom.of("my_students:plain", init)).model for init in ("teacher", "least-squares")
+        build(teacher, Custom.made_by("my_students:plain", init)).model for init in ("teacher", "least-squares")
     )
     assert error(teacher, fitted) < error(teacher, start)
     net = Net()
     bent = teacher_of(net, net.op("Tanh", net.conv(net.input("x", "N", 6, 5, 7), 6, 6)), 20)
     one, other = (
-        weights(build(bent, Custom.of("my_students:unit", init)).model) for init in ("teacher", "least-squares")
+        weights(build(bent, Custom.made_by("my_students:unit", init)).model) for init in ("teacher", "least-squares")
     )
     assert all(np.array_equal(one[name], other[name]) for name in one)
 
@@ -219,7 +221,7 @@ def test_a_function_that_is_not_there_ends_the_run_at_once(folder: Path, student
 )
 def test_a_student_that_does_not_fit_is_this_slices_fault(folder: Path, function: str, message: str) -> None:
     with pytest.raises(ShrinkError, match=f"n01: my_students:{function}.*({message})") as caught:
-        build(unit(), Custom.of(f"my_students:{function}"))
+        build(unit(), Custom.made_by(f"my_students:{function}"))
     assert "\n" not in str(caught.value)
 
 
@@ -227,7 +229,7 @@ def test_an_opset_that_cannot_be_reached_is_told(folder: Path) -> None:
     net = Net()
     teacher = teacher_of(net, net.relu(net.conv(net.input("x", "N", 6, 5, 7), 6, 6)), 20, opset=6)
     with pytest.raises(ShrinkError, match="my_students:unit: cannot be exported at the teacher's opset 6"):
-        Custom.of("my_students:unit").build(teacher, np.random.default_rng(0))
+        Custom.made_by("my_students:unit").build(teacher, np.random.default_rng(0))
 
 
 # Where it runs
@@ -237,7 +239,7 @@ def test_it_travels_to_a_worker_that_runs_elsewhere(
     folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As another process would find it: pickled, in another folder, with nothing imported yet."""
-    pickled = pickle.dumps(Custom.of("my_students:unit"))
+    pickled = pickle.dumps(Custom.made_by("my_students:unit"))
     monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
     del sys.modules["my_students"]
     sys.path.remove(str(folder))
@@ -245,11 +247,11 @@ def test_it_travels_to_a_worker_that_runs_elsewhere(
 
 
 def test_a_changed_module_is_another_method(folder: Path) -> None:
-    before = Custom.of("my_students:unit")
-    assert before == Custom.of("my_students:unit")
+    before = Custom.made_by("my_students:unit")
+    assert before == Custom.made_by("my_students:unit")
     with (folder / "my_students.py").open("a") as file:
         file.write("# changed\n")
-    assert before != Custom.of("my_students:unit")
+    assert before != Custom.made_by("my_students:unit")
 
 
 @pytest.mark.parametrize(("make", "function"), [(residual_cnn, "unit"), (transformer, "mixer")])
@@ -266,7 +268,7 @@ def test_students_take_their_places_in_the_teacher(folder: Path, make, function:
         known = {name: feed[name] for name in names if name in feed}
         samples = known | run(parts.model, feed, [name for name in names if name not in feed])
         slice_ = TeacherSlice(part.name, parts.slice_of(part), part.groups, samples)
-        students[part.name] = build(slice_, Custom.of(f"my_students:{function}")).model
+        students[part.name] = build(slice_, Custom.made_by(f"my_students:{function}")).model
     whole = splice(teacher, students)
     assert len(students) > 1
     assert slice_cost(whole).parameters < slice_cost(teacher).parameters

@@ -36,7 +36,7 @@ from ndonnx.graph.save import serialise
 from ndonnx.graph.shapes.inference import infer_shapes
 from ndonnx.partition import find_groups
 from ndonnx.runtime.run_directory import Entry
-from ndonnx.students import Width
+from ndonnx.students.methods.width import Width
 from ndonnx.teacher import ActivationStore
 from tests.models import Array, Net, run
 
@@ -315,7 +315,7 @@ def test_threads_that_share_a_batch_train_as_one_does(tmp_path: Path) -> None:
     for threads in (1, 2, 3):
         module = to_torch(linear(Net()))
         folder = tmp_path / str(threads)
-        training = train(module, regression(folder), NeighbourhoodLoss("y"), PLAN, silent, threads=threads)
+        training = train(module, regression(folder), NeighbourhoodLoss("y"), replace(PLAN, threads=threads), silent)
         found.append((training.nmse, *(w.ravel() for w in module.trained_weights().values())))
     for other in found[1:]:
         assert other[0] == pytest.approx(found[0][0], rel=1e-4)

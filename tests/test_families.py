@@ -26,7 +26,7 @@ from ndonnx.graph.shapes.inference import infer_shapes
 from ndonnx.graph.shapes.targets import shape_readers
 from ndonnx.partition import find_groups
 from ndonnx.students import TeacherSlice
-from ndonnx.students.width import shrink
+from ndonnx.students.cutting import shrink
 from ndonnx.students.zeroing import check_by_zeroing
 from ndonnx.teacher import sessions
 from tests import families

@@ -24,7 +24,8 @@ from ndonnx.errors import NdonnxError, ParityError, RunDirError
 from ndonnx.flow import block_library, train
 from ndonnx.partition import extract, nodes_between
 from ndonnx.report.search import OptionReport
-from ndonnx.students import Candidate, StudentMethod, TeacherSlice, Width
+from ndonnx.students import Candidate, StudentMethod, TeacherSlice
+from ndonnx.students.methods.width import Width
 from ndonnx_cli.main import main
 from tests.families import all_control, scanned, unsupported
 from tests.models import Net, inputs_of, parted, residual_cnn, run, with_if

@@ -11,8 +11,9 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from ndonnx.distill import Plan
-from ndonnx.distill.finetune import finetune, is_class_scores
+from ndonnx.distill import Plan, Training
+from ndonnx.distill.finetune import finetune
+from ndonnx.distill.whole import Labels, WholeSettings, is_class_scores
 from ndonnx.errors import ConversionError, SliceError
 from ndonnx.teacher import ActivationStore
 from tests.models import Array, Net, inputs_of, residual_cnn, run
@@ -49,9 +50,11 @@ def divergence(student: Array, teacher: Array) -> float:
     return float((p * np.log(p / q)).sum(-1).mean())
 
 
-def tune(student: ir.Model, store: ActivationStore, **options: object) -> tuple[ir.Model, object]:
-    settings = {"temperature": 2.0, "holdout": 0.2, "parity": 1e-4, "on_step": silent, **options}
-    return finetune(student, store, PLAN, **settings)  # type: ignore[arg-type]
+def tune(
+    student: ir.Model, store: ActivationStore, label_weight: float = 0.0, labels: Labels | None = None
+) -> tuple[ir.Model, Training]:
+    settings = WholeSettings(PLAN, temperature=2.0, label_weight=label_weight, holdout=0.2, parity=1e-4)
+    return finetune(student, store, settings, silent, labels=labels)
 
 
 def test_a_fine_tuned_student_answers_more_like_its_teacher_on_new_inputs(tmp_path: Path) -> None:
@@ -62,7 +65,7 @@ def test_a_fine_tuned_student_answers_more_like_its_teacher_on_new_inputs(tmp_pa
     teacher = run(model, fresh)["logits"]
     before, after = (divergence(run(s, fresh)["logits"], teacher) for s in (student, tuned))
     assert after < 0.5 * before
-    assert training.loss < training.loss_start and training.steps == PLAN.steps  # type: ignore[attr-defined]
+    assert training.loss < training.loss_start and training.steps == PLAN.steps
     assert [n.op_type for n in tuned.graph] == [n.op_type for n in student.graph]
 
 
@@ -107,7 +110,7 @@ def test_a_pattern_of_zeros_stays(tmp_path: Path) -> None:
             masks[name] = array == 0
             value.const_value = ir.tensor(array, name=name)
     tuned, training = tune(student, answers(tmp_path, model))
-    assert training.loss < training.loss_start  # type: ignore[attr-defined]
+    assert training.loss < training.loss_start
     for name, zero in masks.items():
         assert not tuned.graph.initializers[name].const_value.numpy()[zero].any()  # type: ignore[union-attr]
 

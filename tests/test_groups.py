@@ -35,7 +35,7 @@ from ndonnx.graph.shapes.symbolic import resolve_shapes
 from ndonnx.partition import ChannelGroups, Partition, find_groups
 from ndonnx.partition.channels.rules import RULES
 from ndonnx.students import TeacherSlice
-from ndonnx.students.width import shrink
+from ndonnx.students.cutting import shrink
 from ndonnx.students.zeroing import check_by_zeroing
 
 Kept = npt.NDArray[np.bool_]

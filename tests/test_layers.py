@@ -10,7 +10,9 @@ from ndonnx.assemble.splice import splice
 from ndonnx.errors import ShrinkError, UsageError
 from ndonnx.graph import serialise
 from ndonnx.partition import Neighbourhood, Partition
-from ndonnx.students import Sparsity, TeacherSlice, Width
+from ndonnx.students import TeacherSlice
+from ndonnx.students.methods.sparsity import Sparsity
+from ndonnx.students.methods.width import Width
 from tests.models import (
     Net,
     bottleneck,

@@ -17,12 +17,13 @@ from ndonnx.convert import write_back
 from ndonnx.errors import ShrinkError
 from ndonnx.graph import slice_cost
 from ndonnx.graph.save import serialise
-from ndonnx.students import LowRank, TeacherSlice, lowrank
+from ndonnx.students import TeacherSlice
 from ndonnx.students.factors import Cut, Fit, Form, fit_of, forms_of
 from ndonnx.students.features import LinearReader
 from ndonnx.students.least_squares import Regression
 from ndonnx.students.linear import every_reader
-from ndonnx.students.lowrank import Option, choose
+from ndonnx.students.methods import lowrank
+from ndonnx.students.methods.lowrank import LowRank, Option, choose
 from tests.models import Net, inputs_of, parted, residual_cnn, run
 from tests.slices import answer, build, error, operators, teacher_of, weights
 

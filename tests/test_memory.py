@@ -101,7 +101,7 @@ def test_a_batch_in_parts_trains_as_the_whole_does(threads: int, tmp_path: Path)
         with torch.no_grad():
             module.weights[0].mul_(0.7)
         plan = replace(PLAN, memory=memory)
-        training = train(module, samples, NeighbourhoodLoss("b"), plan, lambda *told: None, threads=threads)
+        training = train(module, samples, NeighbourhoodLoss("b"), replace(plan, threads=threads), lambda *told: None)
         assert training.nmse < training.nmse_start
         ended.append(training)
     for other in ended[1:]:

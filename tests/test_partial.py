@@ -15,9 +15,10 @@ from onnx import helper
 
 from ndonnx.assemble.splice import splice
 from ndonnx.errors import DataError, ModelError, ParityError
-from ndonnx.metrics.partial import Losses, PartialModels, Quality
+from ndonnx.metrics.partial import Judged, Losses, PartialModels, Quality
 from ndonnx.partition import Partition, nodes_between, sort_nodes
-from ndonnx.students import TeacherSlice, Width
+from ndonnx.students import TeacherSlice
+from ndonnx.students.methods.width import Width
 from tests.models import (
     Array,
     Net,
@@ -51,11 +52,11 @@ def batches_of(data: Mapping[str, Array], size: int = 16) -> Callable[[], Iterat
 
 
 def partials(
-    model: onnx.ModelProto, folder: Path, samples: int = SAMPLES, **options: Any
+    model: onnx.ModelProto, folder: Path, samples: int = SAMPLES, labels: Any = None, **options: Any
 ) -> tuple[PartialModels, dict[str, Array]]:
     _, parts = parted(model)
     data = inputs_of(model, samples)
-    return PartialModels(parts, batches_of(data), folder, samples, threads=2, **options), data
+    return PartialModels(parts, Judged(batches_of(data), samples, labels), folder, threads=2, **options), data
 
 
 def half(parts: Partition, name: str, partial: PartialModels) -> ir.Model:
@@ -119,7 +120,7 @@ def test_a_fixed_batch_is_kept_and_its_filling_cut_off(tmp_path: Path) -> None:
     proto.graph.output[0].type.tensor_type.shape.dim[0].dim_value = 16
     _, parts = parted(proto)
     data = inputs_of(residual_cnn(2), 48)
-    with PartialModels(parts, batches_of(data), tmp_path, 42, threads=1) as partial:
+    with PartialModels(parts, Judged(batches_of(data), 42), tmp_path, threads=1) as partial:
         assert partial.outputs["logits"].shape == (42, 5)
         name = partial.names[0]
         student = half(parts, name, partial)
@@ -296,7 +297,7 @@ def test_an_output_without_samples_is_left_as_it_is(tmp_path: Path) -> None:
     proto = net.proto(h, size, types={"size": helper.make_tensor_value_info("size", onnx.TensorProto.FLOAT, [2])})
     _, parts = parted(proto)
     data = inputs_of(proto, 32)
-    with PartialModels(parts, batches_of(data), tmp_path, 32, threads=1) as partial:
+    with PartialModels(parts, Judged(batches_of(data), 32), tmp_path, threads=1) as partial:
         name = partial.names[0]
         assert set(partial.outputs) >= {"y"}
         found = partial.replaced(name, half(parts, name, partial))

@@ -10,7 +10,9 @@ from ndonnx.config.recipe import Recipe
 from ndonnx.errors import ShrinkError
 from ndonnx.graph import slice_cost
 from ndonnx.graph.save import serialise
-from ndonnx.students import Removal, TeacherSlice, method_of
+from ndonnx.students import TeacherSlice
+from ndonnx.students.methods.removal import Removal
+from ndonnx.students.registry import method_of
 from tests.models import Array, Net, inputs_of, parted, residual_cnn, run, transformer
 from tests.slices import answer, build, error, operators, teacher_of, weights
 

@@ -15,7 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ndonnx.errors import RunDirError
-from ndonnx.runtime.run_directory import Entry, RunDir, atomic_write, atomic_write_json, fingerprint, fingerprint_file
+from ndonnx.runtime.atomic import atomic_write, atomic_write_json
+from ndonnx.runtime.fingerprints import fingerprint, fingerprint_file
+from ndonnx.runtime.run_directory import Entry, RunDir
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="signals and limits of POSIX")
 
@@ -166,7 +168,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, contents: str) -> Non
 import resource, sys
 from pathlib import Path
 from ndonnx.errors import RunDirError
-from ndonnx.runtime.run_directory import atomic_write
+from ndonnx.runtime.atomic import atomic_write
 resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
 try:
     atomic_write(Path(sys.argv[1]), {contents})
@@ -185,7 +187,7 @@ def test_a_killed_write_is_never_seen(tmp_path: Path) -> None:
 import sys
 from itertools import cycle
 from pathlib import Path
-from ndonnx.runtime.run_directory import atomic_write
+from ndonnx.runtime.atomic import atomic_write
 path = Path(sys.argv[1])
 for letter in cycle((b"a", b"b")):
     atomic_write(path, letter * 3_000_000)

@@ -22,7 +22,8 @@ from ndonnx.graph import fold_constants, load
 from ndonnx.graph.costs import held_weights, parameters_of
 from ndonnx.partition import Partition
 from ndonnx.students import TeacherSlice
-from ndonnx.students.width import Width, shrink
+from ndonnx.students.cutting import shrink
+from ndonnx.students.methods.width import Width
 from ndonnx.students.zeroing import check_by_zeroing
 from ndonnx.teacher import ActivationStore
 from tests import sharing

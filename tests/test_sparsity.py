@@ -26,9 +26,11 @@ from ndonnx.graph import save
 from ndonnx.graph.shapes.inference import infer_shapes
 from ndonnx.graph.storage.files import compressed_bytes
 from ndonnx.partition import ChannelGroups
-from ndonnx.students import Candidate, Constraint, Sparsity, TeacherSlice, method_of
+from ndonnx.students import Candidate, Constraint, TeacherSlice
 from ndonnx.students.least_squares import Regression
 from ndonnx.students.masks import FixedZeros, GrowingZeros, LinearWeight, Pattern, linear_weights, ramp, zeros_of
+from ndonnx.students.methods.sparsity import Sparsity
+from ndonnx.students.registry import method_of
 from ndonnx.students.sparse_fit import fit, from_groups, to_groups
 from ndonnx.teacher import ActivationStore
 from tests.models import Array, Net

@@ -36,7 +36,7 @@ from ndonnx.convert import write_back
 from ndonnx.errors import VerificationError
 from ndonnx.graph import save, serialise, slice_cost
 from ndonnx.partition import Neighbourhood, Partition
-from ndonnx.students.width import shrink
+from ndonnx.students.cutting import shrink
 
 
 def scaled(model: ir.Model, factor: float) -> ir.Model:

@@ -15,7 +15,8 @@ from hypothesis.extra import numpy as hnp
 
 from ndonnx.errors import RunDirError
 from ndonnx.teacher.blocks import CHUNK, checksum, is_finite
-from ndonnx.teacher.store import MANIFEST, ActivationStore
+from ndonnx.teacher.manifest import MANIFEST
+from ndonnx.teacher.store import ActivationStore
 
 NAMES = ("layer/1:0", "../../etc/passwd", "a" * 500, "naïve \n value", "")
 

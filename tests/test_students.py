@@ -21,10 +21,11 @@ from ndonnx.graph.save import serialise
 from ndonnx.graph.shapes.inference import infer_shapes
 from ndonnx.partition import ChannelGroups, WeightAxis, find_groups
 from ndonnx.partition.removable import kept_width
-from ndonnx.students import Candidate, StudentMethod, TeacherSlice, Width
+from ndonnx.students import Candidate, StudentMethod, TeacherSlice
 from ndonnx.students import forward as forward_module
+from ndonnx.students.cutting import choose_units
 from ndonnx.students.forward import Forward, side_by_side
-from ndonnx.students.width import choose_units
+from ndonnx.students.methods.width import Width
 from ndonnx.teacher import probe as probe_module
 from tests.models import Array, Net, inputs_of, residual_cnn, run, transformer
 from tests.models import mlp as small_mlp

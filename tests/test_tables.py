@@ -15,7 +15,10 @@ import ndonnx
 from ndonnx.config.recipe import SearchRecipe
 from ndonnx.graph import fold_constants, slice_cost
 from ndonnx.partition import Partition, find_groups, partition
-from ndonnx.students import LowRank, TeacherSlice, Width
+from ndonnx.students import TeacherSlice
+from ndonnx.students.methods.lowrank import LowRank
+from ndonnx.students.methods.width import Width
+from ndonnx.students.registry import operators_around
 from ndonnx.students.tables import lookups, measure
 
 IDS, WIDTH, LENGTH = 200, 12, 7
@@ -41,7 +44,7 @@ def skewed_ids(samples: int = 64, ids: int = IDS) -> np.ndarray:
 
 def table_slice() -> TeacherSlice:
     graph = fold_constants(loaded(lexical()))
-    parts = partition(graph, methods=("lowrank",))
+    parts = partition(graph, around=operators_around(("lowrank",)))
     (n,) = [n for n in parts.distillable if any(node.op_type == "Gather" for node in n.nodes)]
     assert n.groups is not None
     return TeacherSlice(n.name, parts.slice_of(n), n.groups, {"ids": skewed_ids()})
@@ -125,22 +128,22 @@ def ops(parts: Partition) -> list[list[str]]:
 def test_what_has_no_width_is_a_region_where_none_is_needed() -> None:
     model = residual_cnn(2)
     _, narrow = parted(model)
-    _, wide = parted(model, methods=("width", "lowrank"))
+    _, wide = parted(model, around=operators_around(("width", "lowrank")))
     assert ops(wide) == [["Conv", "Relu"], *ops(narrow), ["Gemm"]]
     assert [n.widths for n in wide.distillable] == [[], [8], [8], []]
     assert wide.coverage()[0] == 1.0
-    assert ops(parted(model, methods=("width", "removal"))[1]) == ops(narrow)
+    assert ops(parted(model, around=operators_around(("width", "removal")))[1]) == ops(narrow)
 
 
 def test_what_is_left_over_of_a_large_model_is_no_region() -> None:
     """A stem and a classifier with a hundredth of the weights cost as much as a region with all the others."""
-    _, parts = parted(residual_cnn(3, channels=64), methods=("lowrank",))
+    _, parts = parted(residual_cnn(3, channels=64), around=operators_around(("lowrank",)))
     assert ops(parts) == ops(parted(residual_cnn(3, channels=64))[1])
 
 
 def test_regions_without_a_width_overlap_with_no_others() -> None:
     for model in (transformer(), residual_cnn(), lexical()):
-        _, parts = parted(model, methods=("lowrank", "sparsity"))
+        _, parts = parted(model, around=operators_around(("lowrank", "sparsity")))
         made = [
             value
             for n in parts.neighbourhoods

@@ -20,8 +20,8 @@ import ndonnx
 from ndonnx.demo import data_path, teacher_path
 from ndonnx.distill.losses import target_variance
 from ndonnx.errors import UsageError
-from ndonnx.metrics.partial import PartialModels, Quality
-from ndonnx.metrics.sensitivity import Point, ThresholdReport, study, tolerances
+from ndonnx.metrics.partial import Judged, PartialModels, Quality
+from ndonnx.metrics.sensitivity import Draws, Point, StudyPlan, ThresholdReport, study, tolerances
 from ndonnx.metrics.sensitivity.noise import JointNoise, error_curve, noise_curve, noisy_weights
 from ndonnx.metrics.sensitivity.tolerance import isotonic, tolerance_of
 from ndonnx.report.threshold import write_threshold
@@ -43,11 +43,11 @@ def linear_net() -> onnx.ModelProto:
 
 def opened(model: onnx.ModelProto, folder: Path, samples: int = 256, threads: int = 1) -> PartialModels:
     _, parts = parted(model)
-    return PartialModels(parts, batches_of(inputs_of(model, samples), 64), folder, samples, threads=threads)
+    return PartialModels(parts, Judged(batches_of(inputs_of(model, samples), 64), samples), folder, threads=threads)
 
 
 def report_of(partials: PartialModels) -> ThresholdReport:
-    return study(partials, amplitudes=(0.1, 0.5), repeats=2, keep=(0.5, 0.75), max_drop=0.05, seed=3)
+    return study(partials, StudyPlan((0.1, 0.5), repeats=2, keep=(0.5, 0.75), max_drop=0.05, seed=3))
 
 
 # Noise
@@ -63,18 +63,18 @@ def test_the_variance_is_that_of_trainings(tmp_path: Path) -> None:
 def test_no_noise_costs_nothing_exactly(tmp_path: Path) -> None:
     with opened(residual_cnn(2), tmp_path) as partials:
         for name in partials.names:
-            (point,) = noise_curve(partials, partials.quality, name, [0.0], repeats=2)
+            (point,) = noise_curve(partials, partials.quality, name, Draws([0.0], repeats=2))
             assert point == Point(0.0, 0.0, 0.0, 0.0, 0.0)
         joint = JointNoise(partials, partials.quality, partials.names)
         for relative in (True, False):
-            none = joint.point(0.0, relative=relative, repeats=1, seed=0, on_step=lambda: None)
+            none = joint.point(0.0, Draws(), relative=relative, on_step=lambda: None)
             assert none.drop == none.divergence == none.nmse == 0
 
 
 def test_noise_has_the_size_that_it_is_said_to_have(tmp_path: Path) -> None:
     with opened(residual_cnn(2), tmp_path) as partials:
         for name in partials.names:
-            for point in noise_curve(partials, partials.quality, name, [0.1, 0.5]):
+            for point in noise_curve(partials, partials.quality, name, Draws([0.1, 0.5])):
                 count = partials.exit(name).size
                 assert point.nmse == pytest.approx(point.amplitude**2, rel=5 * math.sqrt(2 / count))
                 assert point.epsilon == pytest.approx(point.amplitude * math.sqrt(partials.variance(name)))
@@ -85,9 +85,9 @@ def test_noise_in_one_place_of_the_whole_is_that_of_the_partial_model(tmp_path: 
     for model in (residual_cnn(2), several_heads()):
         with opened(model, tmp_path / model.graph.output[0].name, 80) as partials:
             for name in partials.names:
-                (alone,) = noise_curve(partials, partials.quality, name, [0.4], seed=5)
+                (alone,) = noise_curve(partials, partials.quality, name, Draws([0.4], seed=5))
                 joint = JointNoise(partials, partials.quality, [name])
-                found = joint.point(0.4, relative=True, repeats=1, seed=5, on_step=lambda: None)
+                found = joint.point(0.4, Draws(seed=5), relative=True, on_step=lambda: None)
                 assert found.drop == pytest.approx(alone.drop, rel=1e-4)
                 assert found.divergence == pytest.approx(alone.divergence, rel=1e-3)
                 assert found.nmse == pytest.approx(0.16)
@@ -97,10 +97,10 @@ def test_more_places_and_more_noise_are_worse(tmp_path: Path) -> None:
     with opened(residual_cnn(4), tmp_path, 512) as partials:
         quality = partials.quality
         joint = JointNoise(partials, quality, partials.names)
-        wholes = [joint.point(a, relative=True, repeats=1, seed=0, on_step=lambda: None) for a in (0.1, 0.2, 0.4)]
+        wholes = [joint.point(a, Draws(), relative=True, on_step=lambda: None) for a in (0.1, 0.2, 0.4)]
         assert wholes[0].divergence < wholes[1].divergence < wholes[2].divergence
         for name in partials.names:
-            singles = noise_curve(partials, quality, name, [0.1, 0.2, 0.4])
+            singles = noise_curve(partials, quality, name, Draws([0.1, 0.2, 0.4]))
             assert all(one.divergence < whole.divergence for one, whole in zip(singles, wholes, strict=True))
 
 
@@ -115,7 +115,7 @@ def test_the_number_of_threads_leaves_no_trace(tmp_path: Path) -> None:
 def test_another_seed_draws_other_noise(tmp_path: Path) -> None:
     with opened(residual_cnn(1), tmp_path) as partials:
         name = partials.names[0]
-        one, same, other = (noise_curve(partials, partials.quality, name, [0.3], seed=s) for s in (0, 0, 1))
+        one, same, other = (noise_curve(partials, partials.quality, name, Draws([0.3], seed=s)) for s in (0, 0, 1))
         assert one == same != other
 
 
@@ -150,7 +150,7 @@ def test_the_tolerance_of_a_linear_net_is_the_number_by_hand(tmp_path: Path) -> 
         found = tolerances(partials, partials.quality, 0.02)[name]
         assert found.nmse == pytest.approx(0.02 / slope, rel=1e-3)
         assert found.sensitivity == pytest.approx(slope, rel=1e-3)
-        never = tolerances(partials, partials.quality, 0.9, amplitudes=[0.01, 0.1])[name]
+        never = tolerances(partials, partials.quality, 0.9, draws=Draws([0.01, 0.1]))[name]
         assert never.nmse is None
         assert never.largest == pytest.approx(0.01, rel=0.1)
 

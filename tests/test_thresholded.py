@@ -22,8 +22,8 @@ from ndonnx.distill import NeighbourhoodLoss, Plan, Training, train
 from ndonnx.errors import RecipeError, UsageError
 from ndonnx.flow.error_budgets import ErrorBudgets, allowed_divergence, measured_need, shared
 from ndonnx.flow.measure import Loss
-from ndonnx.metrics.sensitivity import Bearable, read_study, study
-from ndonnx.runtime.run_directory import fingerprint
+from ndonnx.metrics.sensitivity import Bearable, StudyPlan, read_study, study
+from ndonnx.runtime.fingerprints import fingerprint
 from ndonnx.students import Constraint
 from ndonnx_cli.main import main
 from tests.models import Net, parted, residual_cnn
@@ -157,7 +157,7 @@ def test_keys_are_what_they_were_before_there_was_an_enough() -> None:
 def test_what_a_study_writes_is_read_again(tmp_path: Path) -> None:
     model = residual_cnn(2)
     with opened(model, tmp_path / "captured", samples=64) as partials:
-        report = study(partials, amplitudes=(0.05, 0.5), repeats=1, keep=(0.25, 0.75), max_drop=0.05)
+        report = study(partials, StudyPlan((0.05, 0.5), repeats=1, keep=(0.25, 0.75), max_drop=0.05))
     found = read_study(written(tmp_path, report.to_json()))
     assert (found.max_drop, found.metric) == (0.05, report.metric)
     by_students = {one.name: one for one in report.student_tolerances}

@@ -16,7 +16,8 @@ from ndonnx.errors import VerificationError
 from ndonnx.graph import fold_constants
 from ndonnx.graph.shapes.inference import infer_shapes
 from ndonnx.partition import Partition, partition
-from ndonnx.students import TeacherSlice, Width
+from ndonnx.students import TeacherSlice
+from ndonnx.students.methods.width import Width
 from tests.models import BUILDERS, CUSTOM, Array, Net, inputs_of, loaded, residual_cnn, run
 
 

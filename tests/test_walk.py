@@ -14,8 +14,9 @@ import pytest
 from ndonnx.assemble.propagation import Prefix, held_values, refit_walk
 from ndonnx.assemble.splice import splice
 from ndonnx.partition import Partition
-from ndonnx.students import TeacherSlice, Width
+from ndonnx.students import TeacherSlice
 from ndonnx.students.last_layer import find_exit, refit_exit
+from ndonnx.students.methods.width import Width
 from tests.models import Array, Net, inputs_of, parted, residual_cnn, run, stack, transformer
 
 SAMPLES = 40
@@ -85,7 +86,7 @@ def test_a_walk_lowers_the_error_of_the_whole(tmp_path: Path) -> None:
         tmp_path,
         160,
         threads=1,
-        on_neighbourhood=lambda name, done: seen.append(name),
+        on_end=lambda name, done: seen.append(name),
     )
     assert seen == list(students)
     fresh = inputs_of(model, 100, seed=5)
@@ -118,7 +119,7 @@ def test_a_refit_is_the_least_squares_solution_on_the_students_own_inputs() -> N
     rng = np.random.default_rng(0)
     theirs = rng.standard_normal((400, 6)).astype(np.float32)
     ours = theirs + 0.3 * rng.standard_normal((400, 6)).astype(np.float32)
-    refitted = refit_exit(teacher, student, {"x": theirs}, {"x": ours}, holdout=0.25)
+    refitted = refit_exit(teacher, student, {"x": theirs}, {"x": ours})
     assert refitted is not None
     end = find_exit(student)
     assert end is not None and end.total == "total"

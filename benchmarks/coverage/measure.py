@@ -28,7 +28,7 @@ from ndonnx.graph import load
 from ndonnx.graph.dataflow import real_inputs
 from ndonnx.metrics.check import boundary, check_neighbourhood
 from ndonnx.partition import Neighbourhood, Partition
-from ndonnx.teacher import ActivationStore, capture, make_session
+from ndonnx.teacher import ActivationStore, CaptureSettings, capture, make_session
 
 KEEP = 0.5
 _SAMPLES = 4
@@ -103,7 +103,14 @@ def _slices(found: Coverage, parts: Partition, samples: Arrays, batch: int | Non
     batches = [{name: rows[i : i + size] for name, rows in samples.items()} for i in range(0, count, size)]
     with tempfile.TemporaryDirectory(prefix="ndonnx-") as folder:
         names = boundary(parts.distillable)
-        store = capture(parts.model, names, lambda: batches, Path(folder) / "store", samples=count, threads=1)
+        store = capture(
+            parts.model,
+            names,
+            lambda: batches,
+            Path(folder) / "store",
+            samples=count,
+            settings=CaptureSettings(threads=1),
+        )
         for neighbourhood in parts.distillable:
             try:
                 error = check_neighbourhood(parts, neighbourhood, store, Recipe())

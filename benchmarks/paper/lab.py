@@ -20,7 +20,7 @@ from benchmarks.time_to_quality import Judge, Point
 from ndonnx.config.recipe import Recipe, make_recipe
 from ndonnx.errors import NdonnxError, UsageError
 from ndonnx.report import CompressReport
-from ndonnx.runtime.run_directory import fingerprint
+from ndonnx.runtime.fingerprints import fingerprint
 from ndonnx.teacher import make_session
 
 BATCH = 128

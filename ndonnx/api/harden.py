@@ -13,10 +13,11 @@ import onnx_ir as ir
 from ndonnx.assemble.verify import verify
 from ndonnx.config.recipe import Recipe
 from ndonnx.distill import Training
-from ndonnx.distill.hardening import MODEL_FILE, HardenJob
+from ndonnx.distill.hardening import HardenJob
 from ndonnx.distill.memory import MemoryPlan
 from ndonnx.distill.noisy_body import measure_noises
 from ndonnx.distill.schedule import Schedule
+from ndonnx.distill.whole import MODEL_FILE, WholeSettings
 from ndonnx.errors import ModelError, NdonnxError, SliceError, UsageError
 from ndonnx.flow.prepare import Opened, Request, open_all, partition_model
 from ndonnx.graph import load, save
@@ -188,24 +189,18 @@ class _Run:
         answers = capture_answers(self.parts, self.given.split, samples, self.folder, self.recipe, self.progress)
         recipe = self.recipe
         entry = Entry(self.folder / "hardened")
-        job = HardenJob(
-            name="model",
-            teacher_path=self.given.teacher.path,
-            store_path=answers.store.path,
-            labels_path=answers.labels,
-            noises=noises,
-            entry=entry,
-            plan=replace(
-                Schedule(recipe, finetunable=True).plan(steps, recipe.finetune_lr),
-                memory=MemoryPlan.of(recipe, self.parts, usable_cores()).whole_step(),
-            ),
-            temperature=recipe.temperature,
-            label_weight=recipe.label_weight,
-            holdout=answers.holdout,
-            parity=recipe.parity,
-            threads=usable_cores(),
-            interface=self.parts.interface,
+        plan = Schedule(recipe, finetunable=True).plan(steps, recipe.finetune_lr)
+        memory = MemoryPlan.of(recipe, self.parts, usable_cores()).whole_step()
+        settings = WholeSettings(
+            replace(plan, memory=memory, threads=usable_cores()),
+            recipe.temperature,
+            recipe.label_weight,
+            answers.holdout,
+            recipe.parity,
+            self.parts.interface,
         )
+        path = self.given.teacher.path
+        job = HardenJob("model", path, answers.store.path, answers.labels, entry, settings, noises=noises)
         outcome, _ = run_alone(job, "harden", steps, recipe, self.progress)
         if (fault := outcome.fault) is not None:
             if fault.foreseen or not fault.traceback:

@@ -19,6 +19,7 @@ from ndonnx.graph.working_copy import working_copy
 from ndonnx.partition import Partition, partition
 from ndonnx.report.inspection import Inspection
 from ndonnx.runtime.progress import Progress
+from ndonnx.students.registry import operators_around
 
 
 def partition_model(model: str | Path, recipe: Recipe | None = None) -> Partition:
@@ -40,7 +41,11 @@ def _partitioned(
     """The neighbourhoods of a loaded model, with MACs told for these shapes of its inputs, samples first."""
     working = working_copy(open_branches(teacher, interface.fixed), interface)
     parts = partition(
-        working, granularity=recipe.granularity, cut=recipe.cut, freeze=recipe.freeze, methods=(recipe.method,)
+        working,
+        granularity=recipe.granularity,
+        cut=recipe.cut,
+        freeze=recipe.freeze,
+        around=operators_around([recipe.method]),
     )
     return replace(parts, stated=one_sample(working, shapes, interface)) if shapes else parts
 

@@ -18,8 +18,8 @@ from ndonnx.metrics.evaluation import Evaluation, evaluate
 from ndonnx.report import Seconds
 from ndonnx.report.search import SearchedStudent, SearchReport, Source
 from ndonnx.report.summary import drop_of
+from ndonnx.runtime.fingerprints import fingerprint
 from ndonnx.runtime.progress import Progress, Silent
-from ndonnx.runtime.run_directory import fingerprint
 from ndonnx.select import TEACHER, Table, parse_drop, parse_target
 from ndonnx.select import pareto as trade_off
 

@@ -20,13 +20,14 @@ from ndonnx.flow.measure import Rows
 from ndonnx.flow.prepare import held_out_for, partition_model
 from ndonnx.graph import load
 from ndonnx.graph.passes.branches import open_branches
-from ndonnx.metrics.partial import PartialModels
+from ndonnx.metrics.partial import Judged, PartialModels
 from ndonnx.metrics.sensitivity import (
     AMPLITUDES,
     KEEP,
     REPEATS,
     SHAPING_SAMPLES,
     STUDIED,
+    StudyPlan,
     ThresholdReport,
     check_study,
     study,
@@ -108,11 +109,9 @@ def threshold(
     def captured(rows: Rows, folder: Path, labels: NDArray[np.int64] | None) -> PartialModels:
         return PartialModels(
             parts,
-            rows.batches,
+            Judged(rows.batches, rows.count, labels),
             folder,
-            rows.count,
             threads=usable_cores(),
-            labels=labels,
             budget=recipe.cache_budget // 2,
             on_batch=progress.advance,
         )
@@ -127,19 +126,7 @@ def threshold(
                 f"{partials.samples} of {judged.count} samples fit into half of the cache budget; "
                 "--cache-budget raises it"
             )
-        report = study(
-            partials,
-            shaping=shaped_on,
-            model=str(model),
-            data=data,
-            amplitudes=amplitudes,
-            repeats=repeats,
-            keep=keep,
-            max_drop=drop,
-            round_to=recipe.round_to,
-            seed=recipe.seed,
-            threads=usable_cores(),
-            progress=progress,
-        )
-    report = replace(report, seconds=time.perf_counter() - began)
+        plan = StudyPlan(amplitudes, repeats, keep, drop, recipe.round_to, recipe.seed, usable_cores())
+        report = study(partials, plan, shaping=shaped_on, progress=progress)
+    report = replace(report, model=str(model), data=data, seconds=time.perf_counter() - began)
     return report if folder is None else write_threshold(report, folder)

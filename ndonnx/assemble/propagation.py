@@ -23,7 +23,7 @@ from ndonnx.partition import Neighbourhood, Partition, extract, nodes_between
 from ndonnx.runtime.faults import Fault, tried
 from ndonnx.students.last_layer import refit_exit
 from ndonnx.teacher import ActivationStore, capture, input_type
-from ndonnx.teacher.store import StoredRows
+from ndonnx.teacher.stored_rows import StoredRows
 
 Batches = Callable[[], Iterator[Mapping[str, npt.NDArray[np.generic]]]]
 
@@ -142,8 +142,7 @@ def refit_walk(
     samples: int,
     *,
     threads: int,
-    on_neighbourhood: Callable[[str, bool], None] = lambda name, refitted: None,
-    on_fault: Callable[[str, Fault], None] = lambda name, fault: None,
+    on_end: Callable[[str, bool | Fault], None] = lambda name, refitted: None,
 ) -> dict[str, ir.Model]:
     """Walk down the student once and refit the last linear operator of each slice on what it really gets.
 
@@ -154,8 +153,8 @@ def refit_walk(
         folder: for values in between.
         samples: how many of them.
         threads: for onnxruntime.
-        on_neighbourhood: told the name of each, and whether its student was refitted.
-        on_fault: told why one stays as it was trained, or why those behind it see the teacher's slice instead.
+        on_end: told the name of each, and whether its student was refitted; before that, where there is one, the fault
+            for which it stays as it was trained, or for which those behind it see the teacher's slice instead.
 
     Returns:
         All students, refitted where that lowers the error at the neighbourhood's exit.
@@ -171,16 +170,16 @@ def refit_walk(
         if len(parts.uses(neighbourhood)) == 1:  # one student of several places would become several
             found = tried(partial(_refitted, neighbourhood, slice_, student, theirs, ours, threads))
             if isinstance(found, Fault):  # the student then stays as it was trained, which is no worse than before
-                on_fault(name, found)
+                on_end(name, found)
             else:
                 refitted = found
         done[name] = refitted or student
         for prefix, model in ((theirs, slice_), (ours, done[name])):
             fault = tried(partial(prefix.put, neighbourhood, model))
             if fault is not None:
-                on_fault(name, fault)
+                on_end(name, fault)
                 prefix.leave(neighbourhood)
-        on_neighbourhood(name, refitted is not None)
+        on_end(name, refitted is not None)
     theirs.close()
     ours.close()
     return done

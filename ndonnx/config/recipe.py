@@ -89,6 +89,26 @@ class Recipe(Execution, Finetuning, Training, Goal, Build):  # pydantic puts the
         values: dict[str, Any] = dump(self)
         return values if values.get("extra", True) else {key: kept for key, kept in values.items() if key != "extra"}
 
+    def setting(self, name: str) -> Any:
+        """The value of a flat key, also of one that a student method declares.
+
+        Raises:
+            KeyError: a recipe has no such key.
+        """
+        return getattr(self, name) if name in KEYS else self.extra[name]
+
+    def with_settings(self, values: Mapping[str, Any]) -> Recipe:
+        """This recipe with other values of some flat keys, those of student methods among them.
+
+        Values of the recipe's own keys are taken as they are, those of declared settings are validated.
+
+        Raises:
+            SettingError: a key is neither the recipe's own nor declared, or a declared one has a wrong value.
+        """
+        own = {name: value for name, value in values.items() if name in KEYS}
+        further = {name: value for name, value in values.items() if name not in KEYS}
+        return self.model_copy(update={**own, "extra": self.extra | further} if further else own)
+
     @property
     def changes_nothing(self) -> bool:
         """Whether the student is the teacher by definition: every channel kept, and nothing trained."""

@@ -27,6 +27,8 @@ _ACTIVATIONS: dict[str, Activation] = {
     "softsign": F.softsign,
     "tanh": torch.tanh,
 }
+_OPTIONAL = 5
+"""Number of optional inputs that follow the three that every recurrent operator has."""
 _DEFAULT_SLOPES = {"activation_alpha": 0.2, "activation_beta": 0.5}
 """What `HardSigmoid` has where nothing is said; no other of these activations has numbers of its own."""
 
@@ -77,12 +79,11 @@ class Recurrent(nn.Module):
         data: Tensor,
         weight: Tensor,
         recurrence: Tensor,
-        bias: Tensor | None = None,
-        sequence_lens: Tensor | None = None,
-        initial_h: Tensor | None = None,
-        initial_c: Tensor | None = None,
-        peepholes: Tensor | None = None,
+        *optional: Tensor | None,
     ) -> Tensor | tuple[Tensor, ...]:
+        """What the operator gives; optional are its bias, lengths, first states and peepholes, in ONNX's order."""
+        given = [*optional, *[None] * (_OPTIONAL - len(optional))]
+        bias, sequence_lens, initial_h, initial_c, peepholes = given
         # Errors of reduced precision would add up from step to step.
         with torch.autocast(data.device.type, enabled=False):
             data = self._steps_first(data)

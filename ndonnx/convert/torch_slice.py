@@ -50,6 +50,8 @@ class TorchSlice(nn.Module):
         super().__init__()
         self.batch = batch
         """Samples that the body takes at a time, where the graph's own numbers hold them; None: any number."""
+        self.macs: float = 0.0
+        """Multiply-accumulates for one sample; 0 where they are not known."""
         self.body = body.eval()
         self.input_names = inputs
         self.weight_names = tuple(tensors)

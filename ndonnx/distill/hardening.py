@@ -1,53 +1,52 @@
-"""The training of a whole teacher under noise, as a function and as an executor's job."""
+"""The training of a whole teacher under noise (appendix B.1), as a function and as an executor's job."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-import torch
 
-from ndonnx.convert import TorchSlice, check_parity, write_back
-from ndonnx.distill import Plan, Training, train
-from ndonnx.distill.finetune import holds, macs_of, objective_of, train_only
+from ndonnx.convert import check_parity, write_back
 from ndonnx.distill.gate import answer, free_batch, open_slice, pass_gate
-from ndonnx.distill.losses import LABEL
 from ndonnx.distill.noisy_body import NoisyBody
-from ndonnx.distill.samples import SliceSamples, Source
-from ndonnx.distill.trainer import OnStep
-from ndonnx.graph import load, save
-from ndonnx.graph.dataflow import real_inputs
-from ndonnx.graph.interface import Interface, samples_first
+from ndonnx.distill.trainer import OnStep, Training, train
+from ndonnx.distill.whole import Labels, WholeJob, WholeSettings, macs_of, train_only, trained_weights
+from ndonnx.graph.interface import samples_first
 from ndonnx.graph.passes.branches import open_branches
 from ndonnx.graph.precision import in_float32, rounding_error
 from ndonnx.graph.working_copy import hold_batch, slice_batch, working_copy
-from ndonnx.runtime.run_directory import Entry
 from ndonnx.students.masks import zeros_of
 from ndonnx.teacher import ActivationStore
 from ndonnx.teacher.noise_inputs import Noise, add_noise_inputs
 
-MODEL_FILE = "model.onnx"
-
 _PROBE = 16
+
+
+@dataclass(frozen=True)
+class HardenJob(WholeJob):
+    """Hardening as an executor's job; its store holds the teacher's inputs and its own clean output."""
+
+    noises: tuple[Noise, ...] = ()
+
+    def trained(
+        self, model: ir.Model, store: ActivationStore, labels: Labels | None, on_step: OnStep
+    ) -> tuple[ir.Model, Training]:
+        """The hardened teacher; see `harden_whole`."""
+        teacher = open_branches(model, self.settings.interface.fixed)
+        return harden_whole(teacher, store, self.noises, self.settings, on_step, labels=labels)
 
 
 def harden_whole(
     teacher: ir.Model,
     store: ActivationStore,
     noises: Sequence[Noise],
-    plan: Plan,
-    *,
-    temperature: float,
-    label_weight: float = 0.0,
-    labels: npt.NDArray[np.int64] | None = None,
-    holdout: float,
-    parity: float,
+    settings: WholeSettings,
     on_step: OnStep,
-    interface: Interface | None = None,
+    *,
+    labels: Labels | None = None,
 ) -> tuple[ir.Model, Training]:
     """A copy of the teacher, trained under noise against its own captured answers.
 
@@ -55,23 +54,15 @@ def harden_whole(
         teacher: as loaded; one output.
         store: its inputs and its output.
         noises: what is added where.
-        plan: how long and how fast.
-        temperature: of the softened class scores.
-        label_weight: of the labels' cross-entropy, 0 to 1; 0 without labels.
-        labels: class numbers, one per sample of the store.
-        holdout: part of the samples that chooses the best state.
-        parity: largest relative error of torch against onnxruntime.
+        settings: how it is trained.
         on_step: told the step, the steps and the held-out NMSE of the output.
-        interface: how the teacher is fed; None: samples along the first axis of every input.
+        labels: class numbers, one per sample of the store.
 
     Raises:
         SliceError: the whole does not convert or match onnxruntime, or the training broke down.
     """
-    interface = Interface() if interface is None else interface
-    inputs = [value.name or "" for value in real_inputs(teacher.graph) if value.name not in interface.fixed]
-    output = teacher.graph.outputs[0]
-    sources = {name: Source(store, name) for name in (*inputs, output.name or "")}
-    samples = SliceSamples(sources, inputs, holdout, {} if labels is None else {LABEL: labels})
+    interface, inputs, plan = settings.interface, settings.inputs_of(teacher), settings.plan
+    samples = settings.samples_of(teacher, store, labels)
     rows = {name: array for name, array in samples.arrays(0, _PROBE).items() if name in inputs}
     noisy = samples_first(add_noise_inputs(working_copy(teacher, interface), noises))
     drawn = _drawn(noises, len(next(iter(rows.values()))), plan.seed)
@@ -79,19 +70,19 @@ def harden_whole(
     if held is not None:
         noisy = hold_batch(noisy, list(drawn), held)
     whole = open_slice(in_float32(noisy), [*inputs, *drawn], rows | drawn)
-    module, _ = pass_gate(whole, rows | drawn, parity, sampled=[*inputs, *drawn])
+    module, _ = pass_gate(whole, rows | drawn, settings.parity, sampled=[*inputs, *drawn])
     module.input_names = tuple(inputs)
     module.body = body = NoisyBody(module.body, len(inputs), noises, plan.seed)
     train_only(module, teacher)
-    objective = objective_of(output, temperature, label_weight if labels is not None else 0.0)
-    macs = macs_of(interface.applied(teacher), samples.shapes(inputs))
-    training = train(module, samples, objective, plan, on_step, zeros_of(whole), macs=macs)
-    hardened = write_back(teacher, _trained(module, teacher))
+    module.macs = macs_of(interface.applied(teacher), samples.shapes(inputs))
+    objective = settings.objective_of(teacher.graph.outputs[0], labels)
+    training = train(module, samples, objective, plan, on_step, zeros_of(whole))
+    hardened = write_back(teacher, trained_weights(module, teacher))
     body.quiet = True
     quiet = interface.applied(hardened).clone()
     quiet = free_batch(quiet, inputs) if module.batch is None else hold_batch(quiet, inputs, module.batch)
     clean = answer(quiet, rows)
-    check_parity(module, [rows[name] for name in inputs], clean, max(parity, rounding_error(quiet)))
+    check_parity(module, [rows[name] for name in inputs], clean, max(settings.parity, rounding_error(quiet)))
     return hardened, training
 
 
@@ -101,55 +92,3 @@ def _drawn(noises: Sequence[Noise], count: int, seed: int) -> dict[str, npt.NDAr
         noise.input: rng.standard_normal((count, *noise.shape), dtype=np.float32) * np.float32(noise.std)
         for noise in noises
     }
-
-
-def _trained(module: TorchSlice, teacher: ir.Model) -> Mapping[str, npt.NDArray[np.float32]]:
-    """The weights that the teacher itself holds."""
-    return {name: array for name, array in module.trained_weights().items() if holds(teacher, name, array)}
-
-
-@dataclass(frozen=True)
-class HardenJob:
-    """Hardening as an executor's job: everything by value or by path."""
-
-    name: str
-    teacher_path: Path
-    store_path: Path
-    """An activation store with the teacher's inputs and output."""
-    labels_path: Path | None
-    """An `.npy` of class numbers, one per sample; None without labels."""
-    noises: tuple[Noise, ...]
-    entry: Entry
-    plan: Plan
-    temperature: float
-    label_weight: float
-    holdout: float
-    parity: float
-    threads: int
-    interface: Interface = field(default_factory=Interface)
-    """How the teacher is fed."""
-
-    def __call__(self, on_step: OnStep) -> Training:
-        """Train; the hardened model is on disk afterwards, in the job's entry.
-
-        Raises:
-            SliceError: as `harden_whole`.
-        """
-        torch.set_num_threads(self.threads)
-        folder = self.entry.begin()
-        hardened, training = harden_whole(
-            open_branches(load(self.teacher_path), self.interface.fixed),
-            ActivationStore.open(self.store_path),
-            self.noises,
-            self.plan,
-            temperature=self.temperature,
-            label_weight=self.label_weight,
-            labels=None if self.labels_path is None else np.load(self.labels_path, allow_pickle=False),
-            holdout=self.holdout,
-            parity=self.parity,
-            on_step=on_step,
-            interface=self.interface,
-        )
-        save(hardened, folder / MODEL_FILE)
-        self.entry.commit(asdict(training))
-        return training

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -115,15 +115,14 @@ class DistilJob:
         heads = self._heads()
         objective = self._objective(samples, heads)
         cost = slice_cost(candidate.model, samples.shapes(self.inputs))
+        module.macs = cost.macs or 0
         training = train(
             module,
             samples,
             objective,
-            with_fitting_batch(self.plan, candidate.model, probes[0]),
+            with_fitting_batch(replace(self.plan, threads=self.threads), candidate.model, probes[0]),
             on_step,
             candidate.constraint or zeros_of_sparse(candidate.model),
-            threads=self.threads,
-            macs=cost.macs or 0,
         )
         student = in_own_types(write_back(candidate.model, module.trained_weights()), own)
         tolerance = max(self.parity, rounding_error(student))

@@ -30,7 +30,11 @@ class Plan:
     """Bytes of activations that a step may keep, where memory is scarce; gradients are then added up from parts of a
     batch, whose sizes decide the last bits. None: as many as `ndonnx.distill.steps` gives to each thread."""
 
+    threads: int = 1
+    """Number of threads that share every batch, on a CPU; students do not depend on it in their keys."""
+
     def key(self) -> dict[str, Any]:
         """What a student depends on. Without what older students did not have, so that they are found again."""
         older = {"enough": None, "optimiser": "adam", "memory": None}
-        return {name: value for name, value in asdict(self).items() if name not in older or value != older[name]}
+        found = {name: value for name, value in asdict(self).items() if name != "threads"}
+        return {name: value for name, value in found.items() if name not in older or value != older[name]}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ndonnx.errors import TrainingError
 from ndonnx.teacher import ActivationStore
-from ndonnx.teacher.store import StoredRows
+from ndonnx.teacher.stored_rows import StoredRows
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 import numpy as np
@@ -68,75 +69,111 @@ def train(
     plan: Plan,
     on_step: OnStep,
     constraint: Constraint | None = None,
-    *,
-    threads: int = 1,
-    macs: float = 0.0,
 ) -> Training:
     """Train in place; the module ends in its best held-out state, never worse than it began.
 
     With a constraint, the beginning is the start on which it was imposed at once, and nothing is measured, so
-    that nothing can be enough, before its pattern is settled. On a CPU each of
-    `threads` takes a part of every batch: inside the operators of small modules threads gain nothing,
-    and lose a lot as soon as another process takes one of their cores. `macs` are the module's for one
-    sample, by which the plan's optimiser judges what is cheap; 0 leaves everything to Adam.
+    that nothing can be enough, before its pattern is settled. On a CPU each of the plan's
+    threads takes a part of every batch: inside the operators of small modules threads gain nothing,
+    and lose a lot as soon as another process takes one of their cores.
+
+    Args:
+        module: with its multiplications for one sample (`macs`), by which the plan's optimiser judges what is cheap.
+        samples: captured inputs and targets.
+        objective: the loss.
+        plan: how long, how fast, on what.
+        on_step: told the step, the steps and the held-out NMSE of the target.
+        constraint: what the weights have to fulfil.
 
     Raises:
         TrainingError: the loss, or the held-out error of the start, is NaN or Inf.
     """
-    began = time.perf_counter()
     torch.manual_seed(plan.seed)
     device = torch.device(plan.device)
     module.to(device)
     objective.to(device)
     before = torch.get_num_threads()
-    lanes = _Lanes(threads if device.type == "cpu" else 1)
+    lanes = _Lanes(plan.threads if device.type == "cpu" else 1)
     try:
-        return _train(module, samples, objective, plan, on_step, constraint, lanes, macs, began)
+        return _Descent(module, samples, objective, plan, constraint, lanes).run(on_step)
     finally:
         lanes.close()
         torch.set_num_threads(before)
 
 
-def _train(
-    module: TorchSlice,
-    samples: Samples,
-    objective: Objective,
-    plan: Plan,
-    on_step: OnStep,
-    constraint: Constraint | None,
-    lanes: _Lanes,
-    macs: float,
-    began: float,
-) -> Training:
-    at_once = plan.batch_size
-    if plan.device == "cpu":
-        at_once = samples_in_memory(module, samples, objective, plan, lanes.count, bf16=plan.bf16)
-    judge = _Judge(module, samples, objective, torch.device(plan.device), lanes, at_once)
-    free = _copy(module)
-    if constraint is not None:
-        impose(constraint, module, 1.0)
-    start = best = judge.errors()
-    if not math.isfinite(start.loss):
-        raise TrainingError(
-            f"the held-out error is {start.loss} before the first step; the captured activations overflow"
-        )
-    best_step, state = 0, _copy(module)
-    _restore(module, free)
-    step = 0
-    trainable = any(weight.requires_grad for weight in module.parameters())
-    if plan.steps and trainable and not _is_enough(best, plan):
-        for step, done in _descend(module, samples, objective, plan, constraint, lanes, macs, at_once):
-            if constraint is None or done >= constraint.settled:
-                errors = judge.errors()
-                if errors.loss < best.loss:
-                    best, best_step, state = errors, step, _copy(module)
-            on_step(step, _expected_steps(step, done, plan), best.nmse)
-            if _is_enough(best, plan):
-                break
-    _restore(module, state)
-    module.to("cpu")
-    seconds = time.perf_counter() - began
-    return Training(start.nmse, best.nmse, start.loss, best.loss, best_step, step, seconds)
+@dataclass(frozen=True)
+class _Descent:
+    """One training: the steps, and the best of the states that were measured on the way."""
+
+    module: TorchSlice
+    samples: Samples
+    objective: Objective
+    plan: Plan
+    constraint: Constraint | None
+    lanes: _Lanes
+
+    def run(self, on_step: OnStep) -> Training:
+        began = time.perf_counter()
+        module, plan, constraint = self.module, self.plan, self.constraint
+        judge = _Judge(self)
+        free = _copy(module)
+        if constraint is not None:
+            impose(constraint, module, 1.0)
+        start = best = judge.errors()
+        if not math.isfinite(start.loss):
+            raise TrainingError(
+                f"the held-out error is {start.loss} before the first step; the captured activations overflow"
+            )
+        best_step, state = 0, _copy(module)
+        _restore(module, free)
+        step = 0
+        trainable = any(weight.requires_grad for weight in module.parameters())
+        if plan.steps and trainable and not _is_enough(best, plan):
+            for step, done in self._steps():
+                if constraint is None or done >= constraint.settled:
+                    errors = judge.errors()
+                    if errors.loss < best.loss:
+                        best, best_step, state = errors, step, _copy(module)
+                on_step(step, _expected_steps(step, done, plan), best.nmse)
+                if _is_enough(best, plan):
+                    break
+        _restore(module, state)
+        module.to("cpu")
+        seconds = time.perf_counter() - began
+        return Training(start.nmse, best.nmse, start.loss, best.loss, best_step, step, seconds)
+
+    def _steps(self) -> Iterator[tuple[int, float]]:
+        """Run the steps; yield the step and the part that is over whenever the held-out error is to be measured."""
+        slope, clock, measured = _Slope(self), _Clock(self.plan), 0.0
+        optimiser = self._optimiser(slope.weights)
+        for step, rows in enumerate(_batches(self.samples, self.plan), start=1):
+            loss = slope.descend(rows)
+            optimiser.step(learning_rate(clock.done, self.plan))
+            clock.tick(step)
+            if self.constraint is not None:
+                impose(self.constraint, self.module, clock.done)
+            if clock.done >= 1 or clock.done - measured >= 1 / _EVALUATIONS - 1e-9:
+                measured = clock.done
+                if not math.isfinite(loss):
+                    raise TrainingError(f"the loss became {loss} by step {step}; lower --lr")
+                yield step, clock.done
+            if clock.done >= 1:
+                return
+
+    def _optimiser(self, weights: list[nn.Parameter]) -> Optimiser:
+        module, plan = self.module, self.plan
+        held = set() if self.constraint is None else set(self.constraint.held())
+        masked = [weight for name, weight in zip(module.weight_names, module.weights, strict=True) if name in held]
+        work = _GRADIENT * module.macs * plan.batch_size
+        return Optimiser(weights, work, muon=plan.optimiser == "muon", masked=masked)
+
+    @cached_property
+    def at_once(self) -> int:
+        """Number of samples whose gradient a thread computes at a time."""
+        if self.plan.device != "cpu":
+            return self.plan.batch_size
+        count = self.lanes.count
+        return samples_in_memory(self.module, self.samples, self.objective, self.plan, count, bf16=self.plan.bf16)
 
 
 def _expected_steps(step: int, done: float, plan: Plan) -> int:
@@ -157,40 +194,6 @@ def impose(constraint: Constraint, module: TorchSlice, done: float) -> None:
     with torch.no_grad():
         weights = {name: weight.data for name, weight in zip(module.weight_names, module.weights, strict=True)}
         constraint.impose(weights, done)
-
-
-def _descend(
-    module: TorchSlice,
-    samples: Samples,
-    objective: Objective,
-    plan: Plan,
-    constraint: Constraint | None,
-    lanes: _Lanes,
-    macs: float,
-    at_once: int,
-) -> Iterator[tuple[int, float]]:
-    """Run the steps; yield the step and the part that is over whenever the held-out error is to be measured."""
-    weights = [weight for weight in module.parameters() if weight.requires_grad]
-    held = set() if constraint is None else set(constraint.held())
-    masked = [weight for name, weight in zip(module.weight_names, module.weights, strict=True) if name in held]
-    work = _GRADIENT * macs * plan.batch_size
-    optimiser = Optimiser(weights, work, muon=plan.optimiser == "muon", masked=masked)
-    slope = _Slope(module, samples, objective, plan, weights, at_once)
-    clock = _Clock(plan)
-    measured = 0.0
-    for step, rows in enumerate(_batches(samples, plan), start=1):
-        loss = slope.descend(rows, lanes)
-        optimiser.step(learning_rate(clock.done, plan))
-        clock.tick(step)
-        if constraint is not None:
-            impose(constraint, module, clock.done)
-        if clock.done >= 1 or clock.done - measured >= 1 / _EVALUATIONS - 1e-9:
-            measured = clock.done
-            if not math.isfinite(loss):
-                raise TrainingError(f"the loss became {loss} by step {step}; lower --lr")
-            yield step, clock.done
-        if clock.done >= 1:
-            return
 
 
 class _Lanes:
@@ -218,42 +221,36 @@ class _Lanes:
 class _Slope:
     """Gradients of a batch, each lane's from its own samples; their sum does not depend on who is faster."""
 
-    def __init__(
-        self,
-        module: TorchSlice,
-        samples: Samples,
-        objective: Objective,
-        plan: Plan,
-        weights: list[nn.Parameter],
-        at_once: int,
-    ) -> None:
-        self._module = module
-        self._samples = samples
-        self._objective = objective
-        self._device = torch.device(plan.device)
-        self._bf16 = plan.bf16
-        self._weights = weights
-        self._at_once = at_once
+    def __init__(self, descent: _Descent) -> None:
+        self._module = descent.module
+        self._samples = descent.samples
+        self._objective = descent.objective
+        self._device = torch.device(descent.plan.device)
+        self._bf16 = descent.plan.bf16
+        self._lanes = descent.lanes
+        self._at_once = descent.at_once
+        self.weights = [weight for weight in descent.module.parameters() if weight.requires_grad]
 
-    def descend(self, rows: np.ndarray, lanes: _Lanes) -> float:
+    def descend(self, rows: np.ndarray) -> float:
         """Put the gradients into the weights; the loss."""
+        lanes = self._lanes
         parts = self._samples.split(rows, max(lanes.count, -(-len(rows) // self._at_once)))
         total = 0.0
-        for weight in self._weights:
+        for weight in self.weights:
             weight.grad = None
         for start in range(0, len(parts), lanes.count):
             some = parts[start : start + lanes.count]
             for part, (loss, gradients) in zip(some, lanes.map(self._of, some), strict=True):
                 share = len(part) / len(rows)
                 total += share * loss
-                for weight, gradient in zip(self._weights, gradients, strict=True):
+                for weight, gradient in zip(self.weights, gradients, strict=True):
                     _add_gradient(weight, gradient, share)
         return total
 
     def _of(self, rows: np.ndarray) -> tuple[float, Sequence[Tensor | None]]:
         batch = self._samples.batch(rows)
         loss = loss_of(self._module, self._samples.inputs, self._objective, batch, self._device, bf16=self._bf16)
-        return float(loss.detach()), torch.autograd.grad(loss, self._weights, allow_unused=True)
+        return float(loss.detach()), torch.autograd.grad(loss, self.weights, allow_unused=True)
 
 
 def _add_gradient(weight: Tensor, gradient: Tensor | None, share: float) -> None:
@@ -324,21 +321,14 @@ def _variance(targets: Sequence[Tensor]) -> float:
 class _Judge:
     """The held-out errors of a module, in float32 whatever it is trained in."""
 
-    def __init__(
-        self,
-        module: TorchSlice,
-        samples: Samples,
-        objective: Objective,
-        device: torch.device,
-        lanes: _Lanes,
-        at_once: int,
-    ) -> None:
-        self._module = module
+    def __init__(self, descent: _Descent) -> None:
+        samples, objective = descent.samples, descent.objective
+        self._module = descent.module
         self._inputs = samples.inputs
         self._objective = objective
-        self._device = device
-        self._lanes = lanes
-        self._batch = min(_EVALUATION_BATCH, at_once)
+        self._device = torch.device(descent.plan.device)
+        self._lanes = descent.lanes
+        self._batch = min(_EVALUATION_BATCH, descent.at_once)
         most = max(1, _HOLDOUT_BYTES // max(1, samples.bytes_per_sample()))
         rows = samples.heldout(min(samples.blocks.holdout, _HOLDOUT_SAMPLES, most))
         self._sets = [_Held.of(each, objective.target) for each in rows]

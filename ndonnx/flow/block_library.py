@@ -20,9 +20,11 @@ from ndonnx.graph import Cost
 from ndonnx.graph.storage.files import file_bytes
 from ndonnx.partition import Neighbourhood
 from ndonnx.report.search import OptionReport
-from ndonnx.runtime.run_directory import Entry, fingerprint
+from ndonnx.runtime.fingerprints import fingerprint
+from ndonnx.runtime.run_directory import Entry
 from ndonnx.select import TEACHER, Candidate, Option, Table
-from ndonnx.students import WHOLE, StudentMethod, method_of
+from ndonnx.students import WHOLE, StudentMethod
+from ndonnx.students.registry import method_of
 
 _FAR = 3.0
 """A candidate that alone loses so many times what the whole may is clearly beyond its neighbourhood's tolerance."""

@@ -13,12 +13,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
-from ndonnx.config.recipe import Recipe
 from ndonnx.distill import Plan
-from ndonnx.errors import RecipeError
 from ndonnx.flow.jobs import NeighbourhoodResult
 from ndonnx.flow.measure import Loss
-from ndonnx.metrics.sensitivity import StudyFile, read_study
+from ndonnx.metrics.sensitivity import StudyFile
 from ndonnx.partition import Neighbourhood, Partition
 from ndonnx.runtime.progress import Progress
 
@@ -154,20 +152,3 @@ def measured_need(allowed: float, sensitivity: float, places: int) -> Need | Non
     # Two digits say all that is known of it, and the students of a run that measures it again are found again.
     enough = float(f"{enough:.1e}")
     return Need(min(bears, _MOST_NMSE), enough) if enough > 0 else None
-
-
-def study_of(recipe: Recipe) -> StudyFile | None:
-    """The study that a recipe names, if any.
-
-    Raises:
-        UsageError: it cannot be read, or is no study.
-        RecipeError: it says nothing of what the recipe measures.
-    """
-    if recipe.threshold is None:
-        return None
-    if recipe.inputs == "noise":
-        raise RecipeError(
-            "threshold: its tolerances are of errors on data, and with inputs = 'noise' errors are measured on noise; "
-            "leave one of them out"
-        )
-    return read_study(recipe.threshold)

@@ -12,15 +12,17 @@ import onnx_ir as ir
 from ndonnx.assemble.propagation import refit_walk
 from ndonnx.data.augmentation import image_axes
 from ndonnx.distill import Training
-from ndonnx.distill.finetune import STUDENT_FILE, FinetuneJob, why_not_finetuned
+from ndonnx.distill.finetune import FinetuneJob, why_not_finetuned
+from ndonnx.distill.whole import MODEL_FILE, WholeSettings
 from ndonnx.flow.run import Run
 from ndonnx.graph import load, save
 from ndonnx.graph.costs import weights_of
 from ndonnx.graph.dataflow import reads, real_inputs
 from ndonnx.report import FinetuneReport
 from ndonnx.runtime.faults import Fault, tried
+from ndonnx.runtime.fingerprints import fingerprint
 from ndonnx.runtime.machine import usable_cores
-from ndonnx.runtime.run_directory import Entry, fingerprint
+from ndonnx.runtime.run_directory import Entry
 from ndonnx.teacher.batches import read_batch, sample_bytes, value_bytes, whole_batches
 from ndonnx.teacher.outputs import capture_answers, run_alone
 
@@ -66,8 +68,7 @@ class Finishing:
                     scratch,
                     source.length,
                     threads=usable_cores(),
-                    on_neighbourhood=lambda name, done: self.run.progress.advance(),
-                    on_fault=self._not_refitted,
+                    on_end=self._told,
                 )
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
@@ -75,6 +76,12 @@ class Finishing:
                 save(student, folder / f"{name}.onnx")
             entry.commit({"students": sorted(refitted)})
         return {name: load(entry.path / f"{name}.onnx") for name in students}
+
+    def _told(self, name: str, ended: bool | Fault) -> None:
+        if isinstance(ended, Fault):
+            self._not_refitted(name, ended)
+        else:
+            self.run.progress.advance()
 
     def _not_refitted(self, name: str, fault: Fault) -> None:
         self.run.directory.record(f"{name} refit", fault)
@@ -123,7 +130,7 @@ class Finishing:
             if fault is not None:
                 return self._not_finetuned(student, fault)
         found = Training(**entry.meta())
-        return load(entry.path / STUDENT_FILE), FinetuneReport(
+        return load(entry.path / MODEL_FILE), FinetuneReport(
             steps=found.steps,
             seconds=round(found.seconds, 3),
             loss_start=found.loss_start,
@@ -147,23 +154,20 @@ class Finishing:
             answers = capture_answers(
                 self.run.parts, self.run.split, samples, scratch, self.run.recipe, self.run.progress, views
             )
-            save(student, scratch / STUDENT_FILE)
+            save(student, scratch / MODEL_FILE)
             # Now, when the answers' time is spent.
             plan = replace(self.run.schedule.finetune(), memory=self.run.memory.whole_step())
+            recipe = self.run.recipe
+            settings = WholeSettings(
+                replace(plan, threads=usable_cores()),
+                recipe.temperature,
+                recipe.label_weight,
+                answers.holdout,
+                recipe.parity,
+                self.run.parts.interface,
+            )
             job = FinetuneJob(
-                name="student",
-                student_path=scratch / STUDENT_FILE,
-                store_path=answers.store.path,
-                labels_path=answers.labels,
-                entry=entry,
-                plan=plan,
-                temperature=self.run.recipe.temperature,
-                label_weight=self.run.recipe.label_weight,
-                holdout=answers.holdout,
-                parity=self.run.recipe.parity,
-                threads=usable_cores(),
-                kept=kept,
-                interface=self.run.parts.interface,
+                "student", scratch / MODEL_FILE, answers.store.path, answers.labels, entry, settings, kept=kept
             )
             steps = plan.steps if plan.seconds is None else None
             outcome, rss = run_alone(job, "finetune", steps, self.run.recipe, self.run.progress)

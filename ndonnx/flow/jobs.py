@@ -15,7 +15,8 @@ from ndonnx.graph import save
 from ndonnx.partition import Neighbourhood, Partition, extract, is_opaque, region_nodes
 from ndonnx.report import NeighbourhoodReport
 from ndonnx.runtime.faults import Fault
-from ndonnx.runtime.run_directory import Entry, Fingerprintable, RunDir, fingerprint
+from ndonnx.runtime.fingerprints import Fingerprintable, fingerprint
+from ndonnx.runtime.run_directory import Entry, RunDir
 from ndonnx.students import StudentMethod
 
 

@@ -25,12 +25,13 @@ from ndonnx.graph import load
 from ndonnx.graph.dataflow import real_inputs
 from ndonnx.graph.interface import samples_first
 from ndonnx.metrics.latency import benchmark, ratio
-from ndonnx.metrics.partial import Kind, Losses, PartialModels, Quality
-from ndonnx.metrics.sensitivity import tolerances
+from ndonnx.metrics.partial import Judged, Kind, Losses, PartialModels, Quality
+from ndonnx.metrics.sensitivity import Draws, tolerances
 from ndonnx.partition import Neighbourhood, Partition
 from ndonnx.runtime.faults import Fault, tried
+from ndonnx.runtime.fingerprints import Fingerprintable, fingerprint
 from ndonnx.runtime.machine import usable_cores
-from ndonnx.runtime.run_directory import Entry, Fingerprintable, fingerprint
+from ndonnx.runtime.run_directory import Entry
 from ndonnx.select import ERROR, TEACHER, first_confidence
 from ndonnx.teacher import make_session
 from ndonnx.teacher.batches import read_batch, whole_batches
@@ -266,7 +267,7 @@ class Measures:
             self.partials.quality,
             math.inf,
             names=[use.name],
-            amplitudes=[_AMPLITUDE],
+            draws=Draws([_AMPLITUDE]),
             students={use.name: self.run.parts.at(use, student)},
         )
         return found[use.name].sensitivity or 0.0
@@ -308,11 +309,9 @@ class Measures:
             self.run.progress.stage("held-out", samples, "samples")
             self._partials = PartialModels(
                 self.run.parts,
-                self.choosing.batches,
+                Judged(self.choosing.batches, samples, self.choosing.labels),
                 self.run.directory.path / "heldout",
-                samples,
                 threads=usable_cores(),
-                labels=self.choosing.labels,
                 budget=self.run.recipe.cache_budget,
                 on_batch=self.run.progress.advance,
             )

@@ -21,7 +21,6 @@ from ndonnx.data.split import Split, compared_of, draw
 from ndonnx.data.subset import Joined, Subset
 from ndonnx.distill.schedule import Schedule
 from ndonnx.errors import DataError, ModelError, RecipeError
-from ndonnx.flow.error_budgets import study_of
 from ndonnx.flow.run import Run, Teacher
 from ndonnx.graph import load
 from ndonnx.graph.bound import one_sample
@@ -30,13 +29,15 @@ from ndonnx.graph.interface import Interface
 from ndonnx.graph.passes.branches import open_branches
 from ndonnx.graph.save import check_writable
 from ndonnx.graph.working_copy import working_copy
+from ndonnx.metrics.sensitivity import study_of
 from ndonnx.partition import Partition, partition
 from ndonnx.runtime.clock import Clock
+from ndonnx.runtime.fingerprints import fingerprint, fingerprint_file
 from ndonnx.runtime.machine import usable_cores
 from ndonnx.runtime.progress import Progress
-from ndonnx.runtime.run_directory import RunDir, fingerprint, fingerprint_file
+from ndonnx.runtime.run_directory import RunDir
 from ndonnx.select import DEFAULT_CANDIDATES, Candidate, parse_candidates
-from ndonnx.students import method_of
+from ndonnx.students.registry import method_of, operators_around
 from ndonnx.teacher import make_session
 from ndonnx.teacher.balance import POOL, balanced
 from ndonnx.teacher.outputs import answers_a_second
@@ -331,7 +332,8 @@ def partition_model(
     """
     working = working_copy(teacher, interface)
     methods = (recipe.method,) if methods is None else methods
-    return partition(working, granularity=recipe.granularity, cut=recipe.cut, freeze=recipe.freeze, methods=methods)
+    around = operators_around(methods)
+    return partition(working, granularity=recipe.granularity, cut=recipe.cut, freeze=recipe.freeze, around=around)
 
 
 def priced_for(source: DataSource, parts: Partition) -> Partition:

@@ -18,9 +18,10 @@ from ndonnx.graph.storage.external import external_tensors
 from ndonnx.metrics.sensitivity import StudyFile
 from ndonnx.partition import Partition
 from ndonnx.runtime.clock import Clock
+from ndonnx.runtime.fingerprints import fingerprint, fingerprint_file
 from ndonnx.runtime.machine import usable_cores
 from ndonnx.runtime.progress import Progress
-from ndonnx.runtime.run_directory import RunDir, fingerprint, fingerprint_file
+from ndonnx.runtime.run_directory import RunDir
 from ndonnx.teacher.capture_plan import gigabytes
 
 

@@ -27,9 +27,10 @@ from ndonnx.graph.shapes.declared import state_as_in_file
 from ndonnx.graph.storage.files import file_bytes
 from ndonnx.partition import Neighbourhood, Partition
 from ndonnx.report import FinetuneReport
-from ndonnx.runtime.run_directory import Entry, fingerprint
+from ndonnx.runtime.fingerprints import fingerprint
+from ndonnx.runtime.run_directory import Entry
 from ndonnx.select import TEACHER, parse_drop, parse_target
-from ndonnx.students import method_of
+from ndonnx.students.registry import method_of
 
 _DECIDING = {
     *("inputs", "finetune_steps", "finetune_samples", "finetune_lr", "augment", "temperature", "label_weight"),

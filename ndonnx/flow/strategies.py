@@ -22,7 +22,7 @@ from ndonnx.flow.run import Run
 from ndonnx.flow.train import Distillation, Stores
 from ndonnx.partition import Neighbourhood
 from ndonnx.runtime.faults import Fault, tried
-from ndonnx.runtime.run_directory import fingerprint
+from ndonnx.runtime.fingerprints import fingerprint
 from ndonnx.teacher import ActivationStore
 from ndonnx.teacher.moments import entry_noise
 from ndonnx.teacher.noise import EntryNoise, noise_store

@@ -21,8 +21,9 @@ from ndonnx.runtime.executor import Executor, make_executor
 from ndonnx.runtime.faults import Fault, tried
 from ndonnx.runtime.machine import pick_device, usable_cores
 from ndonnx.runtime.run_directory import Entry
-from ndonnx.students import StudentMethod, method_of
-from ndonnx.teacher import ActivationStore, capture
+from ndonnx.students import StudentMethod
+from ndonnx.students.registry import method_of
+from ndonnx.teacher import ActivationStore, CaptureSettings, capture
 from ndonnx.teacher.batches import read_batch, value_bytes, whole_batches
 from ndonnx.teacher.capture_plan import Waves, gigabytes
 
@@ -143,7 +144,7 @@ class Distillation:
             self.batches(samples),
             folder,
             samples=samples,
-            device=pick_device(self.run.recipe.device),
+            settings=CaptureSettings(device=pick_device(self.run.recipe.device)),
             on_batch=self.run.progress.advance,
         )
         entry.commit({"samples": samples}, digest=False)

@@ -37,7 +37,7 @@ from ndonnx.runtime.faults import Fault, tried
 from ndonnx.runtime.machine import usable_cores
 from ndonnx.runtime.progress import Progress, Silent
 from ndonnx.students import TeacherSlice
-from ndonnx.students.width import shrink
+from ndonnx.students.cutting import shrink
 from ndonnx.students.zeroing import check_by_zeroing
 from ndonnx.teacher import ActivationStore, capture, make_session
 from ndonnx.teacher.synthetic_inputs import settings_for

@@ -22,16 +22,8 @@ _WEIGHT_INPUTS = {"Conv": (1,), "ConvTranspose": (1,), "Gemm": (1, 0), "MatMul":
 """Inputs of the linear operators at which a constant is their weight."""
 
 LINEAR_OPERATORS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
-_AROUND = {"lowrank": frozenset({"Conv", "Gather", "Gemm", "MatMul"}), "sparsity": LINEAR_OPERATORS}
-"""Student methods that need no width, and the operators whose weights they change."""
-
 _NEGLIGIBLE = 0.01
 """Part of the model's weights below which all that is left over together is not worth regions of its own."""
-
-
-def operators_of(methods: Iterable[str]) -> frozenset[str]:
-    """Operators around whose weights these student methods want regions, even where no width is inside."""
-    return frozenset[str]().union(*(_AROUND.get(method, frozenset()) for method in methods))
 
 
 def leftover_runs(

@@ -6,7 +6,7 @@ worth taking.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
 from operator import or_
@@ -27,7 +27,6 @@ from ndonnx.partition.layers import (
     LINEAR_OPERATORS,
     layer_runs,
     leftover_runs,
-    operators_of,
     why_left_out,
     why_left_over,
 )
@@ -246,7 +245,7 @@ def partition(
     granularity: str = "block",
     cut: Sequence[str] = (),
     freeze: Sequence[str] = (),
-    methods: Collection[str] = (),
+    around: frozenset[str] = frozenset(),
 ) -> Partition:
     """Partition a working copy (constants folded) into neighbourhoods.
 
@@ -256,8 +255,8 @@ def partition(
             operator each.
         cut: values that must be boundaries; a region with one of them inside is entered or split.
         freeze: values whose producing neighbourhood is kept.
-        methods: student methods that will be tried. Those that need no width (`lowrank`, `sparsity`) get regions of
-            their own around weights that lie in no region with a width.
+        around: operators around whose weights there are to be regions even where no width is inside, as student
+            methods want them that need none.
 
     Raises:
         UsageError: a `cut` or `freeze` value is not in the model, or the granularity is unknown.
@@ -275,14 +274,13 @@ def partition(
         flow, choice = _choose_stream(model)
     by_name = {value.name: value for value in flow.kinds}
     cuts, frozen = (frozenset(by_name[name] for name in names) for names in (cut, freeze))
-    operators = operators_of(methods)
     if choice is None:
-        runs = layer_runs(flow, cuts, LINEAR_OPERATORS | operators)
+        runs = layer_runs(flow, cuts, LINEAR_OPERATORS | around)
         named = _name(_with_rest(flow, runs, cuts | _ends_of_shared(runs), frozen, why_left_out))
         return Partition(model, flow, tuple(_marked(named, find_sharing(flow, named))), Interface.of(model))
     if cuts or frozen:
         choice = Chooser(flow, find_chains(flow), cuts, frozen).best()
-    return Partition(model, flow, tuple(_settled(flow, choice.runs(), cuts, frozen, operators)), Interface.of(model))
+    return Partition(model, flow, tuple(_settled(flow, choice.runs(), cuts, frozen, around)), Interface.of(model))
 
 
 def _ends_of_shared(layers: Iterable[Run]) -> frozenset[ir.Value]:

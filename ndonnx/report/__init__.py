@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ndonnx.metrics.evaluation import Evaluation
-from ndonnx.runtime.run_directory import atomic_write_json
+from ndonnx.runtime.atomic import atomic_write_json
 
 
 @dataclass(frozen=True)

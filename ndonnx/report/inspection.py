@@ -13,7 +13,7 @@ from ndonnx.partition.reasons import partly_frozen
 from ndonnx.partition.removable import removed_by_width
 from ndonnx.report.drawing import draw, shorten
 from ndonnx.report.piece import Piece
-from ndonnx.runtime.run_directory import atomic_write
+from ndonnx.runtime.atomic import atomic_write
 
 
 @dataclass(frozen=True)

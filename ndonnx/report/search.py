@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from ndonnx.errors import UsageError
-from ndonnx.runtime.run_directory import atomic_write, atomic_write_json
+from ndonnx.runtime.atomic import atomic_write, atomic_write_json
 from ndonnx.select import COSTS, TEACHER, parse_candidates
 
 if TYPE_CHECKING:

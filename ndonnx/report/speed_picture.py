@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from ndonnx.metrics.latency import Latency, ProviderSpeed
 from ndonnx.report.drawing import shorten
 from ndonnx.report.speed import Speed, check_picture
-from ndonnx.runtime.run_directory import atomic_write
+from ndonnx.runtime.atomic import atomic_write
 
 _MODEL, _AGAINST = "#0b7a75", "#8a8f98"
 _LONGEST = 40

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ndonnx.errors import RunDirError
 from ndonnx.metrics.sensitivity import DOCUMENT, Curve, Point, ThresholdReport
-from ndonnx.runtime.run_directory import atomic_write, atomic_write_json
+from ndonnx.runtime.atomic import atomic_write, atomic_write_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

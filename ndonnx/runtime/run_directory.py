@@ -11,181 +11,34 @@ same directory: whatever is read back as done is whole, and everything else is m
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
 import os
-import secrets
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import Any, Self, TypeAlias
+from typing import Any, Self
 
 from ndonnx.errors import RunDirError
+from ndonnx.runtime.atomic import TEMPORARY, atomic_write, atomic_write_json, explained, sync
 from ndonnx.runtime.faults import Fault
+from ndonnx.runtime.fingerprints import digest_of
 
-Fingerprintable: TypeAlias = (
-    "bytes | str | int | float | bool | Mapping[str, Fingerprintable] | Sequence[Fingerprintable] | None"
-)
-
-_DIGEST_BYTES = 16
-_TEMPORARY = ".ndonnx-tmp-"
 _LOCK = "lock"
 _DONE = "done.json"
 _FAULTS = "faults"
 _LOCK_ATTEMPTS = 100
 _LONGEST_NAME = 100
 """Characters of the name of a file with a fault."""
-_WAY_OUT = {
-    errno.ENOSPC: "free some disk space and run again",
-    errno.EDQUOT: "free some disk space and run again",
-    errno.EACCES: "check its permissions, or choose another path",
-    errno.EPERM: "check its permissions, or choose another path",
-    errno.EROFS: "choose a path that can be written",
-    errno.ENOENT: "create the missing folder, or choose another path",
-    errno.ENAMETOOLONG: "choose a shorter name",
-}
-
-
-@contextmanager
-def _explained(path: Path, doing: str) -> Iterator[None]:
-    """Turn an `OSError` into a `RunDirError` of one line: path, reason, way out."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        way_out = _WAY_OUT.get(error.errno or 0, "choose another path")
-        raise RunDirError(f"{path}: cannot {doing}: {reason}; {way_out}") from error
 
 
 # Fingerprints
 
 
-def _blake2b() -> hashlib.blake2b:
-    return hashlib.blake2b(digest_size=_DIGEST_BYTES)
-
-
-def _canonical(part: Fingerprintable) -> Any:
-    """A JSON value that is equal for equal parts only: every scalar carries its type's tag."""
-    form: Any
-    match part:
-        case None | bool():
-            form = part
-        case str():
-            form = ["s", part]
-        case int():
-            form = ["i", f"{int(part):x}"]
-        case float():
-            form = ["f", float(part).hex()]
-        case bytes() | bytearray() | memoryview():
-            form = ["b", bytes(part).hex()]
-        case Mapping():
-            if strange := [key for key in part if not isinstance(key, str)]:
-                raise TypeError(f"cannot fingerprint a mapping with the key {strange[0]!r}: keys must be strings")
-            form = {key: _canonical(value) for key, value in part.items()}
-        case Sequence():
-            form = ["l", *(_canonical(item) for item in part)]
-        case _:
-            kinds = "bytes, str, int, float, bool, None, mappings and sequences of them"
-            raise TypeError(f"cannot fingerprint a {type(part).__name__}; possible are {kinds}")
-    return form
-
-
-def fingerprint(*parts: Fingerprintable) -> str:
-    """A stable name for the given parts: 32 hexadecimal digits (blake2b, 16 bytes).
-
-    The same on every machine and in every process. Types count (`"1"`, `1`, `1.0`, `True` and
-    `b"1"` differ), so does grouping (`("a", "b")` and `(("a", "b"),)` differ); the order of a
-    mapping's keys does not, nor does list against tuple.
-
-    Raises:
-        TypeError: a part is none of bytes, str, int, float, bool, None, mapping, sequence.
-    """
-    text = json.dumps(_canonical(parts), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    digest = _blake2b()
-    digest.update(text.encode("ascii"))
-    return digest.hexdigest()
-
-
-def fingerprint_file(path: str | Path) -> str:
-    """The blake2b digest (16 bytes, as 32 hexadecimal digits) of a file's contents, streamed.
-
-    Raises:
-        RunDirError: the file cannot be read.
-    """
-    with _explained(Path(path), "read"):
-        return _digest_of(Path(path))
-
-
-def _digest_of(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, _blake2b).hexdigest()
-
-
 # Atomic writes
-
-
-def atomic_write(path: Path, write: bytes | Callable[[Path], None]) -> None:
-    """Write a file so that `path` holds either all of it or what it held before.
-
-    `write` is the contents, or a function that writes them to the path it is given: another
-    name in the same folder, with the same suffix. That file is removed on any failure.
-
-    Raises:
-        RunDirError: the operating system refused (disk full, no permission, no such folder).
-    """
-    temporary = path.with_name(f"{_TEMPORARY}{secrets.token_hex(8)}{path.suffix}")
-    with _explained(path, "write"):
-        try:
-            if callable(write):
-                write(temporary)
-            else:
-                temporary.write_bytes(write)
-            _sync(temporary)
-            os.replace(temporary, path)
-        except BaseException:
-            # Where even this is refused, the first error is the one worth telling.
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
-        _sync_folder(path.parent)
-
-
-def atomic_write_json(path: Path, obj: Any) -> None:
-    """Write `obj` as strict JSON (no NaN, no Inf) with `atomic_write`.
-
-    Raises:
-        RunDirError: the operating system refused.
-        TypeError, ValueError: `obj` is not JSON; nothing is written.
-    """
-    text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False)
-    # A lone surrogate (a file name that is not UTF-8) has no UTF-8 form, but an escaped one.
-    atomic_write(path, (text + "\n").encode("utf-8", errors="backslashreplace"))
-
-
-def _sync(path: Path) -> None:
-    # Windows flushes only what is open for writing; elsewhere a read-only file can be flushed too.
-    descriptor = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync_folder(folder: Path) -> None:
-    if sys.platform == "win32":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        # The file itself is safe already; some file systems cannot sync a folder.
-        with suppress(OSError):
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # Entries
@@ -223,7 +76,7 @@ class Entry:
     def begin(self) -> Path:
         """Empty the entry, whatever an earlier attempt left, and return its folder."""
         self.remove()
-        with _explained(self.path, "create"):
+        with explained(self.path, "create"):
             self.path.mkdir(parents=True)
         return self.path
 
@@ -238,7 +91,7 @@ class Entry:
             TypeError, ValueError: `meta` is not JSON (NaN and Inf are not).
         """
         files = {}
-        with _explained(self.path, "complete"):
+        with explained(self.path, "complete"):
             for path in sorted(self.path.rglob("*")):
                 if path.is_file() and path != self.path / _DONE:
                     files[path.relative_to(self.path).as_posix()] = self._describe(path, digest)
@@ -258,7 +111,7 @@ class Entry:
 
     def remove(self) -> None:
         """Delete the entry: the done-marker first, so that no moment shows it done and half there."""
-        with _explained(self.path, "remove"):
+        with explained(self.path, "remove"):
             with suppress(FileNotFoundError):
                 (self.path / _DONE).unlink()
             with suppress(FileNotFoundError):
@@ -267,8 +120,8 @@ class Entry:
     @staticmethod
     def _describe(path: Path, digest: bool) -> dict[str, Any]:
         if digest:
-            _sync(path)
-        return {"size": path.stat().st_size, "blake2b": _digest_of(path) if digest else None}
+            sync(path)
+        return {"size": path.stat().st_size, "blake2b": digest_of(path) if digest else None}
 
     def _record(self) -> dict[str, Any] | None:
         """The done-marker's contents; None where it is missing or not what `commit` writes."""
@@ -291,7 +144,7 @@ class Entry:
                 case {"size": int(size), "blake2b": None}:
                     return path.is_file() and path.stat().st_size == size
                 case {"size": int(size), "blake2b": str(digest)}:
-                    return path.is_file() and path.stat().st_size == size and _digest_of(path) == digest
+                    return path.is_file() and path.stat().st_size == size and digest_of(path) == digest
         except (OSError, ValueError):
             return False
         return False
@@ -327,7 +180,7 @@ class RunDir:
     def entries(self, kind: str) -> list[Entry]:
         """The entries of a kind that are done, by key."""
         folder = self.path / _checked_name("kind", kind)
-        with _explained(folder, "read"):
+        with explained(folder, "read"):
             names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
         entries = [self.entry(kind, name) for name in names if _is_name(name)]
         return [entry for entry in entries if entry.done]
@@ -339,11 +192,11 @@ class RunDir:
     def __enter__(self) -> Self:
         if self._lock is not None:
             raise RunDirError(f"{self.path}: entered twice by the same run; leave it first")
-        with _explained(self.path, "use as the run directory"):
+        with explained(self.path, "use as the run directory"):
             self._created = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
             lock = self._acquire()
             try:
-                for leftover in self.path.glob(_TEMPORARY + "*"):
+                for leftover in self.path.glob(TEMPORARY + "*"):
                     leftover.unlink()
                 shutil.rmtree(self.path / _FAULTS, ignore_errors=True)
             except BaseException:
@@ -430,7 +283,7 @@ def record_fault(folder: Path, name: str, fault: Fault) -> Path | None:
     """
     if fault.foreseen:
         return None
-    with _explained(folder, "create"):
+    with explained(folder, "create"):
         folder.mkdir(exist_ok=True)
     path = folder / ("".join(c if c.isalnum() or c in " .,=-" else "_" for c in name)[:_LONGEST_NAME] + ".txt")
     text = f"{name}: {fault.reason}\n\n{fault.traceback}"

@@ -6,17 +6,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ndonnx.config.recipe import Recipe, parse_sparsity
+from ndonnx.config.recipe import Recipe
 from ndonnx.errors import RecipeError
+from ndonnx.students.registry import method_class, method_names
 
 DEFAULT_CANDIDATES = ("width 0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9", "lowrank 0.3,0.4,0.5,0.6,0.75")
 """The multipliers of the paper (section 5), whose 1.0 is the teacher and needs no training, and factorisations, which
 lose less for the same weights on many slices."""
-
-_POSSIBLE = (
-    "width K, lowrank K (K above 0 and at most 1), sparsity S (S from 0 to below 1, or N:M as 2:4), activation "
-    "[OLD=NEW ...], removal, custom MODULE:FUNCTION; several numbers after one name by commas, as width 0.25,0.5"
-)
 
 
 @dataclass(frozen=True)
@@ -37,7 +33,7 @@ class Candidate:
 
     def recipe(self, base: Recipe) -> Recipe:
         """The recipe of a run with this candidate everywhere."""
-        return base.model_copy(update=dict(self.overrides))
+        return base.with_settings(self.overrides)
 
 
 def parse_candidates(specs: str | Iterable[str]) -> tuple[Candidate, ...]:
@@ -63,50 +59,19 @@ def parse_candidates(specs: str | Iterable[str]) -> tuple[Candidate, ...]:
             if candidate is not None:
                 found.setdefault(candidate.spec, candidate)
     if not found:
-        raise RecipeError(f"candidates: there is nothing but the teacher itself; possible are {_POSSIBLE}")
+        raise RecipeError(f"candidates: there is nothing but the teacher itself; possible are {_possible()}")
     return tuple(sorted(found.values(), key=lambda candidate: candidate.size))
 
 
 def _read(entry: str, method: str, words: list[str]) -> Candidate | None:
     """The candidate of an entry; None where it is the teacher."""
-    match method, words:
-        case (("width" | "lowrank"), [number]):
-            keep = _number(number)
-            if keep is None or not 0 < keep <= 1:
-                raise _refused(entry)
-            return None if keep == 1 else Candidate(f"{method} {keep}", {"method": method, "keep": keep}, keep)
-        case "sparsity", [amount]:
-            return _sparse(entry, amount)
-        case "activation", swaps:
-            if not all(len(old_new := swap.split("=")) == 2 and all(old_new) for swap in swaps):
-                raise _refused(entry)
-            return Candidate(" ".join((method, *swaps)), {"method": method, "swap": tuple(swaps)}, 1.0)
-        case "removal", []:
-            return Candidate(method, {"method": method}, 0.0)
-        case "custom", [student] if ":" in student:
-            # What a user's module weighs is not known before it is built.
-            return Candidate(f"{method} {student}", {"method": method, "student": student}, 1.0)
-    raise _refused(entry)
-
-
-def _sparse(entry: str, amount: str) -> Candidate | None:
     try:
-        sparsity = parse_sparsity(amount)
-    except ValueError as error:
-        raise _refused(entry) from error
-    zeros, colon, group = sparsity.partition(":")
-    part = int(zeros) / int(group) if colon else float(sparsity)
-    # 0.70 and 0.7 must have one name, and one key in the block library.
-    name = sparsity if colon else str(part)
-    return None if part == 0 else Candidate(f"sparsity {name}", {"method": "sparsity", "sparsity": name}, 1 - part)
+        found = method_class(method).spelled(words)
+    except (RecipeError, ValueError) as error:
+        raise RecipeError(f"candidate '{entry}': not one of {_possible()}") from error
+    return None if found is None else Candidate(found.spec, {"method": method, **found.settings}, found.size)
 
 
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
-
-
-def _refused(entry: str) -> RecipeError:
-    return RecipeError(f"candidate '{entry}': not one of {_POSSIBLE}")
+def _possible() -> str:
+    usages = ", ".join(method_class(name).usage for name in method_names())
+    return f"{usages}; several numbers after one name by commas, as width 0.25,0.5"

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import onnx_ir as ir
-from torch import Tensor
 
+from ndonnx.config.recipe import Recipe
 from ndonnx.errors import ShrinkError, first_line
 from ndonnx.graph.working_copy import slice_batch
 from ndonnx.partition import ChannelGroups
 from ndonnx.teacher.probe import Arrays, Probe, run_batches, sample_count
 from ndonnx.teacher.sessions import REFUSALS
+
+if TYPE_CHECKING:
+    from torch import Tensor  # it takes seconds to import, and only annotations name it
 
 WHOLE = "whole"
 """The `shape_key` of a student that is as large as its slice: the teacher's own is never worse."""
@@ -138,11 +141,59 @@ class Constraint(ABC):
         """
 
 
-class StudentMethod(ABC):
-    """Turns slices into candidates."""
+REGISTERED: dict[str, type[StudentMethod]] = {}
+"""Classes of student methods by name, as far as they were imported; see `ndonnx.students.registry`."""
 
+
+@dataclass(frozen=True)
+class Spelled:
+    """A candidate of a search, as its method reads it from words such as `width 0.50`."""
+
+    spec: str
+    """Its name, the same for all ways to write it: `width 0.5`."""
+    settings: Mapping[str, Any]
+    """The recipe keys that make it, beside `method`."""
+    size: float
+    """Nominal part of the weights that is left, 0 to 1: what is cheaper, before anything is built."""
+
+
+class StudentMethod(ABC):
+    """Turns slices into candidates. A subclass is a frozen dataclass that says what it is called: `name = "width"`."""
+
+    name: ClassVar[str]
+    """Name in recipes, on the command line and in candidates."""
+    usage: ClassVar[str]
+    """How a candidate of a search is written: `width K (K above 0 and at most 1)`."""
+    around: ClassVar[frozenset[str]] = frozenset()
+    """Operators around whose weights the method wants regions, even where no width is inside."""
     may_grow: ClassVar[bool] = False
     """Whether a student may have more weights than its slice; of all others the model never gets larger."""
+
+    def __init_subclass__(cls) -> None:
+        """Register the method under its name; a class without a name of its own is a step in between."""
+        super().__init_subclass__()
+        if "name" in cls.__dict__:
+            REGISTERED[cls.name] = cls
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Self:
+        """The method with a recipe's settings: fields that the recipe has by the same name.
+
+        Raises:
+            RecipeError: the settings do not fit together.
+        """
+        return cls(**{each.name: recipe.setting(each.name) for each in fields(cls)})  # type: ignore[arg-type]
+
+    @classmethod
+    def spelled(cls, words: Sequence[str]) -> Spelled | None:
+        """The candidate of a search that these words behind the method's name mean; None where it is the teacher.
+
+        Raises:
+            ValueError: they mean none.
+        """
+        if words:
+            raise ValueError("takes no words")
+        return Spelled(cls.name, {}, 1.0)
 
     @abstractmethod
     def _build(self, teacher: TeacherSlice, rng: np.random.Generator) -> Candidate:
@@ -177,6 +228,19 @@ class StudentMethod(ABC):
             if before is None or after is None or not np.array_equal(before, after):
                 raise ShrinkError(f"{teacher.name}: {candidate.spec} changed '{name}', which is read elsewhere too")
         return candidate
+
+
+def spelled_number(name: str, words: Sequence[str]) -> Spelled | None:
+    """The candidate of a method whose one setting is `keep`, a multiplier above 0; 1 is the teacher.
+
+    Raises:
+        ValueError: the words are no such number.
+    """
+    (text,) = words
+    keep = float(text)
+    if not 0 < keep <= 1:
+        raise ValueError("expected a number above 0 and at most 1")
+    return None if keep == 1 else Spelled(f"{name} {keep}", {"keep": keep}, keep)
 
 
 def _boundary(values: Sequence[ir.Value]) -> list[tuple[str | None, ir.DataType | None]]:

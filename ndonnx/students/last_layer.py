@@ -119,6 +119,10 @@ def _size(node: ir.Node) -> int:
     return int(tensor.size)
 
 
+_HOLDOUT = 0.25
+"""Fraction of the samples that decides whether the refit helped."""
+
+
 def refit_exit(
     teacher: ir.Model,
     student: ir.Model,
@@ -126,7 +130,6 @@ def refit_exit(
     student_rows: Rows,
     *,
     constants: frozenset[str] = frozenset(),
-    holdout: float = 0.25,
     threads: int = 1,
     held: Collection[str] = (),
 ) -> ir.Model | None:
@@ -140,7 +143,6 @@ def refit_exit(
         teacher_rows: what the teacher's slice gets, samples first.
         student_rows: what the student gets for the same samples.
         constants: inputs without a sample axis.
-        holdout: part of the samples that decides whether the refit helped.
         threads: for onnxruntime.
         held: names of weights that stay as they are.
 
@@ -153,7 +155,7 @@ def refit_exit(
         return None
     exit_ = teacher.graph.outputs[0].name or ""
     pairs = _Pairs(teacher, student, teacher_rows, student_rows, constants, threads)
-    fitted, judged = pairs.split(holdout)
+    fitted, judged = pairs.split(_HOLDOUT)
     copy = student.clone()
     _apply(copy, end, pairs.missing(end, fitted))
     before = pairs.error(student, judged, exit_)

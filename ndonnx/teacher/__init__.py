@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from ndonnx.teacher.capture import capture, input_type
+from ndonnx.teacher.capture import CaptureSettings, capture, input_type
 from ndonnx.teacher.sessions import make_session
 from ndonnx.teacher.sizes import capture_bytes
 from ndonnx.teacher.store import ActivationStore, StoreWriter
 
-__all__ = ["ActivationStore", "StoreWriter", "capture", "capture_bytes", "input_type", "make_session"]
+__all__ = [
+    "ActivationStore",
+    "CaptureSettings",
+    "StoreWriter",
+    "capture",
+    "capture_bytes",
+    "input_type",
+    "make_session",
+]

@@ -42,6 +42,18 @@ _HALVING_LOSS = 1e-5
 about as much as they are large lose 1e-7."""
 
 
+@dataclass(frozen=True)
+class CaptureSettings:
+    """How a sweep computes and stores."""
+
+    threads: int | None = None
+    """Number of batches computed at a time, each by one thread; None takes all cores."""
+    device: str = "cpu"
+    """`cpu` or `cuda`."""
+    half: bool = True
+    """Whether float32 values are stored as float16 where they lose nothing that matters."""
+
+
 def capture(
     model: ir.Model,
     values: Sequence[str],
@@ -49,9 +61,7 @@ def capture(
     directory: Path,
     *,
     samples: int,
-    threads: int | None = None,
-    device: str = "cpu",
-    half: bool = True,
+    settings: CaptureSettings | None = None,
     on_batch: Callable[[int], None] = lambda count: None,
 ) -> ActivationStore:
     """Run the teacher over `samples` samples and store the wanted values.
@@ -71,9 +81,7 @@ def capture(
             batch size may overshoot.
         directory: where the store goes; an older store there is replaced.
         samples: how many samples are stored.
-        threads: batches computed at a time, each by one thread; None takes all cores.
-        device: `cpu` or `cuda`.
-        half: False stores float32 values as they are.
+        settings: how the sweep computes and stores; None: all cores, halves.
         on_batch: told the number of samples of every batch of the first sweep.
 
     Raises:
@@ -82,15 +90,18 @@ def capture(
         RunDirError: the disk is full or cannot be written.
     """
     names = tuple(dict.fromkeys(values))
-    halved = _float_values(model, names) if half else set()
+    settings = settings or CaptureSettings()
+    halved = _float_values(model, names) if settings.half else set()
     split = BoundedBatches.of(model, names, batches)
     writer = StoreWriter(directory, samples)
     sweep = _Sweep(writer, samples)
     try:
         while names:
             if halved.intersection(names):
-                halved -= _spoilt(_Tap(model, names, (), threads=threads, device=device), halved, split())
-            tap = _Tap(model, names, halved, threads=threads, device=device)
+                halved -= _spoilt(
+                    _Tap(model, names, (), threads=settings.threads, device=settings.device), halved, split()
+                )
+            tap = _Tap(model, names, halved, threads=settings.threads, device=settings.device)
             again = sweep.run(tap, split(), on_batch)
             halved -= sweep.wide
             names = tuple(name for name in names if name in again)

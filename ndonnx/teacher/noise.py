@@ -18,7 +18,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from ndonnx.errors import SliceError
-from ndonnx.teacher.capture import capture
+from ndonnx.teacher.capture import CaptureSettings, capture
 from ndonnx.teacher.rectified import rectified_parameters
 from ndonnx.teacher.store import ActivationStore
 
@@ -93,7 +93,7 @@ def noise_store(
             yield {fed.name or "": draw(np.random.default_rng((seed, start)), size).astype(dtype)}
 
     names = [entry.name or "", slice_model.graph.outputs[0].name or ""]
-    return capture(model, names, batches, directory, samples=samples, threads=threads)
+    return capture(model, names, batches, directory, samples=samples, settings=CaptureSettings(threads=threads))
 
 
 def drawer(entry: ir.Value, noise: EntryNoise) -> Draw:

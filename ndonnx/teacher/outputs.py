@@ -22,7 +22,7 @@ from ndonnx.partition import Partition
 from ndonnx.runtime.executor import Job, Outcome, make_executor
 from ndonnx.runtime.machine import pick_device
 from ndonnx.runtime.progress import Progress
-from ndonnx.teacher import ActivationStore, capture, make_session
+from ndonnx.teacher import ActivationStore, CaptureSettings, capture, make_session
 from ndonnx.teacher.batches import read_batch, whole_batches
 
 
@@ -96,7 +96,7 @@ def capture_answers(
         batches,
         folder / "answers",
         samples=copies.total,
-        device=pick_device(recipe.device),
+        settings=CaptureSettings(device=pick_device(recipe.device)),
         on_batch=progress.advance,
     )
     if not labels:

@@ -13,7 +13,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from ndonnx.graph.working_copy import slice_batch
 from ndonnx.teacher.sessions import make_session
-from ndonnx.teacher.store import StoredRows
+from ndonnx.teacher.stored_rows import StoredRows
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 """Values by name; the first axis is the sample, except for constants."""

@@ -9,68 +9,35 @@ speed; it is against bad disks and cut-off writes, not against an adversary.
 from __future__ import annotations
 
 import errno
-import hashlib
 import io
 import mmap
 import os
-import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from threading import Lock
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ndonnx.errors import RunDirError
 from ndonnx.teacher.blocks import Array, Bytes, checksum, chunk_is_finite, chunks, fold
+from ndonnx.teacher.manifest import (
+    MANIFEST,
+    VALUE_FILE,
+    DtypeName,
+    Manifest,
+    StoredValue,
+    check_file,
+    disk_error,
+    nbytes_of,
+    read_manifest,
+    write_manifest,
+)
+from ndonnx.teacher.stored_rows import StoredRows
 
-MANIFEST = "manifest.json"
-
-_FILE = re.compile(r"v\d+\.npy")
-
-DtypeName = Literal[
-    "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32", "float64"
-]
 STORABLE: frozenset[str] = frozenset(get_args(DtypeName))
 """numpy names of the element types that a store holds."""
-
-_Count = Annotated[int, Field(ge=0)]
-
-
-class _Entry(BaseModel):
-    """One value: its file, and the rows `[start, stop)` and checksum of every block written."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    file: Annotated[str, Field(pattern=rf"^{_FILE.pattern}$")]
-    dtype: DtypeName
-    shape: list[_Count]
-    constant: bool = False
-    blocks: list[tuple[_Count, _Count, _Count]] = []
-
-    @property
-    def nbytes(self) -> int:
-        return _nbytes(np.dtype(self.dtype), self.shape)
-
-    @property
-    def header(self) -> bytes:
-        return _header(np.dtype(self.dtype), tuple(self.shape))
-
-
-class _Manifest(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    samples: _Count
-    values: dict[str, _Entry] = {}
-    nonfinite: list[str] = []
-    unstorable: dict[str, str] = {}
-    digest: str = ""
-
-    def sealed(self) -> str:
-        return hashlib.sha256(self.model_dump_json(exclude={"digest"}).encode()).hexdigest()
 
 
 class ActivationStore:
@@ -83,7 +50,7 @@ class ActivationStore:
         unstorable: values that were asked for and could not be stored, with the reason.
     """
 
-    def __init__(self, path: Path, manifest: _Manifest) -> None:
+    def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
         self._manifest = manifest
         self._maps: dict[str, mmap.mmap] = {}
@@ -110,9 +77,9 @@ class ActivationStore:
         Raises:
             RunDirError: the manifest is missing or damaged, or a file is not what it says.
         """
-        manifest = _read_manifest(directory / MANIFEST)
+        manifest = read_manifest(directory / MANIFEST)
         for name, entry in manifest.values.items():
-            _check_file(directory / entry.file, name, entry)
+            check_file(directory / entry.file, name, entry)
         return cls(directory, manifest)
 
     @property
@@ -207,7 +174,7 @@ class ActivationStore:
         del self._manifest.values[name]
         self._arrays.pop(name, None)
         self._maps.pop(name, None)
-        _write_manifest(self.path / MANIFEST, self._manifest)
+        write_manifest(self.path / MANIFEST, self._manifest)
         _unlink(self.path / entry.file)
 
     def remove(self) -> None:
@@ -218,75 +185,12 @@ class ActivationStore:
         _clear(self.path)
         _rmdir_if_empty(self.path)
 
-    def _entry(self, name: str) -> _Entry:
+    def _entry(self, name: str) -> StoredValue:
         entry = self._manifest.values.get(name)
         if entry is None:
             reason = self._manifest.unstorable.get(name, "it was not captured, or was dropped")
             raise RunDirError(f"{self.path}: no value '{name}' in this store: {reason}")
         return entry
-
-
-class StoredRows:
-    """A stored value `(samples, ...)` whose rows are read from the disk, so that none of it stays in memory.
-
-    Pages of a memory map count as this process's memory until they are given back.
-    """
-
-    def __init__(self, path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], offset: int) -> None:
-        self.dtype = dtype
-        self.shape = shape
-        self._path = path
-        self._offset = offset
-        self._row = _nbytes(dtype, shape[1:])
-        self._lock = Lock()
-        try:
-            self._file = path.open("rb", buffering=0)
-        except OSError as error:
-            raise RunDirError(f"{path}: cannot open the value: {error.strerror}") from error
-
-    @property
-    def ndim(self) -> int:
-        """Number of axes, the samples' included."""
-        return len(self.shape)
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, rows: slice | npt.NDArray[np.integer[Any]]) -> Array:
-        """Rows as a new array, in any order.
-
-        Raises:
-            RunDirError: the file cannot be read, or ends early.
-        """
-        numbers = np.arange(*rows.indices(len(self))) if isinstance(rows, slice) else np.asarray(rows)
-        if numbers.size and not 0 <= int(numbers.min()) <= int(numbers.max()) < len(self):
-            raise IndexError(f"{self._path}: rows {numbers.min()} to {numbers.max()} of {len(self)}")
-        found = np.empty((len(numbers), *self.shape[1:]), self.dtype)
-        if found.nbytes:
-            into = memoryview(found.reshape(-1).view(np.uint8).data)
-            breaks = np.flatnonzero(np.diff(numbers) != 1) + 1
-            for run in np.split(np.arange(len(numbers)), breaks):  # neighbours come as one read
-                first, count = int(run[0]), len(run)
-                start = self._offset + int(numbers[first]) * self._row
-                self._read(into[first * self._row : (first + count) * self._row], start)
-        return found
-
-    def _read(self, into: memoryview, start: int) -> None:
-        try:
-            while into:
-                count = self._read_some(into, start)
-                if not count:
-                    raise RunDirError(f"{self._path}: ends early; capture again")
-                into, start = into[count:], start + count
-        except OSError as error:
-            raise RunDirError(f"{self._path}: cannot read the value: {error.strerror}") from error
-
-    def _read_some(self, into: memoryview, start: int) -> int:
-        if sys.platform != "win32":
-            return os.preadv(self._file.fileno(), [into], start)
-        with self._lock:
-            self._file.seek(start)
-            return self._file.readinto(into) or 0
 
 
 class StoreWriter:
@@ -299,12 +203,12 @@ class StoreWriter:
 
     def __init__(self, directory: Path, samples: int) -> None:
         self.directory = directory
-        self._manifest = _Manifest(samples=samples)
+        self._manifest = Manifest(samples=samples)
         self._files = 0
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise _disk_error(error, directory) from error
+            raise disk_error(error, directory) from error
         _clear(directory)
 
     def add(self, name: str, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> None:
@@ -355,7 +259,7 @@ class StoreWriter:
             if written != self._manifest.samples:
                 raise ValueError(f"value '{name}': {written} of {self._manifest.samples} samples were written")
         self._manifest.unstorable = dict(unstorable or {})
-        _write_manifest(self.directory / MANIFEST, self._manifest)
+        write_manifest(self.directory / MANIFEST, self._manifest)
         return ActivationStore.open(self.directory)
 
     def discard(self) -> None:
@@ -363,23 +267,23 @@ class StoreWriter:
         _clear(self.directory)
         _rmdir_if_empty(self.directory)
 
-    def _add(self, name: str, dtype: np.dtype[Any], shape: tuple[int, ...], *, constant: bool) -> _Entry:
+    def _add(self, name: str, dtype: np.dtype[Any], shape: tuple[int, ...], *, constant: bool) -> StoredValue:
         if dtype.name not in STORABLE:
             raise ValueError(f"value '{name}': element type {dtype} cannot be stored")
         file = f"v{self._files:05d}.npy"
         self._files += 1
-        entry = _Entry.model_validate(
+        entry = StoredValue.model_validate(
             {"file": file, "dtype": dtype.name, "shape": [int(size) for size in shape], "constant": constant}
         )
         try:
             _allocate(self.directory / file, entry.header, entry.nbytes)
         except OSError as error:
-            raise _disk_error(error, self.directory) from error
+            raise disk_error(error, self.directory) from error
         self._manifest.values[name] = entry
         return entry
 
-    def _write(self, name: str, entry: _Entry, block: Array, start: int, stop: int) -> bool:
-        row = 0 if entry.constant else _nbytes(block.dtype, block.shape[1:])
+    def _write(self, name: str, entry: StoredValue, block: Array, start: int, stop: int) -> bool:
+        row = 0 if entry.constant else nbytes_of(block.dtype, block.shape[1:])
         total, finite = start, True
         try:
             with (self.directory / entry.file).open("r+b", buffering=0) as file:
@@ -389,25 +293,11 @@ class StoreWriter:
                     finite = finite and chunk_is_finite(chunk, entry.dtype)
                     _write_all(file, chunk)
         except OSError as error:
-            raise _disk_error(error, self.directory) from error
+            raise disk_error(error, self.directory) from error
         entry.blocks.append((start, stop, total))
         if not finite and name not in self._manifest.nonfinite:
             self._manifest.nonfinite.append(name)
         return finite
-
-
-def _nbytes(dtype: np.dtype[Any], shape: tuple[int, ...] | list[int]) -> int:
-    total = dtype.itemsize
-    for size in shape:
-        total *= size
-    return total
-
-
-def _header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
-    buffer = io.BytesIO()
-    fields = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(buffer, fields)
-    return buffer.getvalue()
 
 
 def _allocate(path: Path, header: bytes, nbytes: int) -> None:
@@ -430,51 +320,12 @@ def _write_all(file: io.FileIO, chunk: Bytes) -> None:
         rest = rest[file.write(rest) or 0 :]
 
 
-def _check_file(path: Path, name: str, entry: _Entry) -> None:
-    header = entry.header
-    try:
-        with path.open("rb") as file:
-            found = file.read(len(header))
-            size = file.seek(0, os.SEEK_END)
-    except OSError as error:
-        raise RunDirError(f"{path}: cannot read value '{name}': {error.strerror}; capture again") from error
-    expected = len(header) + entry.nbytes
-    if size != expected:
-        raise RunDirError(f"{path}: value '{name}' has {size} bytes instead of {expected}; capture again")
-    if found != header:
-        raise RunDirError(f"{path}: value '{name}' is not the array that the manifest describes; capture again")
-
-
-def _read_manifest(path: Path) -> _Manifest:
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise RunDirError(f"{path}: no finished activation store here: {error.strerror}; capture again") from error
-    try:
-        manifest = _Manifest.model_validate_json(text)
-    except ValidationError as error:
-        raise RunDirError(f"{path}: the manifest is damaged: {error.errors()[0]['msg']}; capture again") from error
-    if manifest.digest != manifest.sealed():
-        raise RunDirError(f"{path}: the manifest is damaged: its digest does not match; capture again")
-    return manifest
-
-
-def _write_manifest(path: Path, manifest: _Manifest) -> None:
-    manifest.digest = manifest.sealed()
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        temporary.write_text(manifest.model_dump_json(), encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise _disk_error(error, path.parent) from error
-
-
 def _clear(directory: Path) -> None:
     """Delete a store's files, its manifest first: from then on the rest is nobody's."""
     _unlink(directory / MANIFEST)
     _unlink(directory / f"{MANIFEST}.tmp")
     for path in directory.iterdir() if directory.is_dir() else ():
-        if _FILE.fullmatch(path.name):
+        if VALUE_FILE.fullmatch(path.name):
             _unlink(path)
 
 
@@ -488,9 +339,3 @@ def _unlink(path: Path) -> None:
 def _rmdir_if_empty(directory: Path) -> None:
     if directory.is_dir() and not any(directory.iterdir()):
         directory.rmdir()
-
-
-def _disk_error(error: OSError, directory: Path) -> RunDirError:
-    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
-        return RunDirError(f"{directory}: the disk is full; capture fewer --samples, or choose another --run-dir")
-    return RunDirError(f"{directory}: cannot write activations: {error.strerror or error}")

@@ -27,7 +27,7 @@ from ndonnx.graph.working_copy import batch_size
 from ndonnx.metrics.partial.cuts import Cuts, inputs_of
 from ndonnx.metrics.partial.quality import Array, Quality, check_labels
 from ndonnx.partition import Neighbourhood, Partition, extract, nodes_between
-from ndonnx.teacher import capture, capture_bytes, make_session
+from ndonnx.teacher import CaptureSettings, capture, capture_bytes, make_session
 from ndonnx.teacher.sessions import OrtError
 from ndonnx.teacher.sizes import rows_at_once
 
@@ -52,6 +52,18 @@ class _Behind:
     nbytes: int
 
 
+@dataclass(frozen=True)
+class Judged:
+    """The samples on which answers are judged."""
+
+    batches: Batches
+    """The data, by the names of the model's inputs; the same on every call. Where the model fixes its batch, of that
+    size."""
+    count: int
+    labels: npt.NDArray[np.integer[Any]] | None = None
+    """Classes of these samples, where they are known."""
+
+
 class PartialModels:
     """The teacher's answers when one neighbourhood is replaced, on a fixed set of samples.
 
@@ -65,12 +77,10 @@ class PartialModels:
     def __init__(
         self,
         parts: Partition,
-        batches: Batches,
+        given: Judged,
         folder: Path,
-        samples: int,
         *,
         threads: int,
-        labels: npt.NDArray[np.integer[Any]] | None = None,
         budget: int | None = None,
         on_batch: Callable[[int], None] = lambda count: None,
     ) -> None:
@@ -78,12 +88,9 @@ class PartialModels:
 
         Args:
             parts: the teacher; its distillable neighbourhoods can be replaced.
-            batches: the data, by the names of the model's inputs; the same on every call. Where the model fixes
-                its batch, of that size.
+            given: the samples.
             folder: where the values are kept until `close`.
-            samples: how many.
             threads: batches that are run side by side.
-            labels: classes of these samples, where they are known.
             budget: most bytes on disk; fewer samples are kept where they would take more. None: no limit.
             on_batch: told the number of samples of every batch of the sweep.
 
@@ -92,6 +99,7 @@ class PartialModels:
             ModelError: onnxruntime refuses the model.
             RunDirError: the disk is full.
         """
+        batches, samples, labels = given.batches, given.count, given.labels
         self.parts = parts
         self._threads = threads
         self._values = ir.convenience.create_value_mapping(parts.model.graph, include_subgraphs=False)
@@ -102,9 +110,8 @@ class PartialModels:
         if budget is not None:
             samples = max(1, min(samples, budget // max(1, self._sample_bytes(names, batches))))
         self.labels = None if labels is None else check_labels(labels, samples)
-        self._store = capture(
-            parts.model, names, batches, folder, samples=samples, threads=threads, half=False, on_batch=on_batch
-        )
+        how = CaptureSettings(threads=threads, half=False)
+        self._store = capture(parts.model, names, batches, folder, samples=samples, settings=how, on_batch=on_batch)
         self.samples = samples
         fixed = batch_size(parts.model.graph)
         self._batch = fixed or self._rows_at_once(names, batches)

@@ -1,7 +1,7 @@
 """How much error each neighbourhood, and all together, can bear: the thresholding effect (figures 1, 4 and 6)."""
 
-from ndonnx.metrics.sensitivity.noise import AMPLITUDES, Point
-from ndonnx.metrics.sensitivity.reading import DOCUMENT, Bearable, StudyFile, read_study
+from ndonnx.metrics.sensitivity.noise import AMPLITUDES, Draws, Point
+from ndonnx.metrics.sensitivity.reading import DOCUMENT, Bearable, StudyFile, read_study, study_of
 from ndonnx.metrics.sensitivity.study import (
     KEEP,
     REPEATS,
@@ -9,6 +9,7 @@ from ndonnx.metrics.sensitivity.study import (
     STUDIED,
     Curve,
     Shrunk,
+    StudyPlan,
     ThresholdReport,
     WeightNoise,
     check_study,
@@ -25,14 +26,17 @@ __all__ = [
     "STUDIED",
     "Bearable",
     "Curve",
+    "Draws",
     "Point",
     "Shrunk",
     "StudyFile",
+    "StudyPlan",
     "ThresholdReport",
     "Tolerance",
     "WeightNoise",
     "check_study",
     "read_study",
     "study",
+    "study_of",
     "tolerances",
 ]

@@ -46,14 +46,28 @@ class Point:
     divergence: float
 
 
+@dataclass(frozen=True)
+class Draws:
+    """The noise that is tried."""
+
+    amplitudes: Sequence[float] = AMPLITUDES
+    """Deviations of the noise, ascending, as fractions of each activation's own."""
+    repeats: int = 1
+    """Number of draws at each amplitude."""
+    seed: int = 0
+
+    @property
+    def count(self) -> int:
+        """Number of draws in all."""
+        return len(self.amplitudes) * self.repeats
+
+
 def noise_curve(
     partials: PartialModels,
     quality: Quality,
     name: str,
-    amplitudes: Sequence[float],
+    draws: Draws,
     *,
-    repeats: int = 1,
-    seed: int = 0,
     enough: float = math.inf,
     on_step: Step = lambda: None,
 ) -> tuple[Point, ...]:
@@ -63,9 +77,7 @@ def noise_curve(
         partials: the teacher.
         quality: how its answers are judged.
         name: of the neighbourhood.
-        amplitudes: as parts of the activation's deviation, ascending.
-        repeats: draws of the noise at each amplitude.
-        seed: of the noise.
+        draws: the noise.
         enough: no further amplitude is tried once a drop is over this.
         on_step: called after every run.
 
@@ -74,10 +86,10 @@ def noise_curve(
     """
     deviation = math.sqrt(partials.variance(name))
     points: list[Point] = []
-    for amplitude in amplitudes:
+    for amplitude in draws.amplitudes:
         found = []
-        for repeat in range(repeats):
-            found.append(_one_run(partials, quality, name, amplitude * deviation, (seed, repeat)))
+        for repeat in range(draws.repeats):
+            found.append(_one_run(partials, quality, name, amplitude * deviation, (draws.seed, repeat)))
             on_step()
         points.append(Point(amplitude, amplitude * deviation, *_means(found)))
         if points[-1].drop > enough:
@@ -155,13 +167,20 @@ class JointNoise:
         noisy = samples_first(add_noise_inputs(partials.parts.model.clone(), noises))
         self._session = make_session(noisy, threads=1, spin=False)
 
-    def point(self, amplitude: float, *, relative: bool, repeats: int, seed: int, on_step: Step) -> Point:
-        """What noise of this amplitude does; relative to each activation's deviation, or the same at all."""
+    def point(self, amplitude: float, draws: Draws, *, relative: bool, on_step: Step) -> Point:
+        """What noise of this amplitude does; relative to each activation's deviation, or the same at all.
+
+        Args:
+            amplitude: deviation of the noise, in place of those of the draws.
+            draws: how often, and of which seed.
+            relative: whether the amplitude is a fraction of each activation's own deviation.
+            on_step: called after every run.
+        """
         stds = {name: amplitude * (own if relative else 1.0) for name, own in self._deviations.items()}
         errors = [(stds[name] / own) ** 2 for name, own in self._deviations.items() if own > 0]
         found = []
-        for repeat in range(repeats):
-            found.append((float(np.mean(errors)) if errors else 0.0, *self._one_run(stds, (seed, repeat))))
+        for repeat in range(draws.repeats):
+            found.append((float(np.mean(errors)) if errors else 0.0, *self._one_run(stds, (draws.seed, repeat))))
             on_step()
         typical = float(np.median(list(self._deviations.values())))
         part = amplitude if relative else amplitude / typical if typical > 0 else 0.0

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ndonnx.errors import UsageError
+from ndonnx.config.recipe import Recipe
+from ndonnx.errors import RecipeError, UsageError
 from ndonnx.metrics.sensitivity.tolerance import Tolerance
 
 DOCUMENT = "threshold.json"
@@ -175,3 +176,20 @@ def _shown(value: object) -> str:
         return "a table" if isinstance(value, dict) else "a list"
     text = "nothing" if value is None else repr(value)
     return text if len(text) <= 60 else f"{text[:60]}…"
+
+
+def study_of(recipe: Recipe) -> StudyFile | None:
+    """The study that a recipe names, if any.
+
+    Raises:
+        UsageError: it cannot be read, or is no study.
+        RecipeError: it says nothing of what the recipe measures.
+    """
+    if recipe.threshold is None:
+        return None
+    if recipe.inputs == "noise":
+        raise RecipeError(
+            "threshold: its tolerances are of errors on data, and with inputs = 'noise' errors are measured on noise; "
+            "leave one of them out"
+        )
+    return read_study(recipe.threshold)

@@ -17,11 +17,12 @@ from ndonnx.errors import SliceError, UsageError
 from ndonnx.graph.precision import in_float32, in_own_types
 from ndonnx.graph.shapes.inference import infer_shapes
 from ndonnx.metrics.partial import PartialModels, Quality
-from ndonnx.metrics.sensitivity.noise import AMPLITUDES, JointNoise, Point, Step, noise_curve, noisy_weights
+from ndonnx.metrics.sensitivity.noise import AMPLITUDES, Draws, JointNoise, Point, noise_curve, noisy_weights
 from ndonnx.metrics.sensitivity.tolerance import Tolerance, tolerance_of
 from ndonnx.runtime.faults import Fault, tried
 from ndonnx.runtime.progress import Progress, Silent
-from ndonnx.students import TeacherSlice, Width
+from ndonnx.students import TeacherSlice
+from ndonnx.students.methods.width import Width
 
 KEEP = (0.25, 0.5, 0.75)
 REPEATS = 3
@@ -136,79 +137,68 @@ def check_study(samples: int, amplitudes: Sequence[float], repeats: int, keep: S
             raise UsageError(f"--{flag}: expected {expected}, found {'none' if wrong is None else f'{wrong:g}'}")
 
 
+@dataclass(frozen=True)
+class StudyPlan:
+    """What a study tries."""
+
+    amplitudes: Sequence[float] = AMPLITUDES
+    """Deviations of the noise, as fractions of each value's own."""
+    repeats: int = REPEATS
+    """Number of draws of the noise at each amplitude."""
+    keep: Sequence[float] = KEEP
+    """Multipliers of the untrained students (figure 6)."""
+    max_drop: float = 0.01
+    """Drop that the tolerances are for, in the metric's own unit."""
+    round_to: int | None = None
+    """Kept widths become multiples of this; None: as in a recipe."""
+    seed: int = 0
+    """Seed of all noise."""
+    threads: int = 1
+    """Number of onnxruntime's threads where a student is shaped."""
+
+    @property
+    def draws(self) -> Draws:
+        """The noise that is tried."""
+        return Draws(sorted(self.amplitudes), self.repeats, self.seed)
+
+
 def study(
     partials: PartialModels,
+    plan: StudyPlan,
     *,
     shaping: PartialModels | None = None,
-    model: str = "",
-    data: str = "",
-    amplitudes: Sequence[float] = AMPLITUDES,
-    repeats: int = REPEATS,
-    keep: Sequence[float] = KEEP,
-    max_drop: float = 0.01,
-    round_to: int | None = None,
-    seed: int = 0,
-    threads: int = 1,
     progress: Progress | None = None,
 ) -> ThresholdReport:
     """Measure how much error a model bears, and where (sections 2 and 5, figures 1, 4 and 6).
 
     Args:
         partials: the teacher on the samples by which it is judged.
+        plan: what is tried.
         shaping: the teacher on other samples, by which students are shaped. None: the same ones, on which they then
             look better than they are.
-        model: name of its file, for the report.
-        data: name of the data, for the report.
-        amplitudes: of the noise, as parts of deviations; 0 is among every curve's ends without being asked for.
-        repeats: draws of the noise at each amplitude.
-        keep: multipliers of figure 6.
-        max_drop: what the tolerances are for, in the metric's own unit.
-        round_to: kept widths become multiples of it, as in a recipe.
-        seed: of all noise.
-        threads: for onnxruntime, where a student is shaped.
         progress: told how far it has got.
     """
     progress = progress or Silent()
-    quality, amplitudes = partials.quality, sorted(amplitudes)
+    quality, max_drop = partials.quality, plan.max_drop
     deviations, kept = _deviations(partials)
-    noisy = list(deviations)
-    joint = 4 if noisy else 0  # half and all of them, each relative and absolute
-    progress.stage("noise", (len(noisy) + joint) * len(amplitudes) * repeats, "runs")
-    curves = [
-        Curve(
-            "one",
-            name,
-            "relative",
-            noise_curve(partials, quality, name, amplitudes, repeats=repeats, seed=seed, on_step=progress.advance),
-        )
-        for name in noisy
-    ]
-    if noisy:
-        typical = float(np.median(list(deviations.values())))
-        curves += _joint(partials, quality, noisy, amplitudes, typical, repeats, seed, progress.advance)
-    found = tuple(tolerance_of(curve.name, curve.points, max_drop) for curve in curves if curve.where == "one")
-    progress.stage("weights", (len(partials.names) + 1) * len(amplitudes) * repeats, "runs")
-    weights = tuple(
-        _weight_noise(partials, quality, amplitude, repeats, seed, progress.advance) for amplitude in amplitudes
-    )
-    progress.stage("width", len(partials.names) * len(keep), "students")
-    width = tuple(
-        _shrunk(partials, shaping or partials, quality, sorted(keep), round_to, seed, threads, progress.advance)
-    )
+    study = _Study(partials, quality, plan, progress)
+    curves = study.noise(deviations)
+    weights = study.weights()
+    width = study.width(shaping or partials)
     return ThresholdReport(
-        model=model,
-        data=data,
+        model="",
+        data="",
         samples=partials.samples,
         metric=quality.kind,
         teacher=quality.metric(partials.outputs),
         max_drop=max_drop,
-        repeats=repeats,
-        seed=seed,
+        repeats=plan.repeats,
+        seed=plan.seed,
         deviations=deviations,
         noise=tuple(curves),
         weights=weights,
         width=width,
-        tolerances=found,
+        tolerances=tuple(tolerance_of(c.name, c.points, max_drop) for c in curves if c.where == "one"),
         student_tolerances=tuple(_of_students(width, deviations, max_drop)),
         kept=kept,
         exits={n.name: n.exit.name or "" for n in partials.parts.distillable if n.exit is not None},
@@ -227,83 +217,94 @@ def _deviations(partials: PartialModels) -> tuple[dict[str, float], dict[str, st
     return deviations, kept
 
 
-def _joint(
-    partials: PartialModels,
-    quality: Quality,
-    names: Sequence[str],
-    amplitudes: Sequence[float],
-    typical: float,
-    repeats: int,
-    seed: int,
-    on_step: Step,
-) -> Iterator[Curve]:
-    """Noise behind half and behind all neighbourhoods; in absolute units of the median deviation, `typical`."""
-    places: tuple[tuple[Where, Sequence[str]], ...] = (("half", names[::2]), ("all", names))
-    for where, chosen in places:
-        noise = JointNoise(partials, quality, chosen)
-        for scale in ("relative", "absolute"):
-            relative = scale == "relative"
-            points = (
-                noise.point(
-                    amplitude if relative else amplitude * typical,
-                    relative=relative,
-                    repeats=repeats,
-                    seed=seed,
-                    on_step=on_step,
+@dataclass(frozen=True)
+class _Study:
+    """The three measurements of a study."""
+
+    partials: PartialModels
+    quality: Quality
+    plan: StudyPlan
+    progress: Progress
+
+    def noise(self, deviations: Mapping[str, float]) -> list[Curve]:
+        """Noise behind each neighbourhood alone, behind half of them, and behind all (figure 1)."""
+        names, draws = list(deviations), self.plan.draws
+        joint = 4 if names else 0  # half and all of them, each relative and absolute
+        self.progress.stage("noise", (len(names) + joint) * draws.count, "runs")
+        on_step = self.progress.advance
+        curves = [
+            Curve("one", name, "relative", noise_curve(self.partials, self.quality, name, draws, on_step=on_step))
+            for name in names
+        ]
+        return [*curves, *self._joint(names, float(np.median(list(deviations.values()))))] if names else curves
+
+    def _joint(self, names: Sequence[str], typical: float) -> Iterator[Curve]:
+        """Noise behind half and behind all neighbourhoods; in absolute units of the median deviation, `typical`."""
+        places: tuple[tuple[Where, Sequence[str]], ...] = (("half", names[::2]), ("all", names))
+        for where, chosen in places:
+            noise, draws = JointNoise(self.partials, self.quality, chosen), self.plan.draws
+            for relative in (True, False):
+                points = (
+                    noise.point(
+                        amplitude if relative else amplitude * typical,
+                        draws,
+                        relative=relative,
+                        on_step=self.progress.advance,
+                    )
+                    for amplitude in draws.amplitudes
                 )
-                for amplitude in amplitudes
-            )
-            yield Curve(where, where, "relative" if relative else "absolute", tuple(points))
+                yield Curve(where, where, "relative" if relative else "absolute", tuple(points))
 
+    def weights(self) -> tuple[WeightNoise, ...]:
+        """Noise on the weights of each neighbourhood, and of all (figure 4)."""
+        draws = self.plan.draws
+        self.progress.stage("weights", (len(self.partials.names) + 1) * draws.count, "runs")
+        return tuple(self._weight_noise(amplitude) for amplitude in draws.amplitudes)
 
-def _weight_noise(
-    partials: PartialModels, quality: Quality, amplitude: float, repeats: int, seed: int, on_step: Step
-) -> WeightNoise:
-    singles: dict[str, list[float]] = {}
-    composed: list[float] = []
-    for repeat in range(repeats):
-        slices: dict[str, ir.Model] = {}
-        for n in partials.parts.distillable:
-            slice_ = noisy_weights(partials.parts.slice_of(n), n.name, amplitude, (seed, repeat))
-            if slice_ is not None:
-                slices[n.name] = slice_
-                drop = quality.drop(partials.replaced(n.name, slice_)) if amplitude else 0.0
-                singles.setdefault(n.name, []).append(drop)
-            on_step()
-        whole = bool(slices) and amplitude > 0
-        composed.append(quality.drop(partials.whole(_spliced(partials, slices))) if whole else 0.0)
-        on_step()
-    return WeightNoise(
-        amplitude, {name: float(np.mean(drops)) for name, drops in singles.items()}, float(np.mean(composed))
-    )
+    def _weight_noise(self, amplitude: float) -> WeightNoise:
+        singles: dict[str, list[float]] = {}
+        composed: list[float] = []
+        partials, quality = self.partials, self.quality
+        for repeat in range(self.plan.repeats):
+            slices: dict[str, ir.Model] = {}
+            for n in partials.parts.distillable:
+                slice_ = noisy_weights(partials.parts.slice_of(n), n.name, amplitude, (self.plan.seed, repeat))
+                if slice_ is not None:
+                    slices[n.name] = slice_
+                    drop = quality.drop(partials.replaced(n.name, slice_)) if amplitude else 0.0
+                    singles.setdefault(n.name, []).append(drop)
+                self.progress.advance()
+            whole = bool(slices) and amplitude > 0
+            composed.append(quality.drop(partials.whole(_spliced(partials, slices))) if whole else 0.0)
+            self.progress.advance()
+        means = {name: float(np.mean(drops)) for name, drops in singles.items()}
+        return WeightNoise(amplitude, means, float(np.mean(composed)))
+
+    def width(self, shaping: PartialModels) -> tuple[Shrunk, ...]:
+        """Students by least squares, each alone in its place (figure 6)."""
+        self.progress.stage("width", len(self.partials.names) * len(self.plan.keep), "students")
+        return tuple(self._shrunk(shaping))
+
+    def _shrunk(self, shaping: PartialModels) -> Iterator[Shrunk]:
+        plan = self.plan
+        for n in self.partials.parts.distillable:
+            teacher = tried(partial(_teacher_slice, shaping, n.name, plan.threads))
+            for multiplier in sorted(plan.keep):
+                method = Width(multiplier, plan.round_to)
+                found: Shrunk | Fault
+                if isinstance(teacher, Fault):
+                    found = teacher
+                else:
+                    found = tried(partial(_measured, self.partials, self.quality, teacher, method, plan.seed))
+                yield (
+                    Shrunk(n.name, multiplier, None, None, None, found.reason) if isinstance(found, Fault) else found
+                )
+                self.progress.advance()
 
 
 def _spliced(partials: PartialModels, slices: Mapping[str, ir.Model]) -> ir.Model:
     parts = partials.parts
     return splice(parts.model, {name: parts.as_in_teacher(slice_) for name, slice_ in slices.items()})
-
-
-def _shrunk(
-    partials: PartialModels,
-    shaping: PartialModels,
-    quality: Quality,
-    keep: Sequence[float],
-    round_to: int | None,
-    seed: int,
-    threads: int,
-    on_step: Step,
-) -> Iterator[Shrunk]:
-    """Students by least squares, each alone in its place."""
-    for n in partials.parts.distillable:
-        teacher = tried(partial(_teacher_slice, shaping, n.name, threads))
-        for multiplier in keep:
-            found: Shrunk | Fault
-            if isinstance(teacher, Fault):
-                found = teacher
-            else:
-                found = tried(partial(_measured, partials, quality, teacher, Width(multiplier, round_to), seed))
-            yield Shrunk(n.name, multiplier, None, None, None, found.reason) if isinstance(found, Fault) else found
-            on_step()
 
 
 def _measured(partials: PartialModels, quality: Quality, teacher: TeacherSlice, method: Width, seed: int) -> Shrunk:

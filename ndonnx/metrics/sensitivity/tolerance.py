@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from ndonnx.errors import SliceError
 from ndonnx.metrics.partial import PartialModels, Quality
-from ndonnx.metrics.sensitivity.noise import AMPLITUDES, Point, Step, error_curve, noise_curve
+from ndonnx.metrics.sensitivity.noise import Draws, Point, Step, error_curve, noise_curve
 
 _SMALL = 0.011
 """NMSE up to which noise counts as small: a tenth of the activation's deviation."""
@@ -47,9 +47,7 @@ def tolerances(
     *,
     names: Collection[str] | None = None,
     students: Mapping[str, ir.Model] | None = None,
-    amplitudes: Sequence[float] = AMPLITUDES,
-    repeats: int = 1,
-    seed: int = 0,
+    draws: Draws | None = None,
     on_step: Step = lambda: None,
 ) -> dict[str, Tolerance]:
     """How much error each neighbourhood bears (the threshold of section 2), by a few amplitudes of noise at each.
@@ -61,27 +59,24 @@ def tolerances(
         names: of neighbourhoods; all by default.
         students: slices whose own error, scaled, takes the noise's place in their neighbourhoods. Their tolerance is
             the stricter and the truer one: what follows averages independent noise away.
-        amplitudes: of the noise, ascending, as parts of the activation's deviation. A curve is followed up to three
-            times the allowed drop.
-        repeats: draws of the noise at each amplitude.
-        seed: of the noise.
+        draws: the noise; None: one draw at each usual amplitude. A curve is followed up to three times the allowed
+            drop.
         on_step: called after every run.
 
     Returns:
         One for each name, in the partition's order; of one that cannot be measured, the reason.
     """
     found: dict[str, Tolerance] = {}
+    draws = draws or Draws()
     for name in partials.names:
         if names is not None and name not in names:
             continue
         student, enough = (students or {}).get(name), _ENOUGH * max_drop
         try:
             points = (
-                noise_curve(
-                    partials, quality, name, amplitudes, repeats=repeats, seed=seed, enough=enough, on_step=on_step
-                )
+                noise_curve(partials, quality, name, draws, enough=enough, on_step=on_step)
                 if student is None
-                else error_curve(partials, quality, name, student, amplitudes, enough=enough, on_step=on_step)
+                else error_curve(partials, quality, name, student, draws.amplitudes, enough=enough, on_step=on_step)
             )
         except SliceError as error:
             found[name] = Tolerance(name, None, 0.0, None, str(error))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,9 +14,9 @@ from ndonnx.errors import ShrinkError
 from ndonnx.graph import slice_cost
 from ndonnx.graph.costs import constant_of
 from ndonnx.graph.shapes.inference import infer_shapes
-from ndonnx.students.base import Candidate, StudentMethod, TeacherSlice
+from ndonnx.students.base import Candidate, Spelled, StudentMethod, TeacherSlice
 from ndonnx.students.linear import add_weight, unique_name
-from ndonnx.students.width import Init
+from ndonnx.students.starting import Init
 
 _ACTIVATIONS = {
     "Celu", "Clip", "Elu", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Mish", "PRelu", "Relu", "Selu",
@@ -53,7 +54,17 @@ class Removal(StudentMethod):
     and the shift as 0.
     """
 
+    name = "removal"
+    usage = "removal"
+
     init: Init = "least-squares"
+
+    @classmethod
+    def spelled(cls, words: Sequence[str]) -> Spelled:
+        """No words at all."""
+        if words:
+            raise ValueError("takes no words")
+        return Spelled(cls.name, {}, 0.0)
 
     def _build(self, teacher: TeacherSlice, rng: np.random.Generator) -> Candidate:
         model = teacher.model

@@ -21,10 +21,10 @@ from ndonnx.errors import RecipeError, ShrinkError
 from ndonnx.graph.costs import constant_of
 from ndonnx.graph.shapes.inference import infer_shapes
 from ndonnx.partition import extract
-from ndonnx.students.base import Candidate, StudentMethod, TeacherSlice
+from ndonnx.students.base import Candidate, Spelled, StudentMethod, TeacherSlice
 from ndonnx.students.linear import axes_of, unique_name
 from ndonnx.students.reconstruction import refit_consumers
-from ndonnx.students.width import Init, randomise
+from ndonnx.students.starting import Init, randomise
 from ndonnx.teacher.sessions import REFUSALS, make_session
 
 _COSTLY = ("Celu", "Elu", "Gelu", "HardSwish", "Mish", "QuickGelu", "Selu", "Silu", "Softplus")
@@ -148,8 +148,18 @@ class ActivationSwap(StudentMethod):
         RecipeError: a pair is malformed or names an activation that is not known.
     """
 
+    name = "activation"
+    usage = "activation [OLD=NEW ...]"
+
     swap: tuple[str, ...] = ()
     init: Init = "least-squares"
+
+    @classmethod
+    def spelled(cls, words: Sequence[str]) -> Spelled:
+        """Words that are pairs of operators."""
+        if not all(len(old_new := swap.split("=")) == len(("old", "new")) and all(old_new) for swap in words):
+            raise ValueError("expected OLD=NEW")
+        return Spelled(" ".join((cls.name, *words)), {"swap": tuple(words)}, 1.0)
 
     def __post_init__(self) -> None:
         self.pairs()

@@ -11,13 +11,13 @@ import onnx_ir as ir
 
 from ndonnx.errors import ShrinkError
 from ndonnx.graph.shapes.inference import infer_shapes
-from ndonnx.students.base import Candidate, StudentMethod, TeacherSlice
+from ndonnx.students.base import Candidate, Spelled, StudentMethod, TeacherSlice, spelled_number
 from ndonnx.students.factors import Cut, Fit, Form, Problem, fit_of, forms_of
 from ndonnx.students.features import LinearReader, from_matrix, summed
 from ndonnx.students.least_squares import MOST_FEATURES, Regression
 from ndonnx.students.linear import add_weight, every_reader, set_weight, unique_name
+from ndonnx.students.starting import Init, randomise
 from ndonnx.students.tables import Table, lookups, measure, split_table
-from ndonnx.students.width import Init, randomise
 
 _ROUNDED_FROM = 16
 """Widths from which a rank is rounded by default.
@@ -55,10 +55,19 @@ class LowRank(StudentMethod):
     among them by the smallest sum of errors at the exit.
     """
 
+    name = "lowrank"
+    usage = "lowrank K (K above 0 and at most 1)"
+    around = frozenset({"Conv", "Gather", "Gemm", "MatMul"})
+
     keep: float
     init: Init = "least-squares"
     round_to: int | None = None
     """Ranks become multiples of this. None: 8 where the operator is at least 16 wide on both sides, else 1."""
+
+    @classmethod
+    def spelled(cls, words: Sequence[str]) -> Spelled | None:
+        """Words that are one multiplier."""
+        return spelled_number(cls.name, words)
 
     def _build(self, teacher: TeacherSlice, rng: np.random.Generator) -> Candidate:
         spec = f"lowrank k={self.keep:g}"

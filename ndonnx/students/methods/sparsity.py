@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 import torch
 
+from ndonnx.config.recipe import parse_sparsity
 from ndonnx.errors import ShrinkError
 from ndonnx.graph.costs import constant_of
-from ndonnx.students.base import Candidate, StudentMethod, TeacherSlice
+from ndonnx.partition.layers import LINEAR_OPERATORS
+from ndonnx.students.base import Candidate, Spelled, StudentMethod, TeacherSlice
 from ndonnx.students.features import summed
 from ndonnx.students.forward import Forward, side_by_side
 from ndonnx.students.least_squares import Regression
 from ndonnx.students.masks import GrowingZeros, LinearWeight, Pattern, linear_weights
 from ndonnx.students.sparse_fit import can_fit, fit, from_groups, to_groups
-from ndonnx.students.width import Init, randomise
+from ndonnx.students.starting import Init, randomise
 
 _SETTLED = 0.6
 """Part of the training over which zeros grow; the rest trains what stays."""
@@ -36,8 +38,23 @@ class Sparsity(StudentMethod):
     left over where M does not divide the axis.
     """
 
+    name = "sparsity"
+    usage = "sparsity S (S from 0 to below 1, or N:M as 2:4)"
+    around = LINEAR_OPERATORS
+
     sparsity: str = "0.5"
     init: Init = "least-squares"
+
+    @classmethod
+    def spelled(cls, words: Sequence[str]) -> Spelled | None:
+        """Words that are one part of zeros, or one pattern."""
+        (text,) = words
+        sparsity = parse_sparsity(text)
+        zeros, colon, group = sparsity.partition(":")
+        part = int(zeros) / int(group) if colon else float(sparsity)
+        # 0.70 and 0.7 must have one name, and one key in the block library.
+        written = sparsity if colon else str(part)
+        return None if part == 0 else Spelled(f"sparsity {written}", {"sparsity": written}, 1 - part)
 
     def _build(self, teacher: TeacherSlice, rng: np.random.Generator) -> Candidate:
         pattern = Pattern.parse(self.sparsity)

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -24,20 +24,21 @@ import torch
 from onnx import version_converter
 from torch import Tensor, nn
 
+from ndonnx.config.recipe import Recipe
 from ndonnx.convert import relative_error
 from ndonnx.data.user_code import import_function
 from ndonnx.errors import RecipeError, ShrinkError
 from ndonnx.graph import fold_constants
 from ndonnx.graph.shapes.inference import infer_shapes
 from ndonnx.graph.working_copy import slice_batch
-from ndonnx.runtime.run_directory import fingerprint_file
-from ndonnx.students.base import Candidate, StudentMethod, TeacherSlice
+from ndonnx.runtime.fingerprints import fingerprint_file
+from ndonnx.students.base import Candidate, Spelled, StudentMethod, TeacherSlice
 from ndonnx.students.factors import fit_of
 from ndonnx.students.features import from_matrix
 from ndonnx.students.last_layer import find_exit
 from ndonnx.students.least_squares import MOST_FEATURES, Regression
 from ndonnx.students.linear import every_reader, set_weight
-from ndonnx.students.width import Init
+from ndonnx.students.starting import Init
 
 _EXPORTED = range(7, 21)
 """Opsets that the exporter writes."""
@@ -72,10 +73,12 @@ class Custom(StudentMethod):
     The function gets a tuple of `ValueType` and one more, and returns a `torch.nn.Module`, which is
     called with the slice's inputs in that order and answers with a tensor of the output's shape.
     torch is seeded before it is called. With `init` `least-squares`, the last linear operator is
-    fitted to the teacher; otherwise the student begins as the module is. Make one with `Custom.of`.
+    fitted to the teacher; otherwise the student begins as the module is. Make one with `Custom.made_by`.
     """
 
-    may_grow: ClassVar[bool] = True
+    name = "custom"
+    usage = "custom MODULE:FUNCTION"
+    may_grow = True
 
     student: str
     init: Init
@@ -85,7 +88,20 @@ class Custom(StudentMethod):
     """Digest of the module's file, by which a changed student is known to be another."""
 
     @classmethod
-    def of(cls, student: str | None, init: Init = "least-squares") -> Custom:
+    def of(cls, recipe: Recipe) -> Self:
+        """The method with the recipe's `student` and `init`; see `made_by`."""
+        return cls.made_by(recipe.student, recipe.init)
+
+    @classmethod
+    def spelled(cls, words: Sequence[str]) -> Spelled:
+        """Words that are one `module:function`; what a user's module weighs is not known before it is built."""
+        (student,) = words
+        if ":" not in student:
+            raise ValueError("expected MODULE:FUNCTION")
+        return Spelled(f"{cls.name} {student}", {"student": student}, 1.0)
+
+    @classmethod
+    def made_by(cls, student: str | None, init: Init = "least-squares") -> Self:
         """Look the function up now, so that a misspelt one ends the run before it begins.
 
         Raises:

@@ -1,0 +1,66 @@
+"""Student methods by name: those of `methods/`, those that installed packages bring, and those of the program itself.
+
+A method is found without being imported, by the name of its file, of its entry point in the group `ndonnx.methods`, or
+because its class was defined. So a help text costs nothing, and a new method is one new file.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterable
+from functools import cache
+from importlib.metadata import entry_points
+
+from ndonnx.config.recipe import Recipe
+from ndonnx.errors import RecipeError
+from ndonnx.students import methods
+from ndonnx.students.base import REGISTERED, StudentMethod
+
+DEFAULT_METHOD = str(Recipe.model_fields["method"].default)
+
+ENTRY_POINTS = "ndonnx.methods"
+"""Group of entry points under which an installed package names its methods: `blur = "my_package.blur"`."""
+
+
+@cache
+def _homes() -> dict[str, str]:
+    """Modules by the name of the method that they define."""
+    built_in = {found.name: f"{methods.__name__}.{found.name}" for found in pkgutil.iter_modules(methods.__path__)}
+    return {point.name: point.module for point in entry_points(group=ENTRY_POINTS)} | built_in
+
+
+def method_names() -> list[str]:
+    """Names of all student methods, sorted."""
+    return sorted({*_homes(), *REGISTERED})
+
+
+def method_class(name: str) -> type[StudentMethod]:
+    """The student method of a name, imported where that has not happened.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    if name not in REGISTERED and name in _homes():
+        importlib.import_module(_homes()[name])
+    if name not in REGISTERED:
+        raise RecipeError(f"method '{name}': not one of {', '.join(method_names())}")
+    return REGISTERED[name]
+
+
+def operators_around(names: Iterable[str]) -> frozenset[str]:
+    """Operators around whose weights these methods want regions of their own.
+
+    The default method wants none and is not imported for that: torch takes seconds, and `inspect` needs none of it.
+    """
+    found = (method_class(name).around for name in names if name != DEFAULT_METHOD)
+    return frozenset[str]().union(*found)
+
+
+def method_of(recipe: Recipe) -> StudentMethod:
+    """The student method that a recipe asks for.
+
+    Raises:
+        RecipeError: there is no such method, or it refuses its settings.
+    """
+    return method_class(recipe.method).of(recipe)

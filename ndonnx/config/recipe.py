@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -125,8 +126,13 @@ reserve(Recipe.model_fields)
 
 def settings() -> dict[str, Setting]:
     """Every setting that has a flag, by its key (`search.steps` in `[search]`); those of student methods come last."""
-    found = [*settings_of(Recipe), *settings_of(SearchRecipe, "search"), *declared().values()]
-    return {setting.name: setting for setting in found}
+    return {setting.name: setting for setting in (*_own_settings(), *declared().values())}
+
+
+@cache
+def _own_settings() -> tuple[Setting, ...]:
+    """Those of the recipe itself: a command line asks for them once per command."""
+    return (*settings_of(Recipe), *settings_of(SearchRecipe, "search"))
 
 
 def _merged(tables: Any, over: Any) -> Any:

@@ -220,7 +220,7 @@ def test_a_neighbourhood_that_is_not_finite_has_a_reason(tmp_path: Path) -> None
     tail = net.gemm(net.relu(net.gemm(h, 4, 8)), 8, 3, out="y")
     _, parts = parted(net.proto(tail), cut=["broken"])
     data = inputs_of(net.proto(tail), 40)
-    with PartialModels(parts, batches_of(data), tmp_path, 40, threads=1) as partials:
+    with PartialModels(parts, Judged(batches_of(data), 40), tmp_path, threads=1) as partials:
         found = tolerances(partials, partials.quality, 0.01)
         bad = [one for one in found.values() if one.reason]
         assert len(bad) == 1 and "NaN or Inf" in (bad[0].reason or "")

@@ -96,7 +96,7 @@ class Recipe(Execution, Finetuning, Training, Goal, Build):  # pydantic puts the
         Raises:
             KeyError: a recipe has no such key.
         """
-        return getattr(self, name) if name in KEYS else self.extra[name]
+        return getattr(self, name) if name in type(self).model_fields else self.extra[name]
 
     def with_settings(self, values: Mapping[str, Any]) -> Recipe:
         """This recipe with other values of some flat keys, those of student methods among them.

@@ -9,22 +9,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-# The families register their converters when imported.
-from ndonnx.convert import (  # noqa: F401
-    activations,
-    attention,
-    elementwise,
-    indexing,
-    linear,
-    movement,
-    norms,
-    pooling,
-    recurrent,
-    reductions,
-    resampling,
-    shapes,
-    spectra,
-)
+import ndonnx.convert.operators  # noqa: F401 - its files register their converters
 from ndonnx.convert.lower import lower
 from ndonnx.convert.registry import convert
 from ndonnx.errors import ConversionError, ParityError

@@ -37,7 +37,7 @@ from ndonnx.runtime.machine import usable_cores
 from ndonnx.runtime.progress import Progress
 from ndonnx.runtime.run_directory import RunDir
 from ndonnx.select import DEFAULT_CANDIDATES, Candidate, parse_candidates
-from ndonnx.students.registry import method_of, operators_around
+from ndonnx.students.registry import check_method, method_of, operators_around
 from ndonnx.teacher import make_session
 from ndonnx.teacher.balance import POOL, balanced
 from ndonnx.teacher.outputs import answers_a_second
@@ -106,6 +106,7 @@ def prepare(request: Request, recipe: Recipe, progress: Progress, *, searched: b
     Raises:
         UsageError: bad input; one line that names the file, node or value and the way out.
     """
+    check_method(recipe.method)
     clock, candidates = Clock(), candidates_of(recipe) if searched else None
     with clock.measure("load"):
         progress.stage("load")

@@ -15,10 +15,10 @@ import onnx_ir as ir
 
 from ndonnx.graph.costs import parameters_of
 from ndonnx.graph.dataflow import Dataflow
-from ndonnx.partition.channels.rules.linear import LINEAR
-from ndonnx.partition.channels.rules.movement import MOVEMENT
-from ndonnx.partition.channels.rules.pointwise import POINTWISE
-from ndonnx.partition.channels.rules.statistics import STATISTICS
+from ndonnx.partition.channels.rules.linear import RULES as LINEAR
+from ndonnx.partition.channels.rules.movement import RULES as MOVEMENT
+from ndonnx.partition.channels.rules.pointwise import RULES as POINTWISE
+from ndonnx.partition.channels.rules.statistics import RULES as STATISTICS
 from ndonnx.partition.regions import Atom, Chain
 from ndonnx.partition.runs import LONGEST_RUN, Run, Runs, is_trailing
 

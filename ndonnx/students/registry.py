@@ -35,16 +35,26 @@ def method_names() -> list[str]:
     return sorted({*_homes(), *REGISTERED})
 
 
+def check_method(name: str) -> None:
+    """Refuse a student method that is not known, before anything is computed or imported.
+
+    Raises:
+        RecipeError: it is not known.
+    """
+    if name not in method_names():
+        *others, last = map(repr, method_names())
+        raise RecipeError(f"recipe: 'method' = {name!r}: Input should be {', '.join(others)} or {last}")
+
+
 def method_class(name: str) -> type[StudentMethod]:
     """The student method of a name, imported where that has not happened.
 
     Raises:
         RecipeError: there is none.
     """
-    if name not in REGISTERED and name in _homes():
-        importlib.import_module(_homes()[name])
+    check_method(name)
     if name not in REGISTERED:
-        raise RecipeError(f"method '{name}': not one of {', '.join(method_names())}")
+        importlib.import_module(_homes()[name])
     return REGISTERED[name]
 
 

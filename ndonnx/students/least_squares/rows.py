@@ -12,7 +12,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from ndonnx.convert.linear import Window, torch_pads
+from ndonnx.convert.operators.linear import Window, torch_pads
 from ndonnx.graph.costs import constant_of
 
 Array = npt.NDArray[np.float32]

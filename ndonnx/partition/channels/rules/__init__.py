@@ -6,19 +6,20 @@ or a case that its rule does not know, freezes what it reads: never guessed.
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+
 import onnx_ir as ir
 
-from ndonnx.partition.channels.rules.linear import LINEAR
-from ndonnx.partition.channels.rules.movement import MOVEMENT
-from ndonnx.partition.channels.rules.pointwise import POINTWISE
-from ndonnx.partition.channels.rules.recurrent import RECURRENT
 from ndonnx.partition.channels.rules.shapes import freeze_widths_calculated_with
-from ndonnx.partition.channels.rules.statistics import STATISTICS
 from ndonnx.partition.channels.rules.tracker import Edit, Role, Rule, Tracker
 
 __all__ = ["RULES", "Edit", "Role", "Tracker", "apply_rule", "has_rule"]
 
-RULES: dict[str, Rule] = {**LINEAR, **MOVEMENT, **POINTWISE, **RECURRENT, **STATISTICS}
+RULES: dict[str, Rule] = {}
+"""The rule of each operator: all tables `RULES` of the files beside this one."""
+for _found in pkgutil.iter_modules(__path__):
+    RULES |= getattr(importlib.import_module(f"{__name__}.{_found.name}"), "RULES", {})
 
 _READ_SHAPE_ONLY = {"Shape", "Size"}
 """What they compute follows a changed width by itself (see `shapes.py` for where it must not)."""

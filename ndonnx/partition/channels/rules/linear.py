@@ -212,7 +212,7 @@ def _nought_stays(value: ir.Value | None) -> bool:
     stack, seen = [value], set()
     while stack:
         node = reached.producer() if (reached := stack.pop()) is not None else None
-        if node is None or node.op_type in LINEAR or node in seen:
+        if node is None or node.op_type in RULES or node in seen:
             continue
         seen.add(node)
         if node.op_type not in _NOUGHT_STAYS:
@@ -296,4 +296,4 @@ def _merge(tracker: Tracker, parts: list[Labels]) -> Labels | None:
     return large
 
 
-LINEAR: dict[str, Rule] = {"Conv": conv, "ConvTranspose": conv_transpose, "Gemm": gemm, "MatMul": matmul}
+RULES: dict[str, Rule] = {"Conv": conv, "ConvTranspose": conv_transpose, "Gemm": gemm, "MatMul": matmul}

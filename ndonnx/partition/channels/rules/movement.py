@@ -317,7 +317,7 @@ def _length(value: ir.Value | None, axis: int) -> int | None:
     return length if isinstance(length, int) else None
 
 
-MOVEMENT: dict[str, Rule] = {
+RULES: dict[str, Rule] = {
     "Concat": concat,
     "DepthToSpace": depth_to_space,
     "Expand": expand,

@@ -132,7 +132,7 @@ _ONE_TO_ONE = (
 )  # fmt: skip
 _POOLS = ("MaxPool", "AveragePool", "LpPool", "GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool")
 
-POINTWISE: dict[str, Rule] = {
+RULES: dict[str, Rule] = {
     **dict.fromkeys(_ONE_TO_ONE, one_to_one),
     **dict.fromkeys(_ELEMENTWISE, elementwise),
     **dict.fromkeys(_POOLS, spatial),

@@ -57,4 +57,4 @@ def _meet(tracker: Tracker, node: ir.Node, state: ir.Value | None, made: Labels)
             tracker.sets.freeze(made)
 
 
-RECURRENT: dict[str, Rule] = dict.fromkeys(_GATES, recurrent)
+RULES: dict[str, Rule] = dict.fromkeys(_GATES, recurrent)

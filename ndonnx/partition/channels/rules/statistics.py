@@ -240,7 +240,7 @@ _REDUCTIONS = (
     "ReduceSumSquare",
 )  # fmt: skip
 
-STATISTICS: dict[str, Rule] = {
+RULES: dict[str, Rule] = {
     **dict.fromkeys(_REDUCTIONS, reduce),
     **dict.fromkeys(("Softmax", "LogSoftmax", "LpNormalization"), softmax),
     **dict.fromkeys(("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"), layer_norm),

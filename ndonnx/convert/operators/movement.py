@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ndonnx.convert.linear import Window, torch_pads
+from ndonnx.convert.operators.linear import Window, torch_pads
 from ndonnx.convert.registry import OnnxNode, converts
 
 _PAD_MODES = ("constant", "reflect", "edge", "wrap")

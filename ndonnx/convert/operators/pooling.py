@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ndonnx.convert.linear import Window, torch_pads
+from ndonnx.convert.operators.linear import Window, torch_pads
 from ndonnx.convert.registry import OnnxNode, converts
 from ndonnx.convert.tables import converts_table, refuse_further_outputs
 

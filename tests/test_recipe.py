@@ -93,7 +93,9 @@ def test_declared_default_holds_where_nothing_is_given() -> None:
     recipe = Recipe()
     assert recipe.extra["bits"] == 8 and "bits" not in recipe.extra
     assert "extra" not in recipe.model_dump()
-    assert (recipe.extra | {"bits": "4"})["bits"] == 4 and recipe.extra["bits"] == 8
+    assert (recipe.setting("bits"), recipe.setting("keep")) == (8, 0.5)
+    other = recipe.with_settings({"bits": "4", "keep": 0.25})
+    assert (other.setting("bits"), other.setting("keep"), recipe.setting("bits")) == (4, 0.25, 8)
 
 
 @pytest.mark.usefixtures("plugged")

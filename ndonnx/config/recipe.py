@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -84,14 +85,30 @@ class Recipe(Execution, Finetuning, Training, Goal, Build):  # pydantic puts the
             values["extra"] = {**values.get("extra", {}), **found}
         return values
 
-    def setting(self, name: str) -> Any:
-        """The value of a key, or of a setting that a student method declared."""
-        return getattr(self, name) if name in type(self).model_fields else self.extra[name]
-
     @model_serializer(mode="wrap")
     def _without_empty(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = dump(self)
         return values if values.get("extra", True) else {key: kept for key, kept in values.items() if key != "extra"}
+
+    def setting(self, name: str) -> Any:
+        """The value of a flat key, also of one that a student method declares.
+
+        Raises:
+            KeyError: a recipe has no such key.
+        """
+        return getattr(self, name) if name in type(self).model_fields else self.extra[name]
+
+    def with_settings(self, values: Mapping[str, Any]) -> Recipe:
+        """This recipe with other values of some flat keys, those of student methods among them.
+
+        Values of the recipe's own keys are taken as they are, those of declared settings are validated.
+
+        Raises:
+            SettingError: a key is neither the recipe's own nor declared, or a declared one has a wrong value.
+        """
+        own = {name: value for name, value in values.items() if name in KEYS}
+        further = {name: value for name, value in values.items() if name not in KEYS}
+        return self.model_copy(update={**own, "extra": self.extra | further} if further else own)
 
     @property
     def changes_nothing(self) -> bool:
@@ -109,8 +126,13 @@ reserve(Recipe.model_fields)
 
 def settings() -> dict[str, Setting]:
     """Every setting that has a flag, by its key (`search.steps` in `[search]`); those of student methods come last."""
-    found = [*settings_of(Recipe), *settings_of(SearchRecipe, "search"), *declared().values()]
-    return {setting.name: setting for setting in found}
+    return {setting.name: setting for setting in (*_own_settings(), *declared().values())}
+
+
+@cache
+def _own_settings() -> tuple[Setting, ...]:
+    """Those of the recipe itself: a command line asks for them once per command."""
+    return (*settings_of(Recipe), *settings_of(SearchRecipe, "search"))
 
 
 def _merged(tables: Any, over: Any) -> Any:

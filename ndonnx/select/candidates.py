@@ -33,7 +33,7 @@ class Candidate:
 
     def recipe(self, base: Recipe) -> Recipe:
         """The recipe of a run with this candidate everywhere."""
-        return base.model_copy(update=dict(self.overrides))
+        return base.with_settings(self.overrides)
 
 
 def parse_candidates(specs: str | Iterable[str]) -> tuple[Candidate, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -54,21 +55,18 @@ def build_app() -> typer.Typer:
     return made
 
 
-app = build_app()
-
-
-def main(arguments: Sequence[str] | None = None, command: typer.Typer = app) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code; only a bug leaves with an exception.
 
     Args:
         arguments: what stands behind `ndonnx`. None: the arguments of this process.
-        command: the command line, as `build_app` makes it; another one where settings have been declared since.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name must not end a run because a terminal lacks a letter
     try:
-        return get_command(command).main(arguments, prog_name="ndonnx", standalone_mode=False) or DONE
+        _load_methods(sys.argv[1:] if arguments is None else arguments)
+        return get_command(build_app()).main(arguments, prog_name="ndonnx", standalone_mode=False) or DONE
     except typer.TyperException as error:
         return _fail(f"{error.format_message()} (see --help)", BAD_INPUT)
     except UsageError as error:
@@ -80,6 +78,14 @@ def main(arguments: Sequence[str] | None = None, command: typer.Typer = app) -> 
     except Interrupted as interruption:
         print(interruption, file=sys.stderr)
         return INTERRUPTED
+
+
+def _load_methods(arguments: Sequence[str]) -> None:
+    """Import the student methods of other packages that are named on the line, so that their settings are flags too."""
+    named = [after for flag, after in itertools.pairwise(arguments) if flag == "--method"]
+    named += [text.removeprefix("--method=") for text in arguments if text.startswith("--method=")]
+    if named:
+        ndonnx.load_methods(named)
 
 
 def _fail(message: str, code: int) -> int:

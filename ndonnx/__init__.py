@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ndonnx.report.inspection import Inspection
     from ndonnx.report.search import SearchReport
     from ndonnx.report.speed import Speed
+    from ndonnx.students.registry import load_methods
 
     __version__: str
 
@@ -58,6 +59,7 @@ __all__ = [
     "harden",
     "inspect",
     "load",
+    "load_methods",
     "load_recipe",
     "partition_model",
     "search",
@@ -89,6 +91,7 @@ _HOMES = {
     "harden": "ndonnx.api.harden",
     "inspect": "ndonnx.api.inspect",
     "load": "ndonnx.graph.load",
+    "load_methods": "ndonnx.students.registry",
     "load_recipe": "ndonnx.config.recipe",
     "partition_model": "ndonnx.api.inspect",
     "search": "ndonnx.api.search",

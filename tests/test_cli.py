@@ -27,7 +27,7 @@ from ndonnx.config.recipe import Recipe, parse_augmentations, parse_bytes
 from ndonnx.demo import data_path, teacher_path
 from ndonnx.report.inspection import Coverage, Inspection
 from ndonnx.report.piece import Piece
-from ndonnx_cli.main import app, main
+from ndonnx_cli.main import build_app, main
 from ndonnx_cli.progress import BarTeller, LineTeller, Pace
 from ndonnx_cli.tables import bytes_text, count_text, print_inspection, seconds_text
 
@@ -59,11 +59,11 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 def parameters(command: str) -> dict[str, Any]:
     """The parameters of a command by their Python name."""
-    return {parameter.name: parameter for parameter in get_command(app).commands[command].params}  # type: ignore[attr-defined]
+    return {parameter.name: parameter for parameter in get_command(build_app()).commands[command].params}  # type: ignore[attr-defined]
 
 
 def commands() -> list[str]:
-    return list(get_command(app).commands)  # type: ignore[attr-defined]
+    return list(get_command(build_app()).commands)  # type: ignore[attr-defined]
 
 
 def surface() -> str:

@@ -23,7 +23,7 @@ from ndonnx.convert.registry import has_converter
 from ndonnx.graph import load
 from ndonnx.partition.channels.rules import RULES
 from ndonnx.students.base import REGISTERED
-from ndonnx_cli.main import build_app, main
+from ndonnx_cli.main import main
 from tests.models import Array, Net, inputs_of, residual_cnn
 from tests.runs import SMALL
 
@@ -83,28 +83,24 @@ def test_a_method_is_a_recipe_a_flag_and_python(grid: Path, capsys: pytest.Captu
     assert ndonnx.load_recipe("recipe.toml").extra["levels"] == 3
     flags = ["--method", "grid", "--levels", "3", "--steps", "0", "--finetune-steps", "0", "--inputs", "teacher"]
     code = main(
-        ["compress", "teacher.onnx", "--data", "data.npz", *flags, "--executor", "serial", "-o", "flags.onnx", "-q"],
-        build_app(),
+        ["compress", "teacher.onnx", "--data", "data.npz", *flags, "--executor", "serial", "-o", "flags.onnx", "-q"]
     )
     assert code == 0
     assert (grid / "flags.onnx").read_bytes() == (grid / "python.onnx").read_bytes()
-    assert (
-        main(["compress", "teacher.onnx", "--data", "data.npz", "--method", "grid", "--levels", "0"], build_app()) == 2
-    )
+    assert main(["compress", "teacher.onnx", "--data", "data.npz", "--method", "grid", "--levels", "0"]) == 2
     assert "levels" in capsys.readouterr().err
 
 
 def test_a_method_is_a_candidate_of_a_search(grid: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = main(
         ["search", "teacher.onnx", "--data", "data.npz", "--candidates", "grid 2,7, width 0.5", "--held-out", "10",
-         "--pareto", "2", "--steps", "4", "--executor", "serial", "-q", "--json", "-o", "curve"],
-        build_app(),
+         "--pareto", "2", "--steps", "4", "--executor", "serial", "-q", "--json", "-o", "curve"]
     )  # fmt: skip
     assert code == 0
     report = json.loads(capsys.readouterr().out)
     trained = {option["candidate"] for option in report["options"] if option["status"] == "trained"}
     assert trained == {"grid 2", "grid 7", "width 0.5"}
-    assert main(["search", "teacher.onnx", "--data", "data.npz", "--candidates", "grid x"], build_app()) == 2
+    assert main(["search", "teacher.onnx", "--data", "data.npz", "--candidates", "grid x"]) == 2
     assert "grid N (N from 1)" in capsys.readouterr().err
 
 

@@ -157,7 +157,7 @@ def test_flags_of_declared_settings_reach_the_recipe(
         raise RecipeError("seen")
 
     monkeypatch.setattr("ndonnx.compress", compress)
-    assert main(["compress", "m.onnx", "--data", "d.npz", "-q", *flags], build_app()) == 2
+    assert main(["compress", "m.onnx", "--data", "d.npz", "-q", *flags]) == 2
     assert dict(taken[0].extra) == expected
 
 

@@ -30,6 +30,18 @@ def _homes() -> dict[str, str]:
     return {point.name: point.module for point in entry_points(group=ENTRY_POINTS)} | built_in
 
 
+def load_methods(names: Iterable[str]) -> None:
+    """Import methods that other packages bring, so that their settings are known; those of ndonnx declare none.
+
+    Args:
+        names: of methods. Those that nobody brings are refused when they are used, not here.
+    """
+    for name in names:
+        home = _homes().get(name, methods.__name__)
+        if name not in REGISTERED and not home.startswith(methods.__name__):
+            importlib.import_module(home)
+
+
 def method_names() -> list[str]:
     """Names of all student methods, sorted."""
     return sorted({*_homes(), *REGISTERED})

@@ -52,7 +52,8 @@ class _Header(NamedTuple):
 class ArraySource(RowSource):
     """Samples in arrays named as the model's inputs, in memory or mapped from a file.
 
-    The samples lie along the axis where the model has them, mostly the first. A scalar, or an array of its input's own fixed shape beside others with samples, is one value for all samples.
+    The samples lie along the axis where the model has them, mostly the first. A scalar, or an array of its input's own
+    fixed shape beside others with samples, is one value for all samples.
     """
 
     def __init__(

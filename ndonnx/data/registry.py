@@ -147,13 +147,16 @@ def _kind_for(opening: Opening) -> SourceKind:
 def _kinds() -> list[SourceKind]:
     """All kinds, in the order in which they are asked."""
     _import_shipped()
-    shipped = [kind for kind in _registered if kind.open.__module__.startswith(f"{_SHIPPED}.")]
-    shipped.sort(key=lambda kind: kind.open.__module__)
-    return [*(kind for kind in reversed(_registered) if kind not in shipped), *shipped]
+    shipped = sorted(filter(_is_shipped, _registered), key=lambda kind: kind.open.__module__)
+    return [*(kind for kind in reversed(_registered) if not _is_shipped(kind)), *shipped]
 
 
 def _known() -> str:
-    return ", ".join(kind.says for kind in _kinds())
+    return ", ".join(kind.says for kind in sorted(_kinds(), key=lambda kind: not _is_shipped(kind)))
+
+
+def _is_shipped(kind: SourceKind) -> bool:
+    return kind.open.__module__.startswith(f"{_SHIPPED}.")
 
 
 _SHIPPED = "ndonnx.data.sources"

@@ -75,8 +75,7 @@ class ArraySource(RowSource):
         names = [entry.name for entry in self.inputs]
         key = label_key(found, names)
         labels = None if key is None else found.pop(key)
-        if missing := [name for name in names if name not in found]:
-            raise DataError(f"{spec}: {missing_keys(names, found, missing, whole_shapes(self.inputs))}")
+        check_keys(opening, found)
         self._read_content = content
         self.fixed = one_value(self.inputs, found, spec)
         self.inputs = tuple(entry for entry in self.inputs if entry.name not in self.fixed)
@@ -155,6 +154,17 @@ def array_bytes(name: str, array: NDArray[Any]) -> Iterator[bytes]:
 def label_key(found: Iterable[str], inputs: Collection[str]) -> str | None:
     """The key that holds class labels, where it is none of the model's inputs; None where there are no labels."""
     return next((key for key in LABELS if key in found and key not in inputs), None)
+
+
+def check_keys(opening: Opening, found: Collection[str]) -> None:
+    """Refuse a source that lacks an input of the model.
+
+    Raises:
+        DataError: it does; tells the keys and the way out.
+    """
+    names = [entry.name for entry in opening.inputs]
+    if missing := [name for name in names if name not in found]:
+        raise DataError(f"{opening.spec}: {missing_keys(names, found, missing, whole_shapes(opening.inputs))}")
 
 
 def whole_shapes(inputs: Iterable[InputSpec]) -> list[str]:

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ndonnx.data.registry import Opening, register_source
 from ndonnx.data.source import DataSource, RowSource, first_line
-from ndonnx.data.sources.arrays import ArraySource, array_bytes, label_key, only_input
+from ndonnx.data.sources.arrays import LABELS, ArraySource, array_bytes, check_keys, label_key, only_input
 from ndonnx.data.sources.items import ItemSource
 from ndonnx.data.specs import Batch, describe
 from ndonnx.errors import DataError
@@ -23,7 +23,7 @@ IN_MEMORY = 2**30
 MOST_BYTES = 2**36
 """Bytes of one input's values that are read from an iterable at most: one without an end would fill the disk."""
 
-_LABELS = "label"
+_CLASSES = "label"
 """Column of the class labels."""
 
 
@@ -42,7 +42,9 @@ def open_object(opening: Opening) -> DataSource:
     """
     given = opening.given
     if isinstance(given, Mapping):
-        return ArraySource(opening, {str(name): as_array(value, f"'{name}'") for name, value in given.items()})
+        check_keys(opening, given)
+        wanted = {*LABELS, *(entry.name for entry in opening.inputs)}.intersection(given)
+        return ArraySource(opening, {name: as_array(given[name], f"{opening.spec}: '{name}'") for name in wanted})
     if hasattr(given, "__array__"):
         return ArraySource(opening, {only_input(opening, "give a dict of arrays"): as_array(given, opening.spec)})
     return DrawnSource(_Items(opening))
@@ -155,15 +157,15 @@ class DrawnSource(RowSource):
             DataError: an item does not fit the model, or its samples have another shape than those before it.
         """
         super().__init__(items.spec, items.inputs, items.recipe, items.fixed)
-        columns = {name: _Column(f"{self.spec}: '{name}'") for name in (*(e.name for e in self.inputs), _LABELS)}
+        columns = {name: _Column(f"{self.spec}: '{name}'") for name in (*(e.name for e in self.inputs), _CLASSES)}
         for batch in items.drawn():
             for name, array in batch.inputs.items():
                 columns[name].add(array)
             if batch.labels is not None:
-                columns[_LABELS].add(batch.labels)
+                columns[_CLASSES].add(batch.labels)
         self.has_labels = items.has_labels
         self._arrays = {entry.name: columns[entry.name].whole() for entry in self.inputs}
-        self._labels = columns[_LABELS].whole() if self.has_labels else None
+        self._labels = columns[_CLASSES].whole() if self.has_labels else None
         self.length = len(next(iter(self._arrays.values())))
 
     def _fetch(self, rows: NDArray[np.int64]) -> Batch:
@@ -171,7 +173,7 @@ class DrawnSource(RowSource):
         return Batch(inputs, None if self._labels is None else self._labels[rows])
 
     def _content(self) -> Iterator[bytes]:
-        arrays = list(self._arrays.items()) + ([] if self._labels is None else [(_LABELS, self._labels)])
+        arrays = list(self._arrays.items()) + ([] if self._labels is None else [(_CLASSES, self._labels)])
         return chain.from_iterable(array_bytes(name, array) for name, array in arrays)
 
 

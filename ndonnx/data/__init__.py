@@ -13,7 +13,7 @@ from ndonnx.data.inputs import settle
 from ndonnx.data.preprocess import resolve
 from ndonnx.data.registry import Data, Opening, as_given, open_kind, register_source
 from ndonnx.data.source import DataSource
-from ndonnx.data.sources.noise import NOISES
+from ndonnx.data.sources.noise import is_name
 from ndonnx.data.specs import Batch, InputSpec, input_specs
 from ndonnx.errors import DataError
 
@@ -36,8 +36,7 @@ DATA_FREE = "leaves"
 
 def is_made_up(data: object) -> bool:
     """Whether a source is made-up samples, as `gaussian` or `leaves:500`."""
-    given = as_given(data)
-    return isinstance(given, str) and given.partition(":")[0] in NOISES
+    return is_name(as_given(data))
 
 
 def open_source(

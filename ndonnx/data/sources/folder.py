@@ -13,12 +13,13 @@ from ndonnx.data.inputs import refuse_scalars
 from ndonnx.data.registry import Opening, register_source
 from ndonnx.data.source import RowSource, file_bytes
 from ndonnx.data.sources.images import SUFFIXES, ImageReader
+from ndonnx.data.sources.noise import is_name
 from ndonnx.data.specs import Batch
 from ndonnx.errors import DataError
 
 
 def _is_folder(given: Any) -> bool:
-    return isinstance(given, str) and Path(given).is_dir()
+    return isinstance(given, str) and not is_name(given) and Path(given).is_dir()
 
 
 @register_source("a directory of images", opens=_is_folder)

@@ -13,6 +13,7 @@ from typing import Any
 from ndonnx.data.registry import Opening, register_source
 from ndonnx.data.source import file_bytes, first_line
 from ndonnx.data.sources.items import ItemSource
+from ndonnx.data.sources.noise import is_name
 from ndonnx.data.user_code import import_function
 from ndonnx.errors import DataError
 
@@ -20,7 +21,9 @@ _FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
 def _is_function(given: Any) -> bool:
-    return isinstance(given, str) and _FUNCTION.fullmatch(given) is not None and not Path(given).exists()
+    if not isinstance(given, str) or is_name(given):
+        return False
+    return _FUNCTION.fullmatch(given) is not None and not Path(given).exists()
 
 
 @register_source("module:function", opens=_is_function)

@@ -50,11 +50,12 @@ Make = Callable[[NDArray[np.int64]], Array]
 """From the numbers of samples to one input's values."""
 
 
-def _is_name(given: Any) -> bool:
+def is_name(given: Any) -> bool:
+    """Whether what the user gave is the name of a source here, even beside a file that is called the same."""
     return isinstance(given, str) and given.partition(":")[0] in NOISES
 
 
-@register_source(f"made-up samples: {', '.join(NOISES)} (or {NOISES[-1]}:N for N of them)", opens=_is_name)
+@register_source(f"made-up samples: {', '.join(NOISES)} (or {NOISES[-1]}:N for N of them)", opens=is_name)
 class NoiseSource(RowSource):
     """Sample i is the same for a given seed, whatever the batch size or the order.
 

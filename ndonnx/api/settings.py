@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -11,19 +10,10 @@ from pydantic import BaseModel
 
 from ndonnx.config.recipe import Recipe, load_recipe, make_recipe
 from ndonnx.errors import RecipeError
-from ndonnx.students import ActivationSwap, Custom, LowRank, Removal, Sparsity, StudentMethod, Width
 
 RecipeLike: TypeAlias = Recipe | Mapping[str, Any] | str | Path
 """What the verbs take as a recipe: the object, its keys in a mapping, or the path of a TOML file."""
 
-_NAMES: Mapping[type[StudentMethod], str] = {
-    Width: "width",
-    Sparsity: "sparsity",
-    LowRank: "lowrank",
-    ActivationSwap: "activation",
-    Removal: "removal",
-    Custom: "custom",
-}
 _TABLES = ("data", "search", "model_inputs")
 
 
@@ -48,20 +38,6 @@ def recipe_of(recipe: RecipeLike | None, settings: Mapping[str, Any]) -> Recipe:
     return make_recipe(_over(_plain(recipe or {}), over), "settings" if over else "recipe")
 
 
-def settings_of(method: StudentMethod) -> dict[str, Any]:
-    """The keys of a recipe that stand for a student method.
-
-    Raises:
-        RecipeError: the method is of a class that no recipe names.
-    """
-    name = _NAMES.get(type(method))
-    if name is None:
-        raise RecipeError(f"method {type(method).__name__}: no recipe names it; known are {', '.join(_NAMES.values())}")
-    values = {field.name: getattr(method, field.name) for field in fields(method)}  # type: ignore[arg-type]
-    kept = {key: value for key, value in values.items() if key in Recipe.model_fields and value is not None}
-    return {"method": name} | kept
-
-
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings with the objects among them in the recipe's own words."""
     found = dict(settings)
@@ -74,7 +50,9 @@ def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
         found["search"] = dict(search) | {"candidates": _candidates(search["candidates"])}
     if callable(found.get("student")):
         found["student"] = _by_name(found["student"])
-    if isinstance(method := found.get("method"), StudentMethod):
+    if not isinstance(method := found.get("method", ""), str):
+        from ndonnx.students.settings import settings_of  # noqa: PLC0415 - needs torch
+
         keys = settings_of(method)
         if twice := [key for key in keys if key != "method" and key in found]:
             raise RecipeError(
@@ -97,18 +75,12 @@ def _candidates(given: Any) -> Any:
     """Candidates as texts, as `width 0.5`."""
     if isinstance(given, str) or not isinstance(given, Iterable):
         return given
-    return tuple(_text(each) if isinstance(each, StudentMethod) else each for each in given)
+    given = tuple(given)
+    if all(isinstance(each, str) for each in given):
+        return given
+    from ndonnx.students.settings import candidate_of  # noqa: PLC0415 - needs torch
 
-
-def _text(method: StudentMethod) -> str:
-    keys = settings_of(method)
-    further = (field for field in fields(method) if field.name in ("init", "round_to"))  # type: ignore[arg-type]
-    if said := [field.name for field in further if field.name in keys and keys[field.name] != field.default]:
-        raise RecipeError(
-            f"candidate {method}: '{said[0]}' is the same for all candidates; set it in the recipe itself"
-        )
-    words = [keys[key] for key in ("keep", "sparsity", "student") if key in keys]
-    return " ".join(map(str, (keys["method"], *words, *keys.get("swap", ()))))
+    return tuple(each if isinstance(each, str) else candidate_of(each) for each in given)
 
 
 def _by_name(function: Callable[..., Any]) -> str:

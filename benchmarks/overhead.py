@@ -60,7 +60,8 @@ from benchmarks import common
 from benchmarks.common import Notes, Slice, Stopwatch, Subject
 from benchmarks.measured import FIXED, Measured, measured_line
 from ndonnx.convert import to_torch
-from ndonnx.distill import DistilJob, Plan
+from ndonnx.distill.job import DistilJob
+from ndonnx.distill.plan import Plan
 from ndonnx.errors import ShrinkError, UsageError
 from ndonnx.graph import save, serialise
 from ndonnx.partition import Partition

@@ -9,6 +9,7 @@ Names are imported when first used, so that `import ndonnx` costs nothing.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -18,41 +19,110 @@ if TYPE_CHECKING:
     from ndonnx.api.evaluate import evaluate
     from ndonnx.api.harden import HardenReport, HardenResult, harden
     from ndonnx.api.inspect import inspect, partition_model
+    from ndonnx.api.models import Model, Student
     from ndonnx.api.search import SearchResult, search
     from ndonnx.api.sensitivity import threshold
-    from ndonnx.config.recipe import DataRecipe, Recipe, SearchRecipe, load_recipe
+    from ndonnx.api.settings import RecipeLike, load_recipe
+    from ndonnx.config.recipe import DataRecipe, InputRecipe, Recipe, SearchRecipe
+    from ndonnx.data.registry import Data, Opening, register_source
+    from ndonnx.data.source import DataSource, RowSource
+    from ndonnx.data.sources.arrays import ArraySource
+    from ndonnx.data.specs import Batch, InputSpec
+    from ndonnx.errors import (
+        ConversionError,
+        DataError,
+        ModelError,
+        NdonnxError,
+        ParityError,
+        RecipeError,
+        RunDirError,
+        SearchError,
+        ShrinkError,
+        SliceError,
+        TrainingError,
+        UsageError,
+        VerificationError,
+    )
     from ndonnx.graph.load import load
     from ndonnx.metrics.evaluation import Evaluation
     from ndonnx.metrics.latency import Latency, ProviderSpeed, Ratio, Timing
     from ndonnx.metrics.sensitivity import ThresholdReport
     from ndonnx.partition import Partition
-    from ndonnx.report import CompressReport
+    from ndonnx.report import CompressReport, FinetuneReport, ModelSummary, NeighbourhoodReport, TargetReport
     from ndonnx.report.inspection import Inspection
-    from ndonnx.report.search import SearchReport
-    from ndonnx.report.speed import Speed
+    from ndonnx.report.search import SearchedStudent, SearchReport
+    from ndonnx.report.speed import ModelSize, Speed
+    from ndonnx.runtime.progress import Event, Listener, Progress
+    from ndonnx.students.base import StudentMethod
+    from ndonnx.students.methods.activation import ActivationSwap
+    from ndonnx.students.methods.custom import Custom
+    from ndonnx.students.methods.lowrank import LowRank
+    from ndonnx.students.methods.removal import Removal
+    from ndonnx.students.methods.sparsity import Sparsity
+    from ndonnx.students.methods.width import Width
     from ndonnx.students.registry import load_methods
 
     __version__: str
 
 __all__ = [
+    "ActivationSwap",
+    "ArraySource",
+    "Batch",
     "CompressReport",
     "CompressResult",
+    "ConversionError",
+    "Custom",
+    "Data",
+    "DataError",
     "DataRecipe",
+    "DataSource",
     "Evaluation",
+    "Event",
+    "FinetuneReport",
     "HardenReport",
     "HardenResult",
+    "InputRecipe",
+    "InputSpec",
     "Inspection",
     "Latency",
+    "Listener",
+    "LowRank",
+    "Model",
+    "ModelError",
+    "ModelSize",
+    "ModelSummary",
+    "NdonnxError",
+    "NeighbourhoodReport",
+    "Opening",
+    "ParityError",
     "Partition",
+    "Progress",
     "ProviderSpeed",
     "Ratio",
     "Recipe",
+    "RecipeError",
+    "RecipeLike",
+    "Removal",
+    "RowSource",
+    "RunDirError",
+    "SearchError",
     "SearchRecipe",
     "SearchReport",
     "SearchResult",
+    "SearchedStudent",
+    "ShrinkError",
+    "SliceError",
+    "Sparsity",
     "Speed",
+    "Student",
+    "StudentMethod",
+    "TargetReport",
     "ThresholdReport",
     "Timing",
+    "TrainingError",
+    "UsageError",
+    "VerificationError",
+    "Width",
     "benchmark",
     "compress",
     "evaluate",
@@ -62,41 +132,62 @@ __all__ = [
     "load_methods",
     "load_recipe",
     "partition_model",
+    "register_source",
     "search",
     "threshold",
 ]
 
-_HOMES = {
-    "CompressReport": "ndonnx.report",
-    "CompressResult": "ndonnx.api.compress",
-    "DataRecipe": "ndonnx.config.recipe",
-    "Evaluation": "ndonnx.metrics.evaluation",
-    "HardenReport": "ndonnx.api.harden",
-    "HardenResult": "ndonnx.api.harden",
-    "Inspection": "ndonnx.report.inspection",
-    "Latency": "ndonnx.metrics.latency",
-    "Partition": "ndonnx.partition",
-    "ProviderSpeed": "ndonnx.metrics.latency",
-    "Ratio": "ndonnx.metrics.latency",
-    "Recipe": "ndonnx.config.recipe",
-    "SearchRecipe": "ndonnx.config.recipe",
-    "SearchReport": "ndonnx.report.search",
-    "SearchResult": "ndonnx.api.search",
-    "Speed": "ndonnx.report.speed",
-    "ThresholdReport": "ndonnx.metrics.sensitivity",
-    "Timing": "ndonnx.metrics.latency",
-    "benchmark": "ndonnx.api.benchmark",
-    "compress": "ndonnx.api.compress",
-    "evaluate": "ndonnx.api.evaluate",
-    "harden": "ndonnx.api.harden",
-    "inspect": "ndonnx.api.inspect",
-    "load": "ndonnx.graph.load",
-    "load_methods": "ndonnx.students.registry",
-    "load_recipe": "ndonnx.config.recipe",
-    "partition_model": "ndonnx.api.inspect",
-    "search": "ndonnx.api.search",
-    "threshold": "ndonnx.api.sensitivity",
+_MODULES: Mapping[str, tuple[str, ...]] = {
+    "ndonnx.api.benchmark": ("benchmark",),
+    "ndonnx.api.compress": ("CompressResult", "compress"),
+    "ndonnx.api.evaluate": ("evaluate",),
+    "ndonnx.api.harden": ("HardenReport", "HardenResult", "harden"),
+    "ndonnx.api.inspect": ("inspect", "partition_model"),
+    "ndonnx.api.models": ("Model", "Student"),
+    "ndonnx.api.search": ("SearchResult", "search"),
+    "ndonnx.api.sensitivity": ("threshold",),
+    "ndonnx.api.settings": ("RecipeLike", "load_recipe"),
+    "ndonnx.config.recipe": ("DataRecipe", "InputRecipe", "Recipe", "SearchRecipe"),
+    "ndonnx.data.registry": ("Data", "Opening", "register_source"),
+    "ndonnx.data.source": ("DataSource", "RowSource"),
+    "ndonnx.data.sources.arrays": ("ArraySource",),
+    "ndonnx.data.specs": ("Batch", "InputSpec"),
+    "ndonnx.errors": (
+        "ConversionError",
+        "DataError",
+        "ModelError",
+        "NdonnxError",
+        "ParityError",
+        "RecipeError",
+        "RunDirError",
+        "SearchError",
+        "ShrinkError",
+        "SliceError",
+        "TrainingError",
+        "UsageError",
+        "VerificationError",
+    ),
+    "ndonnx.graph.load": ("load",),
+    "ndonnx.metrics.evaluation": ("Evaluation",),
+    "ndonnx.metrics.latency": ("Latency", "ProviderSpeed", "Ratio", "Timing"),
+    "ndonnx.metrics.sensitivity": ("ThresholdReport",),
+    "ndonnx.partition": ("Partition",),
+    "ndonnx.report": ("CompressReport", "FinetuneReport", "ModelSummary", "NeighbourhoodReport", "TargetReport"),
+    "ndonnx.report.inspection": ("Inspection",),
+    "ndonnx.report.search": ("SearchReport", "SearchedStudent"),
+    "ndonnx.report.speed": ("ModelSize", "Speed"),
+    "ndonnx.runtime.progress": ("Event", "Listener", "Progress"),
+    "ndonnx.students.base": ("StudentMethod",),
+    "ndonnx.students.methods.activation": ("ActivationSwap",),
+    "ndonnx.students.methods.custom": ("Custom",),
+    "ndonnx.students.methods.lowrank": ("LowRank",),
+    "ndonnx.students.methods.removal": ("Removal",),
+    "ndonnx.students.methods.sparsity": ("Sparsity",),
+    "ndonnx.students.methods.width": ("Width",),
+    "ndonnx.students.registry": ("load_methods",),
 }
+"""Which module has which public names."""
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
@@ -105,3 +196,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'ndonnx' has no attribute '{name}'")
     return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

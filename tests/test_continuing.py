@@ -20,7 +20,7 @@ from onnx import numpy_helper
 
 from ndonnx.api.compress import compress
 from ndonnx.config.recipe import Recipe
-from ndonnx.distill import DistilJob
+from ndonnx.distill.job import DistilJob
 from ndonnx.errors import RunDirError, TrainingError
 from ndonnx.flow import train
 from ndonnx.runtime.executor import Executor, SerialExecutor

@@ -700,7 +700,7 @@ def test_unknown_sources_list_what_is_known(tmp_path: Path) -> None:
     (tmp_path / "d.csv").write_text("1,2")
     for spec in (str(tmp_path / "d.csv"), "nowhere", "", "a:b:c", "bad\0name", "x" * 5000):
         message = refused(spec, [VECTOR])
-        assert ".npz, .npy or .parquet" in message or "cannot be read" in message
+        assert "a .npz or .npy file, a directory of images, module:function" in message or "cannot be read" in message
 
 
 def test_inputs_without_a_sample_axis() -> None:

@@ -16,20 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ndonnx.convert import TorchSlice, to_torch
-from ndonnx.distill import (
-    DistilJob,
-    NeighbourhoodLoss,
-    Plan,
-    Training,
-    learning_rate,
-    load_student,
-    nmse,
-    read_result,
-    target_variance,
-    train,
-)
+from ndonnx.distill.job import DistilJob, load_student, read_result
+from ndonnx.distill.losses import NeighbourhoodLoss, nmse, target_variance
+from ndonnx.distill.plan import Plan
 from ndonnx.distill.samples import Blocks, SliceSamples
-from ndonnx.distill.trainer import _batches
+from ndonnx.distill.trainer import Training, _batches, learning_rate, train
 from ndonnx.errors import ConversionError, TrainingError
 from ndonnx.graph import save
 from ndonnx.graph.save import serialise

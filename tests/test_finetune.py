@@ -11,8 +11,9 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from ndonnx.distill import Plan, Training
 from ndonnx.distill.finetune import finetune
+from ndonnx.distill.plan import Plan
+from ndonnx.distill.trainer import Training
 from ndonnx.distill.whole import Labels, WholeSettings, is_class_scores
 from ndonnx.errors import ConversionError, SliceError
 from ndonnx.teacher import ActivationStore

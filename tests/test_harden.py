@@ -15,9 +15,9 @@ import torch
 import ndonnx
 from ndonnx.config.recipe import DataRecipe
 from ndonnx.data import input_specs, open_source
-from ndonnx.distill import Plan
 from ndonnx.distill.finetune import finetune
 from ndonnx.distill.noisy_body import NoisyBody, measure_noises
+from ndonnx.distill.plan import Plan
 from ndonnx.distill.whole import WholeSettings
 from ndonnx.errors import SliceError, UsageError
 from ndonnx.graph import fold_constants, load

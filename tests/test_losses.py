@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ndonnx.distill import DistillationLoss, LookAheadLoss, NeighbourhoodLoss
-from ndonnx.distill.losses import LABEL, Head
+from ndonnx.distill.losses import LABEL, DistillationLoss, Head, LookAheadLoss, NeighbourhoodLoss
 
 
 class Scale(nn.Module):

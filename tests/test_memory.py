@@ -14,10 +14,13 @@ from hypothesis import strategies as st
 
 from ndonnx.config.recipe import Recipe
 from ndonnx.convert import to_torch
-from ndonnx.distill import NeighbourhoodLoss, Plan, steps, train
+from ndonnx.distill import steps
+from ndonnx.distill.losses import NeighbourhoodLoss
 from ndonnx.distill.memory import MemoryPlan
+from ndonnx.distill.plan import Plan
 from ndonnx.distill.samples import SliceSamples
 from ndonnx.distill.steps import LANE_BYTES, positions_of, samples_in_memory, with_fitting_batch
+from ndonnx.distill.trainer import train
 from ndonnx.graph.shapes.inference import infer_shapes
 from ndonnx.partition import partition
 from ndonnx.runtime.machine import memory_bytes

@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 
 from ndonnx.config.recipe import Recipe
 from ndonnx.convert import TorchSlice, to_torch, write_back
-from ndonnx.distill import Plan, train
 from ndonnx.distill.losses import NeighbourhoodLoss
+from ndonnx.distill.plan import Plan
 from ndonnx.distill.samples import SliceSamples, Source
+from ndonnx.distill.trainer import train
 from ndonnx.errors import ShrinkError
 from ndonnx.graph import save
 from ndonnx.graph.shapes.inference import infer_shapes

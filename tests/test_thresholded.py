@@ -18,7 +18,9 @@ from torch import Tensor
 from ndonnx.api.compress import CompressResult, compress
 from ndonnx.config.recipe import Recipe
 from ndonnx.convert import TorchSlice, to_torch
-from ndonnx.distill import NeighbourhoodLoss, Plan, Training, train
+from ndonnx.distill.losses import NeighbourhoodLoss
+from ndonnx.distill.plan import Plan
+from ndonnx.distill.trainer import Training, train
 from ndonnx.errors import RecipeError, UsageError
 from ndonnx.flow.error_budgets import ErrorBudgets, allowed_divergence, measured_need, shared
 from ndonnx.flow.measure import Loss

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from ndonnx.api.models import Model, Placed, placed
+from ndonnx.api.settings import RecipeLike, recipe_of
 from ndonnx.config.recipe import Recipe
-from ndonnx.data import DataSource, InputSpec, input_specs, open_source
+from ndonnx.data import Data, DataSource, InputSpec, input_specs, open_source
 from ndonnx.data.inputs import interface_of, settle
 from ndonnx.data.synthetic import made_up_samples
 from ndonnx.errors import DataError
@@ -24,18 +28,18 @@ from ndonnx.metrics.latency import AGAINST, MODEL, PROCESSES, Plan, common_batch
 from ndonnx.metrics.latency import measure as measure_speed
 from ndonnx.report.speed import ModelSize, Speed, check_picture
 from ndonnx.runtime.machine import usable_cores
-from ndonnx.runtime.progress import Progress
+from ndonnx.runtime.progress import Listener, Progress, listening
 from ndonnx.teacher import make_session
 from ndonnx.teacher.synthetic_inputs import settings_for
 from ndonnx.teacher.trying import hold_if_mixed
 
 
 def benchmark(
-    model: str | Path,
+    model: Model,
     *,
-    against: str | Path | None = None,
-    data: str | None = None,
-    recipe: Recipe | None = None,
+    against: Model | None = None,
+    data: Data | None = None,
+    recipe: RecipeLike | None = None,
     batch_sizes: Sequence[int] = (1, 8, 32),
     providers: Sequence[str] = ("cpu",),
     threads: int | None = None,
@@ -44,7 +48,8 @@ def benchmark(
     samples: int | None = None,
     memory: bool = True,
     picture: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: Listener | None = None,
+    **settings: Any,
 ) -> Speed:
     """Time a model in onnxruntime, alone or in turn with another one that has the same inputs.
 
@@ -52,10 +57,11 @@ def benchmark(
     for the life of a process and moves all of its ratios, so that only further processes tell how sure they are.
 
     Args:
-        model: path of the model.
-        against: path of what to compare with.
-        data: source of what is run on; with labels or `against`, the answers are measured too. None: made up.
-        recipe: says how the data become inputs.
+        model: path, `onnx.ModelProto` or `onnx_ir.Model`.
+        against: what to compare with, as `model`. None: nothing.
+        data: what is run on, as `compress` takes it; with labels or `against`, the answers are measured too. None: made
+            up.
+        recipe: how the data become inputs, as a `Recipe`, its keys in a mapping, or the path of a TOML file.
         batch_sizes: samples in a run; a model with a fixed batch is run at its own, and a note says so.
         providers: execution providers of onnxruntime by the beginning of their names, `cpu` or `cuda`.
         threads: inside one operator, for each model. None: the cores that this process may use.
@@ -64,12 +70,14 @@ def benchmark(
         samples: most samples of the comparison of answers. None: all of the data.
         memory: also measure the peak memory, in one more process for each model.
         picture: a .png or .svg file to draw latency over batch sizes into.
-        progress: told what is measured.
+        progress: who is told what goes on, as a `Progress` or a callable that takes an `Event`. None: the logger
+            `ndonnx`.
+        settings: keys of the recipe, laid over it, as `seed=1`.
 
     Raises:
         UsageError: a model or the data cannot be read, they do not fit each other, or a provider is not there.
     """
-    recipe = recipe or Recipe()
+    chosen, told = recipe_of(recipe, settings), listening(progress)
     if picture is not None:
         check_picture(Path(picture))
     plan = Plan(
@@ -80,7 +88,26 @@ def benchmark(
         rounds,
         memory,
     )
-    models = {MODEL: Path(model)} | ({} if against is None else {AGAINST: Path(against)})
+    given = {MODEL: model} | ({} if against is None else {AGAINST: against})
+    with ExitStack() as stack:
+        places = {name: stack.enter_context(placed(each)) for name, each in given.items()}
+        speed = _timed(places, data, chosen, plan, samples, told)
+    if picture is not None:
+        from ndonnx.report.speed_picture import write  # noqa: PLC0415 - matplotlib is slow to import
+
+        write(speed, Path(picture))
+    return speed
+
+
+def _timed(
+    places: Mapping[str, Placed],
+    data: Data | None,
+    recipe: Recipe,
+    plan: Plan,
+    samples: int | None,
+    progress: Progress,
+) -> Speed:
+    models = {name: place.path for name, place in places.items()}
     graphs = {name: load(path) for name, path in models.items()}
     sessions = {name: _opened_on(models[name], plan.providers) for name in models}
     specs = {name: input_specs(session) for name, session in sessions.items()}
@@ -104,7 +131,9 @@ def benchmark(
     batch = _one_batch(inputs, source, graph, recipe, max(plan.batch_sizes))
     arrays = {name: array.shape for name, array in batch.items()}
     sizes = {
-        name: ModelSize.of(models[name], graph, one_sample(graph, arrays, plan.interface))
+        name: replace(
+            ModelSize.of(models[name], graph, one_sample(graph, arrays, plan.interface)), path=places[name].name
+        )
         for name, graph in graphs.items()
     }
     for name, entry in specs.items():
@@ -112,7 +141,7 @@ def benchmark(
     found = measure_speed(models, batch, plan, progress)
     if not all(timing.is_steady for entry in found for timing in entry.batches):
         notes.append("runs took very unequal times: other work on these cores? the intervals hold for it, too")
-    speed = Speed(
+    return Speed(
         model=sizes[MODEL],
         against=sizes.get(AGAINST),
         threads=plan.threads,
@@ -121,11 +150,6 @@ def benchmark(
         fidelity=None if source is None else _fidelity(models, source, samples, progress),
         notes=notes,
     )
-    if picture is not None:
-        from ndonnx.report.speed_picture import write  # noqa: PLC0415 - matplotlib is slow to import
-
-        write(speed, Path(picture))
-    return speed
 
 
 def _opened_on(model: Path, providers: Sequence[str]) -> ort.InferenceSession:

@@ -4,31 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
+from ndonnx.api.models import Model, Student, placed
+from ndonnx.api.settings import RecipeLike, recipe_of
 from ndonnx.config.recipe import Recipe
-from ndonnx.flow.build import build, build_to_target
+from ndonnx.data import Data
+from ndonnx.flow.build import Built, build, build_to_target
 from ndonnx.flow.prepare import Request, prepare
 from ndonnx.graph import save
 from ndonnx.metrics.evaluation import Evaluation
 from ndonnx.report import CompressReport, Seconds, TargetReport
 from ndonnx.report.summary import compare, drop_of, summaries, told_shapes
 from ndonnx.runtime.machine import peak_rss_bytes
-from ndonnx.runtime.progress import Progress, Silent
-
-
-@dataclass(frozen=True)
-class Student:
-    """The compressed model."""
-
-    model: ir.Model
-    path: Path | None
-    """Where it was written; None if no output was asked for."""
-
-    def save(self, path: str | Path) -> None:
-        """Write it under its final name only when complete (see `ndonnx.graph.save`)."""
-        save(self.model, path)
+from ndonnx.runtime.progress import Listener, Progress, listening
 
 
 @dataclass(frozen=True)
@@ -40,49 +31,63 @@ class CompressResult:
 
 
 def compress(
-    model: str | Path,
+    model: Model,
     *,
-    data: str | None = None,
-    recipe: Recipe | None = None,
+    data: Data | None = None,
+    recipe: RecipeLike | None = None,
     output: str | Path | None = None,
-    eval_data: str | None = None,
+    eval_data: Data | None = None,
     run_dir: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: Listener | None = None,
+    **settings: Any,
 ) -> CompressResult:
     """Compress an ONNX model by neighbourhood distillation.
 
     Args:
-        model: path of the teacher; never modified.
-        data: unlabelled inputs to distil on, as a data source (`calib.npz`, `images/`). At least 3 samples.
-            None: made up, which the recipe's `data_free` must allow.
-        recipe: what to build and how; the defaults otherwise.
-        output: where the student is written. None: nowhere, see `CompressResult.student`.
-        eval_data: data source for the final comparison; labels give accuracy. None: rows of `data` that nothing
+        model: teacher as a path, an `onnx.ModelProto` or an `onnx_ir.Model`; never modified.
+        data: unlabelled inputs to distil on, at least 3 samples: the name of a data source (`calib.npz`, `images/`), an
+            array (n, ...) for a model with one input, a dict of arrays by input, or an iterable of samples or batches
+            (arrays, dicts, tuples; a torch `DataLoader`, a Hugging Face `Dataset`), which is read once. None: made up,
+            which the recipe's `data_free` must allow.
+        recipe: what to build and how, as a `Recipe`, its keys in a mapping, or the path of a TOML file.
+        output: file that the student is written to. None: none, see `CompressResult.student`.
+        eval_data: data for the final comparison, as `data`; labels give accuracy. None: rows of `data` that nothing
             else has seen, a tenth of them, at most 2,000.
-        run_dir: where the run keeps its state, to be continued after an interruption.
-            None: beside `output` (or the model), with the suffix `.run`.
-        progress: told what goes on.
+        run_dir: folder in which the run keeps its state, to be continued after an interruption. None: beside `output`
+            (or the model) with the suffix `.run`; for a model that is no file, a temporary folder.
+        progress: who is told what goes on, as a `Progress` or a callable that takes an `Event`. None: the logger
+            `ndonnx`.
+        settings: keys of the recipe, laid over it: `keep=0.5`, `steps=200`, `method=ndonnx.Sparsity("2:4")`.
 
     Raises:
         UsageError: bad input; one line that names the file, node or value and the way out.
     """
-    recipe, progress = recipe or Recipe(), progress or Silent()
-    path, written, folder = (None if each is None else Path(each) for each in (model, output, run_dir))
-    assert path is not None
+    chosen, told = recipe_of(recipe, settings), listening(progress)
+    written = None if output is None else Path(output)
+    with placed(model, run_dir) as place:
+        request = Request(place.path, data, eval_data, written, place.run_dir)
+        built, report = _compressed(request, chosen, told)
+        if place.temporary:
+            report = replace(report, teacher=replace(report.teacher, path=None), run_dir=None)
+        return CompressResult(place.kept(built.model, written), report)
+
+
+def _compressed(request: Request, recipe: Recipe, progress: Progress) -> tuple[Built, CompressReport]:
     searched = bool(recipe.target) or recipe.max_drop is not None
-    with prepare(Request(path, data, eval_data, written, folder), recipe, progress, searched=searched) as run:
+    with prepare(request, recipe, progress, searched=searched) as run:
 
         def write(student: ir.Model) -> None:
-            if written is not None:
-                save(student, written)
+            if request.output is not None:
+                save(student, request.output)
 
         built = build_to_target(run, lambda whole: write(whole.model())) if searched else build(run)
         with run.clock.measure("splice"):
             if not searched:
                 write(built.model)
         with run.clock.measure("evaluate"):
-            metrics = compare(path, built.model, run.judge, progress)
-            before, after = summaries(run.teacher.model, path, built.model, written, run.parts)
+            metrics = compare(request.model, built.model, run.judge, progress)
+            before, after = summaries(run.teacher.model, request.model, built.model, request.output, run.parts)
+        judged = None if request.eval_data is None else run.judge.spec
         report = CompressReport(
             teacher=before,
             student=after,
@@ -94,10 +99,10 @@ def compress(
             run_dir=str(run.directory.path),
             unchanged=run.recipe.changes_nothing and not searched,
             shapes=told_shapes(run.parts),
-            target=None if built.target is None else _held(built.target, metrics, eval_data),
+            target=None if built.target is None else _held(built.target, metrics, judged),
         )
         report.write(run.directory.path / "report.json")
-    return CompressResult(Student(built.model, written), report)
+    return built, report
 
 
 def _held(target: TargetReport, metrics: dict[str, Evaluation], eval_data: str | None) -> TargetReport:

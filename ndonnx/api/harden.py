@@ -8,26 +8,30 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 
+from ndonnx.api.models import Model, Placed, placed
+from ndonnx.api.settings import RecipeLike, recipe_of
 from ndonnx.assemble.verify import verify
 from ndonnx.config.recipe import Recipe
-from ndonnx.distill import Training
+from ndonnx.data import Data
 from ndonnx.distill.hardening import HardenJob
 from ndonnx.distill.memory import MemoryPlan
 from ndonnx.distill.noisy_body import measure_noises
 from ndonnx.distill.schedule import Schedule
+from ndonnx.distill.trainer import Training
 from ndonnx.distill.whole import MODEL_FILE, WholeSettings
 from ndonnx.errors import ModelError, NdonnxError, SliceError, UsageError
 from ndonnx.flow.prepare import Opened, Request, open_all, partition_model
-from ndonnx.graph import load, save
+from ndonnx.graph import load, save, to_proto
 from ndonnx.graph.dataflow import real_inputs
 from ndonnx.graph.shapes.declared import state_as_in_file
 from ndonnx.metrics.evaluation import Evaluation, evaluate
 from ndonnx.partition import Partition
 from ndonnx.runtime.faults import Fault
 from ndonnx.runtime.machine import usable_cores
-from ndonnx.runtime.progress import Progress, Silent
+from ndonnx.runtime.progress import Listener, Progress, listening
 from ndonnx.runtime.run_directory import Entry, record_fault
 from ndonnx.teacher import capture_bytes
 from ndonnx.teacher.batches import probe, whole_batches
@@ -44,7 +48,7 @@ _SPREAD_SAMPLES = 128
 
 @dataclass(frozen=True)
 class HardenReport:
-    """What came of a hardening."""
+    """What a hardening came to."""
 
     model: str
     output: str | None
@@ -76,21 +80,30 @@ class HardenResult:
     model: ir.Model
     report: HardenReport
 
+    def proto(self) -> onnx.ModelProto:
+        """The hardened model as a message of the `onnx` package, all weights inside; a new one each time."""
+        return to_proto(self.model)
+
     def save(self, path: str | Path) -> None:
-        """Write it under its final name only when complete (see `ndonnx.graph.save`)."""
+        """Write the hardened model under its final name only when it is complete.
+
+        Raises:
+            RunDirError: the folder is missing, unwritable or full.
+        """
         save(self.model, path)
 
 
 def harden(
-    model: str | Path,
+    model: Model,
     *,
-    data: str,
+    data: Data,
     noise: float = NOISE,
     steps: int | None = None,
-    recipe: Recipe | None = None,
+    recipe: RecipeLike | None = None,
     output: str | Path | None = None,
-    eval_data: str | None = None,
-    progress: Progress | None = None,
+    eval_data: Data | None = None,
+    progress: Listener | None = None,
+    **settings: Any,
 ) -> HardenResult:
     """Train a model to answer the same with noise on its inner activations (appendix B.1).
 
@@ -99,35 +112,45 @@ def harden(
     held-out state is kept, so the model never bears noise worse than it did.
 
     Args:
-        model: path of the teacher; never modified. It has one output.
-        data: inputs to train on, as a data source.
+        model: teacher as a path, an `onnx.ModelProto` or an `onnx_ir.Model`; never modified. It has one output.
+        data: inputs to train on, as `compress` takes them.
         noise: deviation of the noise at the exit of every neighbourhood, as a part of the activation's own.
         steps: optimiser steps. None: the recipe's `finetune_steps`, or 2,000 where it says none.
-        recipe: the partition, `finetune_lr`, `finetune_samples`, `temperature`, `label_weight` and how to run.
+        recipe: the partition, `finetune_lr`, `finetune_samples`, `temperature`, `label_weight` and how to run, as a
+            `Recipe`, its keys in a mapping, or the path of a TOML file.
         output: where the hardened model is written. None: nowhere, see `HardenResult.model`.
-        eval_data: data for the comparison without noise; labels give accuracy. None: rows of `data`
+        eval_data: data for the comparison without noise, as `data`; labels give accuracy. None: rows of `data`
             that nothing else has seen, a tenth of them, at most 2,000.
-        progress: told what goes on.
+        progress: who is told what goes on, as a `Progress` or a callable that takes an `Event`. None: the logger
+            `ndonnx`.
+        settings: further keys of the recipe, laid over it, as `label_weight=0.5`.
 
     Raises:
         UsageError: bad input, a model that does not convert to torch, or a training that broke down.
         NdonnxError: the training ended in something that nobody foresaw; a file beside the output has its traceback.
     """
-    recipe, progress = recipe or Recipe(), progress or Silent()
+    chosen, told = recipe_of(recipe, settings), listening(progress)
     if not (math.isfinite(noise) and noise >= 0):
         raise UsageError(f"--noise {noise:g}: expected a number from 0, as a part of each activation's deviation")
     if steps is not None and steps < 0:
         raise UsageError(f"--steps {steps}: expected at least 0")
-    steps = (recipe.finetune_steps or STEPS) if steps is None else steps
+    steps = (chosen.finetune_steps or STEPS) if steps is None else steps
+    with placed(model) as place:
+        request = Request(place.path, data, eval_data, None if output is None else Path(output))
+        return _hardened(place, request, chosen, told, noise, steps)
+
+
+def _hardened(
+    place: Placed, request: Request, recipe: Recipe, progress: Progress, noise: float, steps: int
+) -> HardenResult:
+    path, output = place.path, request.output
     progress.stage("load")
-    path = Path(model)
-    request = Request(path, data, eval_data, None if output is None else Path(output))
     given = open_all(request, recipe, samples=recipe.finetune_samples)
     for remark in given.remarks:
         progress.note(remark)
     if len(given.teacher.model.graph.outputs) != 1:
         raise ModelError(
-            f"{path}: has {len(given.teacher.model.graph.outputs)} outputs; only a model with one can be hardened"
+            f"{place.name}: has {len(given.teacher.model.graph.outputs)} outputs; only a model with one can be hardened"
         )
     progress.stage("partition")
     parts = partition_model(given.teacher.model, recipe, given.teacher.interface)
@@ -136,16 +159,16 @@ def harden(
         with tempfile.TemporaryDirectory(prefix="ndonnx-") as folder:
             trained = _Run(given, parts, recipe, progress, Path(folder)).train(noises, steps)
     except SliceError as error:
-        raise UsageError(f"{path}: cannot be hardened: {error}") from error
+        raise UsageError(f"{place.name}: cannot be hardened: {error}") from error
     if isinstance(trained, Fault):
-        raise _unforeseen(trained, path, Path(output or model))
+        raise _unforeseen(trained, place.name, output or (Path("model") if place.temporary else path))
     hardened, training = trained
     state_as_in_file(hardened, given.teacher.model)
     verify(given.teacher.model, hardened, parts, {}, probe(given.split.source), recipe.parity)
     if output is not None:
         save(hardened, output)
     report = HardenReport(
-        model=str(path),
+        model=place.name,
         output=None if output is None else str(output),
         noise=noise,
         values=tuple(found.value for found in noises),
@@ -163,7 +186,7 @@ def harden(
     return HardenResult(hardened, report)
 
 
-def _unforeseen(fault: Fault, model: Path, output: Path) -> NdonnxError:
+def _unforeseen(fault: Fault, model: str, output: Path) -> NdonnxError:
     """One line of what nobody foresaw, and where more is told of it."""
     told = record_fault(output.with_suffix(".faults"), "model", fault)
     return NdonnxError(f"{model}: cannot be hardened: {fault.reason}; {told} tells more")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
+from ndonnx.api.models import Model, Placed, placed
+from ndonnx.api.settings import RecipeLike, recipe_of
 from ndonnx.config.recipe import Recipe
+from ndonnx.data import Data
 from ndonnx.data.inputs import interface_of, settle
 from ndonnx.data.specs import declared_specs
 from ndonnx.graph import load
@@ -18,21 +21,27 @@ from ndonnx.graph.passes.branches import open_branches
 from ndonnx.graph.working_copy import working_copy
 from ndonnx.partition import Partition, partition
 from ndonnx.report.inspection import Inspection
-from ndonnx.runtime.progress import Progress
+from ndonnx.runtime.progress import Listener, Progress, listening
 from ndonnx.students.registry import operators_around
 
 
-def partition_model(model: str | Path, recipe: Recipe | None = None) -> Partition:
-    """The neighbourhoods of a model, in order, with what each holds and why it would be kept.
+def partition_model(model: Model, recipe: RecipeLike | None = None, **settings: Any) -> Partition:
+    """Find the neighbourhoods of a model, in order, with what each holds and why it would be kept.
+
+    Args:
+        model: path, `onnx.ModelProto` or `onnx_ir.Model`.
+        recipe: how it is partitioned, as a `Recipe`, its keys in a mapping, or the path of a TOML file.
+        settings: keys of the recipe, laid over it, as `keep=0.5`.
 
     Raises:
         UsageError: the model cannot be read, or the recipe names values that it does not have.
     """
-    recipe = recipe or Recipe()
-    teacher = load(model)
-    inputs, fixed = settle(declared_specs(teacher.graph), recipe.model_inputs)
-    bound = {spec.name: spec.sizes for spec in inputs if spec.sizes is not None}
-    return _partitioned(teacher, recipe, interface_of(inputs, fixed), bound)
+    chosen = recipe_of(recipe, settings)
+    with placed(model) as place:
+        teacher = load(place.path)
+        inputs, fixed = settle(declared_specs(teacher.graph), chosen.model_inputs)
+        bound = {spec.name: spec.sizes for spec in inputs if spec.sizes is not None}
+        return _partitioned(teacher, chosen, interface_of(inputs, fixed), bound)
 
 
 def _partitioned(
@@ -51,34 +60,44 @@ def _partitioned(
 
 
 def inspect(
-    model: str | Path,
-    recipe: Recipe | None = None,
+    model: Model,
+    recipe: RecipeLike | None = None,
     *,
     check: bool = False,
-    data: str | None = None,
-    progress: Progress | None = None,
+    data: Data | None = None,
+    progress: Listener | None = None,
+    **settings: Any,
 ) -> Inspection:
-    """The partition of a model as plain data: numbers and names, a JSON document, a drawing.
+    """Tell the partition of a model as plain data: numbers and names, a JSON document, a drawing.
 
     Args:
-        model: path of the model.
-        recipe: how it is partitioned, and what `check` shrinks by.
+        model: path, `onnx.ModelProto` or `onnx_ir.Model`.
+        recipe: how it is partitioned, and what `check` shrinks by, as a `Recipe`, its keys in a mapping, or the path of
+            a TOML file.
         check: also take every neighbourhood through the gates that a distillation has before it trains;
             one that does not pass is kept, and its reason names the operator.
-        data: source of the few samples that `check` runs on. None: made up.
-        progress: told what `check` does.
+        data: data of which `check` runs on a few samples, as `compress` takes them. None: made up.
+        progress: who is told what goes on, as a `Progress` or a callable that takes an `Event`. None: the logger
+            `ndonnx`.
+        settings: keys of the recipe, laid over it, as `keep=0.5`.
 
     Raises:
-        UsageError: as `partition_model`; with `check`, the data do not fit the model.
+        UsageError: the model cannot be read, or the recipe names values that it does not have; with `check`, the data
+            do not fit the model.
     """
-    if not check:
-        return Inspection.of(str(model), partition_model(model, recipe), recipe=recipe)
+    chosen = recipe_of(recipe, settings)
+    with placed(model) as place:
+        if not check:
+            return Inspection.of(place.name, partition_model(place.path, chosen), recipe=chosen)
+        return _checked(place, chosen, data, listening(progress))
 
+
+def _checked(place: Placed, recipe: Recipe, data: Data | None, progress: Progress) -> Inspection:
     from ndonnx.metrics.check import check as pass_gates  # noqa: PLC0415 - needs torch
     from ndonnx.metrics.check import few_samples  # noqa: PLC0415
 
-    recipe, teacher = recipe or Recipe(), load(model)
-    given = few_samples(Path(model), teacher.graph, recipe, data)
+    teacher = load(place.path)
+    given = few_samples(place.path, teacher.graph, recipe, data)
     parts = _partitioned(teacher, recipe, given.interface, {name: a.shape for name, a in given.arrays.items()})
-    checked = pass_gates(Path(model), parts, recipe, data=data, progress=progress, given=given)
-    return Inspection.of(str(model), checked.parts, checked.parity, recipe)
+    checked = pass_gates(place.path, parts, recipe, data=data, progress=progress, given=given)
+    return Inspection.of(place.name, checked.parts, checked.parity, recipe)

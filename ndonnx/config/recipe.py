@@ -48,6 +48,7 @@ __all__ = [
     "SearchRecipe",
     "load_recipe",
     "make_recipe",
+    "method_in",
     "parse_augmentations",
     "parse_bytes",
     "parse_duration",
@@ -163,6 +164,16 @@ def load_recipe(path: str | Path | None = None, **overrides: Any) -> Recipe:
         elif value is not None:
             values[key] = value
     return make_recipe(values, where=str(path) if path is not None else "options")
+
+
+def method_in(path: str | Path) -> str | None:
+    """The student method that a TOML recipe names, before anything else of it is believed; None where it names none.
+
+    Raises:
+        RecipeError: the file cannot be read.
+    """
+    found = _read(path).get("method")
+    return found if isinstance(found, str) else None
 
 
 def _read(path: str | Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 
 from ndonnx.config.recipe import FINETUNE_FACTOR, Recipe
-from ndonnx.distill import Plan
+from ndonnx.distill.plan import Plan
 from ndonnx.runtime.machine import computes_in_bf16, pick_device
 
 _DISTIL_PART = 0.1

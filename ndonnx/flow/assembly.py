@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from ndonnx.assemble.splice import is_changed, splice
 from ndonnx.assemble.verify import check_no_larger, verify
-from ndonnx.distill import load_student, read_result
+from ndonnx.distill.job import load_student, read_result
 from ndonnx.errors import VerificationError
 from ndonnx.flow.finish import Finishing
 from ndonnx.flow.run import Run

@@ -10,7 +10,7 @@ from importlib.metadata import version
 
 import onnx_ir as ir
 
-from ndonnx.distill import load_student
+from ndonnx.distill.job import load_student
 from ndonnx.flow.jobs import NeighbourhoodResult, Task
 from ndonnx.flow.measure import Loss, Measures
 from ndonnx.flow.run import Run

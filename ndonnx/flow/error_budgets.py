@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
-from ndonnx.distill import Plan
+from ndonnx.distill.plan import Plan
 from ndonnx.flow.jobs import NeighbourhoodResult
 from ndonnx.flow.measure import Loss
 from ndonnx.metrics.sensitivity import StudyFile

@@ -11,8 +11,8 @@ import onnx_ir as ir
 
 from ndonnx.assemble.propagation import refit_walk
 from ndonnx.data.augmentation import image_axes
-from ndonnx.distill import Training
 from ndonnx.distill.finetune import FinetuneJob, why_not_finetuned
+from ndonnx.distill.trainer import Training
 from ndonnx.distill.whole import MODEL_FILE, WholeSettings
 from ndonnx.flow.run import Run
 from ndonnx.graph import load, save

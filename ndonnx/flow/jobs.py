@@ -8,7 +8,8 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from ndonnx.distill import DistilJob, DistilResult, HeadSlice, Plan
+from ndonnx.distill.job import DistilJob, DistilResult, HeadSlice
+from ndonnx.distill.plan import Plan
 from ndonnx.errors import RecipeError
 from ndonnx.flow.run import Run
 from ndonnx.graph import save

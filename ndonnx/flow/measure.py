@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ndonnx.assemble.splice import splice
 from ndonnx.data.subset import Subset
-from ndonnx.distill import load_student
+from ndonnx.distill.job import load_student
 from ndonnx.errors import ModelError, first_line
 from ndonnx.flow.run import Run
 from ndonnx.graph import load

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ndonnx.config.recipe import Recipe
-from ndonnx.data import DATA_FREE, DataSource, input_specs, open_source
+from ndonnx.data import DATA_FREE, Data, DataSource, input_specs, open_source
 from ndonnx.data.inputs import interface_of
 from ndonnx.data.source import RowSource
 from ndonnx.data.split import Split, compared_of, draw
@@ -51,10 +51,10 @@ class Request:
 
     model: Path
     """The teacher's file."""
-    data: str | None
-    """Data source to distil on; None: made up."""
-    eval_data: str | None = None
-    """Data source of the final comparison; None: rows of `data` that nothing else reads."""
+    data: Data | None
+    """Data to distil on; None: made up."""
+    eval_data: Data | None = None
+    """Data of the final comparison; None: rows of `data` that nothing else reads."""
     output: Path | None = None
     """Where the student goes; None: nowhere."""
     run_dir: Path | None = None
@@ -159,7 +159,7 @@ _TO_CHOOSE, _TO_CONFIRM = 2, 5
 tested: its margin is narrow only with many."""
 
 
-def held_out_for(recipe: Recipe, data: str | None, *, promised: bool) -> HeldOut:
+def held_out_for(recipe: Recipe, data: Data | None, *, promised: bool) -> HeldOut:
     """What a search of this recipe holds out; of made-up data, whose samples cost time, less."""
     choosing, confirming = (1, 1) if data is None else (_TO_CHOOSE, _TO_CONFIRM)
     samples = recipe.search.samples
@@ -213,8 +213,8 @@ def open_all(
         raise DataError("no data: give a data source, or set data_free to make inputs up")
     settings = settings_for(data, session, teacher.graph, recipe)
 
-    def source_of(spec: str, seed: int = recipe.seed, fixed: Mapping[str, NDArray[Any]] | None = None) -> DataSource:
-        return open_source(spec, specs, recipe.data, seed=seed, graph=teacher.graph, settings=settings, fixed=fixed)
+    def source_of(data: Data, seed: int = recipe.seed, fixed: Mapping[str, NDArray[Any]] | None = None) -> DataSource:
+        return open_source(data, specs, recipe.data, seed=seed, graph=teacher.graph, settings=settings, fixed=fixed)
 
     wanted = recipe.samples if samples is None else samples
     if data is not None:

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from ndonnx.assemble.propagation import Prefix
-from ndonnx.distill import load_student
+from ndonnx.distill.job import load_student
 from ndonnx.errors import RecipeError
 from ndonnx.flow.jobs import NeighbourhoodResult, Task
 from ndonnx.flow.run import Run

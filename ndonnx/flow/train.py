@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ndonnx.assemble.propagation import held_values
-from ndonnx.distill import DistilJob, DistilResult, read_result
+from ndonnx.distill.job import DistilJob, DistilResult, read_result
 from ndonnx.errors import RunDirError
 from ndonnx.flow.error_budgets import ErrorBudgets
 from ndonnx.flow.jobs import Jobs, NeighbourhoodResult, Task

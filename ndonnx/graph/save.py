@@ -21,13 +21,18 @@ PROTOBUF_LIMIT = 1_900_000_000
 """Bytes of tensors above which a model is written with external data (protobuf stops at 2 GB)."""
 
 
-def serialise(model: ir.Model) -> bytes:
-    """The model as the bytes of one `.onnx` file, with the tensors that were kept beside it inside."""
+def to_proto(model: ir.Model) -> onnx.ModelProto:
+    """The model as one message, with the tensors that were kept beside it inside; the model itself is not changed."""
     if external_tensors(model):
         model = ir.external_data.load_to_model(model.clone())
     proto = ir.to_proto(model)
     write_sparse(model, proto)
-    return _as_in_file(model, proto).SerializeToString(deterministic=True)
+    return _as_in_file(model, proto)
+
+
+def serialise(model: ir.Model) -> bytes:
+    """The model as the bytes of one `.onnx` file, with the tensors that were kept beside it inside."""
+    return to_proto(model).SerializeToString(deterministic=True)
 
 
 def _as_in_file(model: ir.Model, proto: onnx.ModelProto) -> onnx.ModelProto:

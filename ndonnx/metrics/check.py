@@ -20,7 +20,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ndonnx.config.recipe import Recipe
-from ndonnx.data import DataSource, InputSpec, input_specs, open_source
+from ndonnx.data import Data, DataSource, InputSpec, input_specs, open_source
 from ndonnx.data.inputs import interface_of, settle
 from ndonnx.data.preprocess import resolve
 from ndonnx.data.synthetic import made_up_samples
@@ -82,7 +82,7 @@ def check(
     parts: Partition,
     recipe: Recipe,
     *,
-    data: str | None = None,
+    data: Data | None = None,
     progress: Progress | None = None,
     given: Given | None = None,
 ) -> Checked:
@@ -212,7 +212,7 @@ def _without(parts: Partition, reasons: Mapping[str, str]) -> Partition:
     )
 
 
-def few_samples(model: Path, graph: ir.Graph, recipe: Recipe, data: str | None = None) -> Given:
+def few_samples(model: Path, graph: ir.Graph, recipe: Recipe, data: Data | None = None) -> Given:
     """A few samples for a model, as many as fill whole batches where it fixes their size.
 
     Args:

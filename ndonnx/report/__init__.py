@@ -122,7 +122,8 @@ class CompressReport:
     """None where it was not asked for."""
     seconds: Seconds
     peak_rss_bytes: int
-    run_dir: str
+    run_dir: str | None
+    """Folder of the run's state; None: a temporary one, which is gone."""
     shapes: dict[str, list[int]] | None = None
     """Shape of each input in the run that MACs are told for; None where they are not told."""
     target: TargetReport | None = None

@@ -97,7 +97,8 @@ class SearchReport:
     """The teacher, the searched ones and the uniform baseline."""
     options: list[OptionReport]
     seconds: dict[str, float]
-    run_dir: str
+    run_dir: str | None
+    """Folder of the library of trained candidates; None: a temporary one, which is gone."""
 
     def of(self, source: Source) -> list[SearchedStudent]:
         """The students of one source, the cheapest first."""

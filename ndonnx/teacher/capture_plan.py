@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from ndonnx.data import DataSource
 from ndonnx.partition import Neighbourhood, Partition
-from ndonnx.runtime.progress import Progress
+from ndonnx.runtime.progress import Estimate, Progress
 from ndonnx.teacher.batches import value_bytes
 
 
@@ -57,10 +57,8 @@ class Waves:
         sizes = [(self._bytes(wave) + self.beside) * samples for wave in waves]
         if sizes:
             sweeps = f"in {len(sizes)} sweeps of at most " if len(sizes) > 1 else ""
-            self.progress.note(
-                f"activations of {samples} samples take {sweeps}{gigabytes(max(sizes))} on disk "
-                f"(cache budget {gigabytes(self.budget)})"
-            )
+            told = f"activations of {samples} samples take {sweeps}{gigabytes(max(sizes))} on disk"
+            self.progress.note(Estimate(f"{told} (cache budget {gigabytes(self.budget)})"))
 
     def _fill(self, neighbourhoods: Iterable[Neighbourhood], limit: int) -> list[list[Neighbourhood]]:
         """Runs of neighbours whose boundaries take at most `limit` bytes a sample."""

@@ -16,7 +16,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ndonnx.config.recipe import InputRecipe, Recipe
-from ndonnx.data import InputSpec, input_specs, is_made_up
+from ndonnx.data import Data, InputSpec, input_specs, is_made_up
 from ndonnx.data.inputs import interface_of, settle
 from ndonnx.data.preprocess import IMAGE_CHANNELS, IMAGE_RANK, layout_of, resolve
 from ndonnx.data.synthetic import made_up_samples, scalars_for
@@ -42,7 +42,7 @@ _NAME = re.compile(r"[A-Za-z_][\w.]*")
 
 
 def settings_for(
-    data: str | None, session: ort.InferenceSession, graph: ir.Graph, recipe: Recipe
+    data: Data | None, session: ort.InferenceSession, graph: ir.Graph, recipe: Recipe
 ) -> dict[str, InputRecipe]:
     """What the model's inputs are, with the sizes and values of made-up ones where the data are made up.
 
@@ -55,7 +55,7 @@ def settings_for(
     Raises:
         DataError: no sizes or values were found on which the model runs.
     """
-    made_up = data is None or (is_made_up(data) and not (":" not in data and Path(data).exists()))
+    made_up = data is None or (is_made_up(data) and (":" in str(data) or not Path(str(data)).exists()))
     return complete_settings(session, graph, recipe) if made_up else dict(recipe.model_inputs)
 
 

@@ -11,23 +11,25 @@ import struct
 import sys
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from tokenize import TokenError
-from typing import IO, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from ndonnx.config.recipe import DataRecipe
 from ndonnx.data.inputs import one_value, samples_first
 from ndonnx.data.preprocess import check_array, prepare_array
+from ndonnx.data.registry import Opening, check_file, has_suffix, register_source
 from ndonnx.data.source import CHUNK, RowSource, file_bytes
 from ndonnx.data.specs import Batch, InputSpec, check_labels
 from ndonnx.errors import DataError
 
-LABEL = "label"
+LABELS = ("label", "labels")
+"""Keys of class labels, where no input of the model has that name."""
 MOST_UNPACKED = 4 * 2**30
 """Bytes that the compressed arrays of one `.npz` may take in memory."""
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
@@ -48,41 +50,44 @@ class _Header(NamedTuple):
 
 
 class ArraySource(RowSource):
-    """Arrays named as the model's inputs; the samples lie where the model has them, mostly along the first axis.
+    """Samples in arrays named as the model's inputs, in memory or mapped from a file.
 
-    A scalar, or an array of its input's own fixed shape beside others with samples, is one value for all samples.
+    The samples lie along the axis where the model has them, mostly the first. A scalar, or an array of its input's own
+    fixed shape beside others with samples, is one value for all samples.
     """
 
-    def __init__(self, spec: str, inputs: Sequence[InputSpec], recipe: DataRecipe) -> None:
-        """Open the file and check every array's shape and element type.
+    def __init__(
+        self, opening: Opening, arrays: Mapping[str, NDArray[Any]], content: Callable[[], Iterator[bytes]] | None = None
+    ) -> None:
+        """Check every array's shape and element type, without reading its values.
+
+        Args:
+            opening: what the source is opened with.
+            arrays: one for each input of the model, by name, as the model has it; maybe class labels, integers [n],
+                under `label` or `labels`. They are not copied.
+            content: gives the bytes that decide what the samples are. None: the arrays' own values.
 
         Raises:
-            DataError: the file is missing or corrupt, or an array does not fit the model.
+            DataError: an input has no array, or an array does not fit the model.
         """
-        super().__init__(spec, inputs, recipe)
-        self._path = Path(spec)
-        arrays = self._open()
-        labels = arrays.pop(LABEL, None) if LABEL not in {entry.name for entry in self.inputs} else None
-        self.fixed = one_value(self.inputs, arrays, spec)
+        super().__init__(opening.spec, opening.inputs, opening.recipe)
+        spec, found = opening.spec, dict(arrays)
+        names = [entry.name for entry in self.inputs]
+        key = label_key(found, names)
+        labels = None if key is None else found.pop(key)
+        check_keys(opening, found)
+        self._read_content = content
+        self.fixed = one_value(self.inputs, found, spec)
         self.inputs = tuple(entry for entry in self.inputs if entry.name not in self.fixed)
         if not self.inputs:
             raise DataError(f"{spec}: holds one value for all samples and nothing else, so that there are no samples")
-        self._arrays = {entry.name: samples_first(arrays[entry.name], entry) for entry in self.inputs}
+        self._arrays = {entry.name: samples_first(found[entry.name], entry) for entry in self.inputs}
         for entry in self.inputs:
             array = self._arrays[entry.name]
-            check_array(array.shape, array.dtype, entry, recipe, self._where(entry))
+            check_array(array.shape, array.dtype, entry, self.recipe, self._where(entry))
         self.length = self._common_length()
-        self._labels = None if labels is None else check_labels(labels, self.length, f"{spec}: '{LABEL}'")
+        self._labels = None if labels is None else check_labels(labels, self.length, f"{spec}: '{key}'")
         self.has_labels = labels is not None
-
-    def _open(self) -> dict[str, NDArray[np.generic]]:
-        if self._path.suffix.lower() == ".npz":
-            alone = [entry.name for entry in self.inputs if all(isinstance(size, int) for size in entry.shape)]
-            return open_npz(self._path, [entry.name for entry in self.inputs], alone)
-        if len(self.inputs) != 1:
-            names = ", ".join(f"'{entry.name}'" for entry in self.inputs)
-            raise DataError(f"{self.spec}: holds one array, but the model has the inputs {names}; give an .npz")
-        return {self.inputs[0].name: open_npy(self._path)}
 
     def _common_length(self) -> int:
         lengths = {name: len(array) for name, array in self._arrays.items()}
@@ -105,7 +110,74 @@ class ArraySource(RowSource):
         return f"{self.spec}: '{entry.name}'"
 
     def _content(self) -> Iterator[bytes]:
-        return file_bytes(self._path, self.spec)
+        if self._read_content is not None:
+            return self._read_content()
+        labels = {} if self._labels is None else {LABELS[0]: self._labels}
+        return chain.from_iterable(array_bytes(name, array) for name, array in (self._arrays | labels).items())
+
+
+@register_source("a .npz or .npy file", opens=has_suffix(".npz", ".npy"))
+def open_arrays(opening: Opening) -> ArraySource:
+    """Open a `.npz` file, or a `.npy` file for a model with one input.
+
+    Raises:
+        DataError: the file is missing or corrupt, or an array does not fit the model.
+    """
+    path, names = check_file(opening.spec), [entry.name for entry in opening.inputs]
+    if path.suffix.lower() == ".npz":
+        arrays = open_npz(path, names, whole_shapes(opening.inputs))
+    else:
+        arrays = {only_input(opening, "give an .npz"): open_npy(path)}
+    return ArraySource(opening, arrays, lambda: file_bytes(path, opening.spec))
+
+
+def only_input(opening: Opening, way_out: str) -> str:
+    """Name of the model's one input, which a source with one array is for.
+
+    Raises:
+        DataError: the model has several inputs; ends in this way out.
+    """
+    if len(opening.inputs) != 1:
+        names = _quoted([entry.name for entry in opening.inputs])
+        raise DataError(f"{opening.spec}: holds one array, but the model has the inputs {names}; {way_out}")
+    return opening.inputs[0].name
+
+
+def array_bytes(name: str, array: NDArray[Any]) -> Iterator[bytes]:
+    """The bytes that decide what an array is, a part at a time: its name, element type and shape, then its values."""
+    yield f"{name} {array.dtype.str} {array.shape};".encode()
+    rows = max(1, CHUNK * len(array) // max(1, array.nbytes)) if array.ndim else 1
+    for start in range(0, len(array) if array.ndim else 0, rows):
+        yield np.ascontiguousarray(array[start : start + rows]).tobytes()
+
+
+def label_key(found: Iterable[str], inputs: Collection[str]) -> str | None:
+    """The key that holds class labels, where it is none of the model's inputs; None where there are no labels."""
+    return next((key for key in LABELS if key in found and key not in inputs), None)
+
+
+def check_keys(opening: Opening, found: Collection[str]) -> None:
+    """Refuse a source that lacks an input of the model.
+
+    Raises:
+        DataError: it does; tells the keys and the way out.
+    """
+    names = [entry.name for entry in opening.inputs]
+    if missing := [name for name in names if name not in found]:
+        raise DataError(f"{opening.spec}: {missing_keys(names, found, missing, whole_shapes(opening.inputs))}")
+
+
+def whole_shapes(inputs: Iterable[InputSpec]) -> list[str]:
+    """Names of the inputs with a fixed shape, which could have one value for all samples."""
+    return [entry.name for entry in inputs if all(isinstance(size, int) for size in entry.shape)]
+
+
+def missing_keys(names: Sequence[str], found: Iterable[str], missing: Sequence[str], alone: Sequence[str]) -> str:
+    """What is wrong with the keys of a source that lacks some of the model's inputs, and the way out."""
+    return (
+        f"expected the keys {_quoted(names)} (and '{LABELS[0]}' if there are labels), "
+        f"found {_quoted(found) or 'none'}; missing {_quoted(missing)}{_way_out(alone, missing)}"
+    )
 
 
 def _give_back(array: NDArray[np.generic]) -> None:
@@ -132,7 +204,7 @@ def open_npy(path: Path) -> NDArray[np.generic]:
 
 
 def open_npz(path: Path, names: Sequence[str], alone: Sequence[str] = ()) -> dict[str, NDArray[np.generic]]:
-    """The arrays `names`, and `label` if it is there, out of a `.npz` file.
+    """The arrays `names`, and class labels if they are there, out of a `.npz` file.
 
     Args:
         path: of the file.
@@ -146,11 +218,9 @@ def open_npz(path: Path, names: Sequence[str], alone: Sequence[str] = ()) -> dic
         with zipfile.ZipFile(path) as archive:
             members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
             if missing := [name for name in names if name not in members]:
-                raise DataError(
-                    f"{path}: expected the keys {_quoted(names)} (and '{LABEL}' if there are labels), "
-                    f"found {_quoted(members) or 'none'}; missing {_quoted(missing)}{_way_out(alone, missing)}"
-                )
-            wanted = {name: members[name] for name in (*names, LABEL) if name in members}
+                raise DataError(f"{path}: {missing_keys(names, members, missing, alone)}")
+            key = label_key(members, names)
+            wanted = {name: members[name] for name in (*names, *([] if key is None else [key]))}
             unpacked = sum(info.file_size for info in wanted.values() if info.compress_type != zipfile.ZIP_STORED)
             if unpacked > MOST_UNPACKED:
                 raise DataError(
@@ -226,5 +296,5 @@ def _way_out(alone: Sequence[str], missing: Sequence[str]) -> str:
     return "" if found is None else f"; if it has one value for all samples, give it by --input {found}=VALUE"
 
 
-def _quoted(names: Sequence[str] | dict[str, zipfile.ZipInfo]) -> str:
+def _quoted(names: Iterable[str]) -> str:
     return ", ".join(f"'{name}'" for name in names)

@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ndonnx.config.recipe import DataRecipe
+from ndonnx.data.inputs import refuse_scalars
+from ndonnx.data.registry import Opening, register_source
 from ndonnx.data.source import RowSource, file_bytes
 from ndonnx.data.sources.images import SUFFIXES, ImageReader
-from ndonnx.data.specs import Batch, InputSpec
+from ndonnx.data.sources.noise import is_name
+from ndonnx.data.specs import Batch
 from ndonnx.errors import DataError
 
 
+def _is_folder(given: Any) -> bool:
+    return isinstance(given, str) and not is_name(given) and Path(given).is_dir()
+
+
+@register_source("a directory of images", opens=_is_folder)
 class FolderSource(RowSource):
     """Image files, sorted by name; the label is the place of the sub-folder among its sorted siblings."""
 
-    def __init__(self, spec: str, inputs: Sequence[InputSpec], recipe: DataRecipe) -> None:
+    def __init__(self, opening: Opening) -> None:
         """List the folder.
 
         Raises:
             DataError: it holds no images, or images both directly and in sub-folders.
         """
-        super().__init__(spec, inputs, recipe)
+        spec = opening.spec
+        refuse_scalars(opening.inputs)
+        super().__init__(spec, opening.inputs, opening.recipe)
         self._root = Path(spec)
-        self._reader = ImageReader(spec, inputs, recipe)
+        self._reader = ImageReader(spec, opening.inputs, opening.recipe)
         try:
             self._list()
         except OSError as error:

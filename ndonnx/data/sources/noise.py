@@ -7,15 +7,19 @@ the whole teacher, so that what every neighbourhood sees is what its predecessor
 from __future__ import annotations
 
 import math
+import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from ndonnx.config.recipe import DataRecipe
+from ndonnx.data.inputs import refuse_scalars
 from ndonnx.data.preprocess import IMAGE_RANK, layout_of, normalise
+from ndonnx.data.registry import Opening, register_source
 from ndonnx.data.source import RowSource
 from ndonnx.data.sources.images import BYTE_SCALE
 from ndonnx.data.sources.textures import Painter
@@ -46,6 +50,12 @@ Make = Callable[[NDArray[np.int64]], Array]
 """From the numbers of samples to one input's values."""
 
 
+def is_name(given: Any) -> bool:
+    """Whether what the user gave is the name of a source here, even beside a file that is called the same."""
+    return isinstance(given, str) and given.partition(":")[0] in NOISES
+
+
+@register_source(f"made-up samples: {', '.join(NOISES)} (or {NOISES[-1]}:N for N of them)", opens=is_name)
 class NoiseSource(RowSource):
     """Sample i is the same for a given seed, whatever the batch size or the order.
 
@@ -55,16 +65,18 @@ class NoiseSource(RowSource):
     real ones; otherwise they have mean 0 and deviation 1, as normalised ones would.
     """
 
-    def __init__(
-        self, spec: str, inputs: Sequence[InputSpec], recipe: DataRecipe, seed: int, graph: ir.Graph | None
-    ) -> None:
+    def __init__(self, opening: Opening) -> None:
         """Check that every input can be made up.
 
         Raises:
-            DataError: N is not a positive number, an input has a dynamic dimension, or it holds whole numbers
+            DataError: N is not a positive number, an input has no or a dynamic dimension, or it holds whole numbers
                 of which the graph does not tell the range.
         """
-        super().__init__(spec, inputs, recipe)
+        spec, graph = opening.spec, opening.graph
+        if ":" not in spec and Path(spec).exists():
+            raise DataError(f"{spec!r}: made-up samples or the path here? write {spec}:20000 or .{os.sep}{spec}")
+        refuse_scalars(opening.inputs)
+        super().__init__(spec, opening.inputs, opening.recipe)
         self._kind, _, count = spec.partition(":")
         if ":" not in spec:
             count = str(DEFAULT_LENGTH)
@@ -73,7 +85,7 @@ class NoiseSource(RowSource):
                 f"{spec}: expected {self._kind}:N with a number of samples N of at least 1, found '{count[:40]}'"
             )
         self.length = int(count)
-        self._seed = seed
+        self._seed = opening.seed
         values = {} if graph is None else {value.name or "": value for value in graph.inputs}
         self._makers = {entry.name: self._maker(place, entry, values) for place, entry in enumerate(self.inputs)}
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import islice
-from pathlib import Path
 from tempfile import SpooledTemporaryFile
 from typing import Any
 
@@ -13,10 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from ndonnx.config.recipe import DataRecipe
+from ndonnx.data.inputs import refuse_scalars
+from ndonnx.data.registry import Opening, check_file, has_suffix, register_source
 from ndonnx.data.source import DataSource, file_bytes, first_line
 from ndonnx.data.sources.images import ImageReader
-from ndonnx.data.specs import Batch, InputSpec
+from ndonnx.data.specs import Batch
 from ndonnx.errors import DataError
 
 _IN_MEMORY = 128 * 2**20
@@ -29,6 +29,7 @@ Row = tuple[int, bytes, int | None]
 """Index, encoded image, label."""
 
 
+@register_source("a .parquet file of images", opens=has_suffix(".parquet"))
 class ParquetSource(DataSource):
     """Encoded images in a table, decoded batch by batch.
 
@@ -36,15 +37,17 @@ class ParquetSource(DataSource):
     are set aside, on the disk where they are many, never their pixels.
     """
 
-    def __init__(self, spec: str, inputs: Sequence[InputSpec], recipe: DataRecipe) -> None:
+    def __init__(self, opening: Opening) -> None:
         """Read the file's footer and check its columns.
 
         Raises:
             DataError: the file is missing, corrupt, empty, or has other columns.
         """
-        super().__init__(spec, inputs, recipe)
-        self._path = Path(spec)
-        self._reader = ImageReader(spec, inputs, recipe)
+        spec = opening.spec
+        super().__init__(spec, opening.inputs, opening.recipe)
+        self._path = check_file(spec)
+        refuse_scalars(opening.inputs)
+        self._reader = ImageReader(spec, opening.inputs, opening.recipe)
         try:
             with pq.ParquetFile(self._path) as file:
                 schema: Any = file.schema_arrow

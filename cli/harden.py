@@ -1,4 +1,4 @@
-"""`ndonnx harden`: a teacher that bears errors inside, so that its students may be worse."""
+"""`ndonnx harden`: a teacher that tolerates errors inside, so that its students may be worse."""
 
 from __future__ import annotations
 

@@ -225,7 +225,8 @@ def measured(found: ndonnx.Evaluation) -> list[tuple[str, str]]:
 
 def _neighbourhoods(report: ndonnx.CompressReport) -> Table:
     columns = (
-        "neighbourhood", "candidate", "status", ">NMSE start → end", ">bears", ">steps", ">saved", ">time", "reason",
+        "neighbourhood", "candidate", "status", ">NMSE start → end", ">tolerates", ">steps", ">saved", ">time",
+        "reason",
     )  # fmt: skip
     rows = (
         (

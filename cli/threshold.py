@@ -1,4 +1,4 @@
-"""`ndonnx threshold`: how much error a model bears, and where."""
+"""`ndonnx threshold`: how much error a model tolerates, and where."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def threshold(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> int:
-    """Measure how much error each neighbourhood of MODEL bears, and all together: with noise, and with students."""
+    """Measure how much error each neighbourhood of MODEL tolerates, and all together: with noise, and with students."""
     settings = ndonnx.load_recipe(recipe, **given(context))
     if data is None:
         raise UsageError(f"--data is missing: give {options.SOURCES}")
@@ -99,7 +99,7 @@ def _numbers(flag: str, text: str | None) -> list[float] | None:
 
 
 def _print(report: ThresholdReport, folder: Path) -> None:
-    """What each neighbourhood bears and what its students lose; below, what noise at many places does."""
+    """What each neighbourhood tolerates and what its students lose; below, what noise at many places does."""
     from .tables import nmse_text, print_text, seconds_text, table_of  # noqa: PLC0415
 
     multipliers = sorted({found.keep for found in report.width})
@@ -115,7 +115,7 @@ def _print(report: ThresholdReport, folder: Path) -> None:
         lost = [drops.get((found.name, multiplier)) for multiplier in multipliers]
         rows.append((found.name, *limits, sensitivity, *("" if drop is None else f"{drop:.4f}" for drop in lost)))
     heads = [
-        ">bears NMSE of noise",
+        ">tolerates NMSE of noise",
         ">of students",
         ">sensitivity",
         *(f">drop at k={multiplier:g}" for multiplier in multipliers),

@@ -45,8 +45,8 @@ class Enhancer(nn.Module):
         self.mask = nn.Linear(20, 16)
         self.synthesis = nn.ConvTranspose1d(16, 1, 8, stride=4, bias=False)
 
-    def forward(self, wave: Tensor) -> Tensor:
-        bands = self.analysis(wave)
+    def forward(self, sweep: Tensor) -> Tensor:
+        bands = self.analysis(sweep)
         mask = torch.sigmoid(self.mask(self.body(torch.relu(bands).transpose(1, 2))[0])).transpose(1, 2)
         out: Tensor = self.synthesis(bands * mask)
         return out

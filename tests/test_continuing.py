@@ -126,13 +126,13 @@ MANIFESTS = 4096
 """Bytes that a store may take for its manifest and its files' headers."""
 
 
-@pytest.mark.parametrize(("values", "waves"), [(4, 1), (3, 2), (2, 3)])
-def test_a_small_cache_budget_makes_waves_and_the_same_student(bench: Bench, values: int, waves: int) -> None:
+@pytest.mark.parametrize(("values", "sweeps"), [(4, 1), (3, 2), (2, 3)])
+def test_a_small_cache_budget_makes_waves_and_the_same_student(bench: Bench, values: int, sweeps: int) -> None:
     reference = bench.bytes("reference")
     budget, sizes = USED * values * SAMPLE, []
     recorder = Recorder(lambda kind: sizes.append(activations(bench.folder / "run")))
     result = bench.compress(progress=recorder, cache_budget=budget)
-    assert recorder.stages.count("capture") == recorder.stages.count("distil") == waves
+    assert recorder.stages.count("capture") == recorder.stages.count("distil") == sweeps
     assert USED * 2 * SAMPLE <= max(sizes) <= budget + MANIFESTS
     assert bench.student.read_bytes() == reference
     assert all(status != "reused" for status in statuses(result).values())
@@ -152,11 +152,11 @@ def test_a_chain_of_students_keeps_the_cache_budget(bench: Bench) -> None:
     """In order, what the students before give lies on the disk beside the teacher's exits."""
     reference = bench.bytes("reference", inputs="student")
     image, held = 4 * 3 * 8 * 8, []
-    for values, waves in ((1, 3), (2, 2), (3, 1)):
+    for values, sweeps in ((1, 3), (2, 2), (3, 1)):
         budget = 48 * (image + 2 * SAMPLE + values * SAMPLE)
         recorder = Recorder(lambda kind: held.append(activations(bench.folder / "run")))
         result = bench.compress(progress=recorder, inputs="student", cache_budget=budget)
-        assert recorder.stages.count("capture") == waves
+        assert recorder.stages.count("capture") == sweeps
         assert max(held) <= budget + 4 * MANIFESTS
         assert bench.student.read_bytes() == reference
         assert all(status != "reused" for status in statuses(result).values())

@@ -1,4 +1,4 @@
-"""Hardening: what noise goes where, that the hardened model bears it better, and what is left alone."""
+"""Hardening: what noise goes where, that the hardened model tolerates it better, and what is left alone."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from onnx_ir.passes.common import InlinePass, ShapeInferencePass
 from ndonnx.graph import load
 from ndonnx.graph.shapes.inference import infer_shapes
 from ndonnx.graph.shapes.onnx_inference import weightless, weightless_of
-from ndonnx.runtime.gc_pause import collector_paused
+from ndonnx.runtime.gc_pause import gc_paused
 
 
 def types(model: ir.Model) -> Iterator[tuple[int, str | None, str, str]]:
@@ -163,14 +163,14 @@ def test_no_large_tensor_is_in_the_message() -> None:
 
 
 def test_the_collector_is_as_it_was() -> None:
-    with collector_paused():
-        with collector_paused():
+    with gc_paused():
+        with gc_paused():
             assert not gc.isenabled()
         assert not gc.isenabled()
     assert gc.isenabled()
     gc.disable()
     try:
-        with collector_paused():
+        with gc_paused():
             pass
         assert not gc.isenabled()
     finally:

@@ -19,7 +19,7 @@ from ndonnx.distill.losses import NeighbourhoodLoss
 from ndonnx.distill.memory import MemoryPlan
 from ndonnx.distill.plan import Plan
 from ndonnx.distill.samples import SliceSamples
-from ndonnx.distill.steps import LANE_BYTES, positions_of, samples_in_memory, with_fitting_batch
+from ndonnx.distill.steps import THREAD_BYTES, positions_of, samples_in_memory, with_fitting_batch
 from ndonnx.distill.trainer import train
 from ndonnx.graph.shapes.inference import infer_shapes
 from ndonnx.partition import partition
@@ -87,10 +87,10 @@ def test_what_a_step_keeps_is_weighed_in_the_types_of_the_training(tmp_path: Pat
     x, a, b = 3 * 600 * 4, 8 * 600 * 4, 4 * 150 * 4
     at_once = samples_in_memory(module, samples, loss, PLAN, 1, bf16=False)
     # The convolutions keep their inputs, the ReLU its answer, which is one of these; the loss both its operands.
-    assert at_once == pytest.approx(LANE_BYTES / (own + 1.5 * (x + a + 2 * b)), rel=0.1)
+    assert at_once == pytest.approx(THREAD_BYTES / (own + 1.5 * (x + a + 2 * b)), rel=0.1)
     halves = samples_in_memory(module, samples, loss, PLAN, 1, bf16=True)
     assert halves > at_once
-    assert samples_in_memory(module, samples, loss, replace(PLAN, memory=LANE_BYTES), 2, bf16=False) == at_once // 2
+    assert samples_in_memory(module, samples, loss, replace(PLAN, memory=THREAD_BYTES), 2, bf16=False) == at_once // 2
     assert samples_in_memory(module, samples, loss, replace(PLAN, memory=1), 2, bf16=False) == 1
 
 
@@ -129,14 +129,14 @@ def test_workers_fit_the_budget_or_there_is_one(parts: object, budget: int, core
     assert 1 <= workers <= wanted
     threads = max(1, cores // workers)
     step = plan.step(workers)
-    held = LANE_BYTES * threads if step is None else step
-    assert held <= LANE_BYTES * threads
+    held = THREAD_BYTES * threads if step is None else step
+    assert held <= THREAD_BYTES * threads
     if workers > 1 or plan.least <= budget:
         assert plan.main + workers * (plan.slice + held) <= budget
     more = MemoryPlan.of(Recipe(memory_budget=2 * budget), parts, cores)  # type: ignore[arg-type]
     assert more.workers(wanted) >= workers
     whole = plan.whole_step()
-    assert plan.least > budget or plan.main + plan.whole + (LANE_BYTES * cores if whole is None else whole) <= budget
+    assert plan.least > budget or plan.main + plan.whole + (THREAD_BYTES * cores if whole is None else whole) <= budget
 
 
 def test_the_budget_is_a_quarter_of_the_machine_where_none_is_given() -> None:

@@ -19,7 +19,7 @@ from ndonnx.select import ERROR, Promise, first_confidence
 LIMIT, RUNS = 0.01, 2000
 WRONG = 0.1
 """Part of the samples on which the teacher is wrong."""
-Answers = dict[str, NDArray[np.float32]]
+TeacherOutputs = dict[str, NDArray[np.float32]]
 
 
 @dataclass
@@ -37,7 +37,7 @@ class Lottery:
     among: int = 1
     same: bool = False
     """Whether the test is on the very samples that choose, as it must not be."""
-    drawn: dict[float, tuple[Answers, Answers]] = field(default_factory=dict)
+    drawn: dict[float, tuple[TeacherOutputs, TeacherOutputs]] = field(default_factory=dict)
     """Of each student, on the samples that choose and on those that confirm."""
 
     def propose(self, allowed: float) -> float:
@@ -70,7 +70,7 @@ def teacher(count: int) -> Quality:
     return Quality(answers(count, 0, 0), (np.arange(count) < WRONG * count).astype(np.int64))
 
 
-def answers(count: int, worse: int, better: int) -> Answers:
+def answers(count: int, worse: int, better: int) -> TeacherOutputs:
     """Class 1 on the last samples, where it is wrong, and on the first, where it is right."""
     places = np.arange(count)
     return {"y": np.eye(2, dtype=np.float32)[((places < better) | (places >= count - worse)).astype(np.int64)]}

@@ -408,7 +408,7 @@ def test_a_random_start_draws_matrices_and_leaves_the_rest() -> None:
 
 
 class Renaming(StudentMethod):
-    """Answers under another name."""
+    """TeacherOutputs under another name."""
 
     def __init__(self, side: str) -> None:
         self.side = side

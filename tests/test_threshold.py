@@ -282,7 +282,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert sorted(path.name for path in folder.iterdir()) == sorted(document["files"])
     assert main(arguments) == 0
     told = capsys.readouterr().out
-    assert "bears NMSE" in told and "figures and tables written to" in told
+    assert "tolerates NMSE" in told and "figures and tables written to" in told
     again = ndonnx.threshold(
         teacher_path(), data=str(data_path("test")), samples=128, amplitudes=[0.2, 0.8], repeats=1, keep=[0.5]
     )

@@ -24,7 +24,7 @@ from ndonnx.distill.trainer import Training, train
 from ndonnx.errors import RecipeError, UsageError
 from ndonnx.flow.error_budgets import ErrorBudgets, allowed_divergence, measured_need, shared
 from ndonnx.flow.measure import Loss
-from ndonnx.metrics.sensitivity import Bearable, StudyPlan, read_study, study
+from ndonnx.metrics.sensitivity import ErrorBudget, StudyPlan, read_study, study
 from ndonnx.runtime.fingerprints import fingerprint
 from ndonnx.students import Constraint
 from ndonnx_cli.main import main
@@ -43,13 +43,13 @@ UNITS = ("n02", "n03", "n04")
 pytestmark = pytest.mark.usefixtures("one_core")
 
 
-def document(bears: dict[str, float | None], **more: Any) -> dict[str, Any]:
+def document(budgets: dict[str, float | None], **more: Any) -> dict[str, Any]:
     """As `ndonnx threshold` writes it, cut down to what is read."""
-    entries = [{"name": name, "nmse": nmse, "largest": 2.0} for name, nmse in bears.items()]
+    entries = [{"name": name, "nmse": nmse, "largest": 2.0} for name, nmse in budgets.items()]
     return {"max_drop": 0.01, "metric": "agreement", "tolerances": entries, "student_tolerances": []} | more
 
 
-def written(folder: Path, what: object, name: str = "bears.json") -> Path:
+def written(folder: Path, what: object, name: str = "tolerates.json") -> Path:
     path = folder / name
     path.write_text(what if isinstance(what, str) else json.dumps(what), encoding="utf-8")
     return path
@@ -165,16 +165,16 @@ def test_what_a_study_writes_is_read_again(tmp_path: Path) -> None:
     by_students = {one.name: one for one in report.student_tolerances}
     exits = dict(report.exits)
     assert exits.keys() == by_students.keys() and len(exits) == 2
-    for name, bears in found.bearable(exits).items():
+    for name, budgets in found.budgets_of(exits).items():
         one = by_students[name]
-        assert bears.nmse == (one.largest if one.nmse is None else one.nmse)
-    (tmp_path / "bears.json").rename(tmp_path / "threshold.json")
+        assert budgets.nmse == (one.largest if one.nmse is None else one.nmse)
+    (tmp_path / "tolerates.json").rename(tmp_path / "threshold.json")
     assert read_study(tmp_path).noise == found.noise, "its folder will do"
     first = next(iter(exits))
     with pytest.raises(UsageError, match=f"{first} ends at .* there and at 'elsewhere' here: a study of another"):
-        found.bearable(exits | {first: "elsewhere"})
+        found.budgets_of(exits | {first: "elsewhere"})
     with pytest.raises(UsageError, match="no tolerance of n77, n78: a study of another model or partition; run"):
-        found.bearable(exits | {"n77": "a", "n78": "b"})
+        found.budgets_of(exits | {"n77": "a", "n78": "b"})
 
 
 def test_students_say_more_than_noise_and_what_was_not_reached_has_no_limit(tmp_path: Path) -> None:
@@ -186,12 +186,12 @@ def test_students_say_more_than_noise_and_what_was_not_reached_has_no_limit(tmp_
     students = [entry("both", 0.1, 1), entry("small", None, 0.2), entry("free", None, 1), entry("mixed", None, 0.7)]
     noise += [entry("mixed", 0.6, 2), entry("constant", None, 0.0)]
     path = written(tmp_path, document({}, tolerances=noise, student_tolerances=students, kept={"kept": "NaN"}))
-    assert read_study(path).bearable(names) == {
-        "both": Bearable(0.1, 0.1),
-        "noise": Bearable(0.4, 0.4),
-        "small": Bearable(0.2, 0.3),
-        "free": Bearable(1.0, None),
-        "mixed": Bearable(0.7, 0.7),
+    assert read_study(path).budgets_of(names) == {
+        "both": ErrorBudget(0.1, 0.1),
+        "noise": ErrorBudget(0.4, 0.4),
+        "small": ErrorBudget(0.2, 0.3),
+        "free": ErrorBudget(1.0, None),
+        "mixed": ErrorBudget(0.7, 0.7),
     }
 
 
@@ -241,16 +241,16 @@ def test_the_study_of_another_model_is_bad_input(
 ) -> None:
     monkeypatch.chdir(folder)
     written(folder, document({"n02": 0.1, "n04": 0.1}))
-    assert main([command, "teacher.onnx", "--data", "data.npz", "--threshold", "bears.json", "-q"]) == 2
+    assert main([command, "teacher.onnx", "--data", "data.npz", "--threshold", "tolerates.json", "-q"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "bears.json: has no tolerance of n03: a study of another model" in line
+    assert "tolerates.json: has no tolerance of n03: a study of another model" in line
     assert not list(folder.glob("**/students/*"))
 
 
 def test_noise_has_no_tolerances(folder: Path) -> None:
-    bears = written(folder, document(dict.fromkeys(UNITS, 0.1)))
+    budgets = written(folder, document(dict.fromkeys(UNITS, 0.1)))
     with pytest.raises(RecipeError, match=r"threshold: .*inputs = 'noise'"):
-        go(folder, "run", inputs="noise", threshold=str(bears))
+        go(folder, "run", inputs="noise", threshold=str(budgets))
 
 
 # A run
@@ -262,8 +262,8 @@ def test_a_run_trains_no_further_than_needed_and_tells_what_is_beyond(folder: Pa
     enough = math.sqrt(before["n02"].nmse * before["n02"].nmse_start)
     limit = before["n03"].nmse / 2
     entries = [("n02", 3 * enough, 2.0), ("n03", limit, 2.0), ("n04", None, 0.0)]
-    bears = document({}, tolerances=[{"name": name, "nmse": nmse, "largest": most} for name, nmse, most in entries])
-    path, recorder = str(written(folder, bears)), Recorder()
+    budgets = document({}, tolerances=[{"name": name, "nmse": nmse, "largest": most} for name, nmse, most in entries])
+    path, recorder = str(written(folder, budgets)), Recorder()
     after = units(go(folder, "run", recorder, threshold=path))
 
     lax = after["n02"]
@@ -291,11 +291,11 @@ def test_the_tables_tell_of_it(folder: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch.chdir(folder)
     written(folder, document({"n02": 30.0, "n03": 1e-9, "n04": 30.0}))
     options = ["--steps", "4", "--samples", "64", "--finetune-steps", "0", "--inputs", "teacher"]
-    flags = ["--executor", "serial", "--threshold", "bears.json", "-q"]
+    flags = ["--executor", "serial", "--threshold", "tolerates.json", "-q"]
     assert main(["compress", "teacher.onnx", "--data", "data.npz", *options, *flags]) == 0
     lines = capsys.readouterr().out.splitlines()
     (head,) = [line for line in lines if line.startswith("neighbourhood")]
-    assert "bears" in head and "saved" in head
+    assert "tolerates" in head and "saved" in head
     rows = {line.split()[0]: line for line in lines if line.startswith("n0")}
     assert " 30 " in rows["n02"] and rows["n02"].split().count("4") == 1, "no step, four saved"
     assert "1e-09 alone costs 1%" in rows["n03"]
@@ -304,9 +304,9 @@ def test_the_tables_tell_of_it(folder: Path, capsys: pytest.CaptureFixture[str],
 # Time
 
 
-def tolerances_of(folder: Path, bears: dict[str, float | None]) -> ErrorBudgets:
+def tolerances_of(folder: Path, budgets: dict[str, float | None]) -> ErrorBudgets:
     _, parts = parted(residual_cnn())
-    return ErrorBudgets(read_study(written(folder, document(bears))), parts)
+    return ErrorBudgets(read_study(written(folder, document(budgets))), parts)
 
 
 def test_a_time_budget_goes_where_errors_cost_most(tmp_path: Path) -> None:
@@ -314,7 +314,7 @@ def test_a_time_budget_goes_where_errors_cost_most(tmp_path: Path) -> None:
     even = replace(PLAN, seconds=10.0)
     plans = {name: found.plan(name, even, 1) for name in UNITS}
     assert [plans[name].enough for name in UNITS] == pytest.approx([0.01 / 3, 0.02 / 3, 2.0 / 3])
-    # 1/0.01 to 1/0.02, and a third of the even part for what bears 2.
+    # 1/0.01 to 1/0.02, and a third of the even part for what tolerates 2.
     assert [plans[name].seconds for name in UNITS] == pytest.approx([2 / 3 * 80 / 3, 80 / 9, 10 / 3])
     at_once = [found.plan(name, even, 3).seconds for name in UNITS]
     assert at_once == pytest.approx([10, 10, 10]), "three at a time: none can have more than all of the time"
@@ -359,9 +359,9 @@ def library_of(folder: Path) -> dict[str, int]:
 
 def test_a_search_trains_chosen_students_in_full_only_where_they_need_it(folder: Path) -> None:
     options: dict[str, Any] = {"steps": 12, "samples": 64, "search": SEARCH, "target": ("params=0.7",)}
-    bears = document({"n02": None, "n03": 1e-7, "n04": 1e-7}, student_tolerances=[GOOD | {"nmse": 30.0}])
+    budgets = document({"n02": None, "n03": 1e-7, "n04": 1e-7}, student_tolerances=[GOOD | {"nmse": 30.0}])
     recorder = Recorder()
-    found = units(go(folder, "run", recorder, threshold=str(written(folder, bears)), **options))
+    found = units(go(folder, "run", recorder, threshold=str(written(folder, budgets)), **options))
     made = {name: n for name, n in found.items() if n.candidate is not None}
     assert len(made) > 1
     for name, n in made.items():

@@ -18,7 +18,7 @@ from ndonnx.data.split import Split, held_out
 from ndonnx.distill.schedule import Schedule
 from ndonnx.partition import partition
 from ndonnx.runtime.progress import Silent
-from ndonnx.teacher.outputs import Answers, capture_answers
+from ndonnx.teacher.outputs import TeacherOutputs, capture_outputs
 from tests.models import Array, residual_cnn, run
 
 
@@ -80,7 +80,7 @@ def test_only_a_single_image_input_is_changed() -> None:
     assert not axes(first, InputSpec("y", floats, ("N", 3, 8, 8)))
 
 
-def captured(folder: Path, model: onnx.ModelProto, count: int, recipe: Recipe, views: int) -> Answers:
+def captured(folder: Path, model: onnx.ModelProto, count: int, recipe: Recipe, views: int) -> TeacherOutputs:
     value = model.graph.input[0].type.tensor_type.shape.dim
     shape = [dim.dim_value for dim in value][1:]
     images = numbered(count, *shape)
@@ -89,7 +89,7 @@ def captured(folder: Path, model: onnx.ModelProto, count: int, recipe: Recipe, v
     source = open_source(str(folder / "data.npz"), [spec], recipe.data)
     rows, held, nothing = np.arange(count), held_out(count, recipe.holdout), np.arange(0)
     split = Split(source, recipe.holdout, rows[held:], rows[:held], nothing, nothing, count)
-    return capture_answers(partition(ir.from_proto(model)), split, count, folder, recipe, Silent(), views)
+    return capture_outputs(partition(ir.from_proto(model)), split, count, folder, recipe, Silent(), views)
 
 
 def test_the_teacher_answers_every_view_and_labels_and_held_out_samples_stay_with_theirs(tmp_path: Path) -> None:

@@ -11,11 +11,11 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from ndonnx.assemble.propagation import Prefix, held_values, refit_walk
+from ndonnx.assemble.propagation import Prefix, held_values, reconstruct_in_order
 from ndonnx.assemble.splice import splice
 from ndonnx.partition import Partition
 from ndonnx.students import TeacherSlice
-from ndonnx.students.last_layer import find_exit, refit_exit
+from ndonnx.students.last_layer import find_last_layer, reconstruct_last_layer
 from ndonnx.students.methods.width import Width
 from tests.models import Array, Net, inputs_of, parted, residual_cnn, run, stack, transformer
 
@@ -79,7 +79,7 @@ def test_a_walk_lowers_the_error_of_the_whole(tmp_path: Path) -> None:
     data = inputs_of(model, 200)
     students = shrunk(parts, data)
     seen: list[str] = []
-    better = refit_walk(
+    better = reconstruct_in_order(
         parts,
         students,
         batches_of(data),
@@ -119,9 +119,9 @@ def test_a_refit_is_the_least_squares_solution_on_the_students_own_inputs() -> N
     rng = np.random.default_rng(0)
     theirs = rng.standard_normal((400, 6)).astype(np.float32)
     ours = theirs + 0.3 * rng.standard_normal((400, 6)).astype(np.float32)
-    refitted = refit_exit(teacher, student, {"x": theirs}, {"x": ours})
+    refitted = reconstruct_last_layer(teacher, student, {"x": theirs}, {"x": ours})
     assert refitted is not None
-    end = find_exit(student)
+    end = find_last_layer(student)
     assert end is not None and end.total == "total"
     fitted = slice(0, 300)
     expected = values(teacher, {"x": theirs}, ["total"])["total"][fitted]
@@ -142,19 +142,19 @@ def _pair(model: ir.Model, value: ir.Value, name: str) -> tuple[Array, Array]:
 def test_a_refit_that_helps_nothing_is_not_taken() -> None:
     teacher, _ = linear_pair()
     x = np.random.default_rng(0).standard_normal((64, 6)).astype(np.float32)
-    assert refit_exit(teacher, teacher, {"x": x}, {"x": x}) is None
+    assert reconstruct_last_layer(teacher, teacher, {"x": x}, {"x": x}) is None
 
 
 def test_a_pattern_of_zeros_survives_the_refit() -> None:
     teacher, student = linear_pair()
-    end = find_exit(student)
+    end = find_last_layer(student)
     assert end is not None
     weight = student.graph.initializers[end.weight]
     pruned = np.array(weight.const_value.numpy())  # type: ignore[union-attr]
     pruned[np.random.default_rng(2).random(pruned.shape) < 0.5] = 0
     weight.const_value = ir.tensor(pruned, name=end.weight)
     x = np.random.default_rng(0).standard_normal((200, 6)).astype(np.float32)
-    refitted = refit_exit(teacher, student, {"x": x}, {"x": x})
+    refitted = reconstruct_last_layer(teacher, student, {"x": x}, {"x": x})
     assert refitted is not None
     after = refitted.graph.initializers[end.weight].const_value.numpy()  # type: ignore[union-attr]
     assert np.array_equal(after == 0, pruned == 0)
@@ -163,9 +163,9 @@ def test_a_pattern_of_zeros_survives_the_refit() -> None:
 def test_there_is_no_exit_to_refit_behind_an_unknown_operator_or_a_shared_weight() -> None:
     net = Net()
     net.op("Softmax", net.gemm(net.input("x", "N", 6), 6, 4), out="y")
-    assert find_exit(ir.from_proto(net.proto("y"))) is None
+    assert find_last_layer(ir.from_proto(net.proto("y"))) is None
     net = Net()
     x = net.input("x", "N", 6)
     weight = net.weight("w", 6, 6)
     net.op("MatMul", net.op("MatMul", x, weight), weight, out="y")
-    assert find_exit(ir.from_proto(net.proto("y"))) is None
+    assert find_last_layer(ir.from_proto(net.proto("y"))) is None

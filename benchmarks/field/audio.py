@@ -29,8 +29,8 @@ def clip(rng: np.random.Generator, seconds: float) -> Wave:
         kind = rng.choice(["voice", "voice", "pause", "tone", "noise"])
         loud = float(10 ** rng.uniform(-1.6, -0.3))
         parts.append((loud * _stretch(rng, str(kind), length)).astype(np.float32))
-    wave = np.concatenate(parts)[: int(seconds * RATE)]
-    return (wave + rng.normal(0, 10 ** rng.uniform(-4, -2), len(wave))).astype(np.float32)
+    sweep = np.concatenate(parts)[: int(seconds * RATE)]
+    return (sweep + rng.normal(0, 10 ** rng.uniform(-4, -2), len(sweep))).astype(np.float32)
 
 
 def _stretch(rng: np.random.Generator, kind: str, length: int) -> NDArray[np.float64]:
@@ -62,6 +62,6 @@ def _voice(rng: np.random.Generator, length: int) -> NDArray[np.float64]:
     return out
 
 
-def _resonance(wave: NDArray[np.float64], frequency: float, width: float) -> NDArray[np.float64]:
+def _resonance(sweep: NDArray[np.float64], frequency: float, width: float) -> NDArray[np.float64]:
     radius = np.exp(-np.pi * width / RATE)
-    return np.asarray(lfilter([1.0], [1.0, -2 * radius * np.cos(2 * np.pi * frequency / RATE), radius**2], wave))
+    return np.asarray(lfilter([1.0], [1.0, -2 * radius * np.cos(2 * np.pi * frequency / RATE), radius**2], sweep))

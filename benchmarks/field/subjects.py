@@ -263,14 +263,14 @@ def _windows(cache: Path, part: Part, count: int) -> Arrays:
 
 
 def _listen(
-    answer: Answer, wave: NDArray[np.floating]
+    answer: Answer, sweep: NDArray[np.floating]
 ) -> list[tuple[NDArray[np.floating], NDArray[np.floating], float]]:
     """What a voice detector hears window by window: the window with its context, its state before it, its answer."""
     state = np.zeros((2, 1, 128), np.float32)
     context = np.zeros(_CONTEXT, np.float32)
     found = []
-    for start in range(0, len(wave) - _WINDOW + 1, _WINDOW):
-        window = np.concatenate([context, wave[start : start + _WINDOW]]).astype(np.float32)
+    for start in range(0, len(sweep) - _WINDOW + 1, _WINDOW):
+        window = np.concatenate([context, sweep[start : start + _WINDOW]]).astype(np.float32)
         outputs = answer({"input": window[None], "state": state, "sr": np.array(audio.RATE, np.int64)})
         found.append((window, state[:, 0], float(outputs["output"].ravel()[0])))
         state, context = outputs["stateN"].astype(np.float32), window[-_CONTEXT:]
@@ -281,8 +281,8 @@ def _speech(cache: Path, ours: Answer, theirs: Answer, feeds: Arrays) -> Measure
     """Mean error of the speech probability over a clip, each detector with its own state; the clips are made here."""
     errors = []
     for seed in range(20):
-        wave = audio.clip(np.random.default_rng((2, seed)), 8.0)
-        a, b = (np.array([p for _, _, p in _listen(each, wave)]) for each in (ours, theirs))
+        sweep = audio.clip(np.random.default_rng((2, seed)), 8.0)
+        a, b = (np.array([p for _, _, p in _listen(each, sweep)]) for each in (ours, theirs))
         errors.append(np.abs(a - b).mean())
     return {"largest mean error": np.array([max(errors)]), "mean error": np.array(errors)}
 

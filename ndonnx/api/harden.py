@@ -36,7 +36,7 @@ from ndonnx.runtime.run_directory import Entry, record_fault
 from ndonnx.teacher import capture_bytes
 from ndonnx.teacher.batches import probe, whole_batches
 from ndonnx.teacher.noise_inputs import Noise
-from ndonnx.teacher.outputs import capture_answers, run_alone
+from ndonnx.teacher.outputs import capture_outputs, run_alone
 
 NOISE = 0.3
 """Deviation of the noise, as a part of the activation's own."""
@@ -109,7 +109,7 @@ def harden(
 
     The targets are the model's own clean answers: class scores by the softened cross-entropy
     (and the labels', if `label_weight` says so), any other output by the squared error. The best
-    held-out state is kept, so the model never bears noise worse than it did.
+    held-out state is kept, so the model never tolerates noise worse than it did.
 
     Args:
         model: teacher as a path, an `onnx.ModelProto` or an `onnx_ir.Model`; never modified. It has one output.
@@ -209,7 +209,7 @@ class _Run:
             SliceError: the model cannot be trained.
         """
         samples = self._samples()
-        answers = capture_answers(self.parts, self.given.split, samples, self.folder, self.recipe, self.progress)
+        answers = capture_outputs(self.parts, self.given.split, samples, self.folder, self.recipe, self.progress)
         recipe = self.recipe
         entry = Entry(self.folder / "hardened")
         plan = Schedule(recipe, finetunable=True).plan(steps, recipe.finetune_lr)

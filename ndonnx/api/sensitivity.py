@@ -1,4 +1,4 @@
-"""`threshold`: how much error a model bears, and where (the thresholding effect)."""
+"""`threshold`: how much error a model tolerates, and where (the thresholding effect)."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def threshold(
     progress: Listener | None = None,
     **settings: Any,
 ) -> ThresholdReport:
-    """Measure how much error a model bears, and where: the thresholding effect (figures 1, 4 and 6).
+    """Measure how much error a model tolerates, and where: the thresholding effect (figures 1, 4 and 6).
 
     Noise goes in behind one, half and all neighbourhoods, and on the weights of one after the other; each
     neighbourhood is replaced, alone, by untrained students of several widths. All is judged by accuracy where the

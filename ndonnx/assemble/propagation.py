@@ -21,7 +21,7 @@ from ndonnx.graph.precision import in_float32, in_own_types
 from ndonnx.graph.working_copy import batch_size
 from ndonnx.partition import Neighbourhood, Partition, extract, nodes_between
 from ndonnx.runtime.faults import Fault, tried
-from ndonnx.students.last_layer import refit_exit
+from ndonnx.students.last_layer import reconstruct_last_layer
 from ndonnx.teacher import ActivationStore, capture, input_type
 from ndonnx.teacher.stored_rows import StoredRows
 
@@ -134,7 +134,7 @@ class Prefix:
         return self._folder / f"{self._count:04}"
 
 
-def refit_walk(
+def reconstruct_in_order(
     parts: Partition,
     students: Mapping[str, ir.Model],
     batches: Batches,
@@ -194,7 +194,9 @@ def _refitted(
     theirs32, ours32 = in_float32(slice_), in_float32(student)
     held = neighbourhood.held
     try:
-        refitted = refit_exit(theirs32, ours32, given, found, constants=constants, threads=threads, held=held)
+        refitted = reconstruct_last_layer(
+            theirs32, ours32, given, found, constants=constants, threads=threads, held=held
+        )
     except ShrinkError:  # there is nothing to refit
         return None
     return None if refitted is None else in_own_types(refitted, slice_)

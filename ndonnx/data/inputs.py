@@ -70,7 +70,7 @@ def _fits(found: Sequence[int], wanted: Sequence[int | str | None]) -> bool:
 def _axes(specs: Sequence[InputSpec]) -> dict[str, int]:
     """Axis of the samples in each input, as far as their shapes tell: mostly the first.
 
-    It is another one where that bears the name that the first axis of other inputs has, where it alone is open
+    It is another one where that carries the name that the first axis of other inputs has, where it alone is open
     beside a first axis that is not, or where it alone has the size of the batch that all inputs fix.
     """
     shapes = {spec.name: spec.shape for spec in specs if spec.shape}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from ndonnx.config.recipe import Recipe
-from ndonnx.distill.steps import LANE_BYTES
+from ndonnx.distill.steps import THREAD_BYTES
 from ndonnx.graph.costs import constant_of
 from ndonnx.partition import Partition
 from ndonnx.runtime.machine import memory_bytes
@@ -28,7 +28,7 @@ _TIMES_WEIGHTS = 12
 """Copies of a slice's weights: as a model, in torch, in sessions, gradients, moments, the best state."""
 _TIMES_MOMENTS = 5
 """Matrices of features by features in a closed form."""
-_LEAST_LANE = 32 * _MEGABYTE
+_LEAST_THREAD = 32 * _MEGABYTE
 """Bytes of activations with which a thread can still train."""
 _PART = 4
 """One part of so many of the machine's memory is the budget by default."""
@@ -78,14 +78,14 @@ class MemoryPlan:
     @property
     def least(self) -> int:
         """What a run takes at least: one job at a time."""
-        return self.main + max(self.slice + self._least(1), self.whole + _LEAST_LANE * self.cores)
+        return self.main + max(self.slice + self._least(1), self.whole + _LEAST_THREAD * self.cores)
 
     def _step(self, left: int, threads: int) -> int | None:
-        usual = LANE_BYTES * threads
-        return None if left >= usual else max(left, _LEAST_LANE * threads)
+        usual = THREAD_BYTES * threads
+        return None if left >= usual else max(left, _LEAST_THREAD * threads)
 
     def _least(self, workers: int) -> int:
-        return _LEAST_LANE * self._threads(workers)
+        return _LEAST_THREAD * self._threads(workers)
 
     def _threads(self, workers: int) -> int:
         return max(1, self.cores // workers)

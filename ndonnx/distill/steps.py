@@ -24,7 +24,7 @@ MOST_POSITIONS = 2**16
 that already averages over so many, and a step takes as much longer."""
 _LEAST_BATCH = 16
 """Samples that a step has all the same: positions of one sample say much of the same."""
-LANE_BYTES = 256 * 2**20
+THREAD_BYTES = 256 * 2**20
 """Bytes of activations, about, that each thread of a training keeps for its gradient."""
 _FEW = 2
 _SEEN = 64
@@ -78,7 +78,7 @@ def _channel_axis(node: ir.Node) -> int:
 
 
 def samples_in_memory(
-    module: nn.Module, samples: Samples, objective: Objective, plan: Plan, lanes: int, *, bf16: bool
+    module: nn.Module, samples: Samples, objective: Objective, plan: Plan, pool: int, *, bf16: bool
 ) -> int:
     """Samples whose gradient a thread may compute at a time.
 
@@ -88,11 +88,11 @@ def samples_in_memory(
         module: what is trained, on a CPU.
         samples: where the few are taken.
         objective: what it is trained on.
-        plan: holds the bytes for all threads together, where they are fewer than `LANE_BYTES` for each.
-        lanes: threads.
+        plan: holds the bytes for all threads together, where they are fewer than `THREAD_BYTES` for each.
+        pool: threads.
         bf16: whether the forward pass computes in it.
     """
-    allowed = LANE_BYTES if plan.memory is None else plan.memory // lanes
+    allowed = THREAD_BYTES if plan.memory is None else plan.memory // pool
     first, last = samples.blocks.holdout, samples.blocks.samples
     rows = samples.split(np.arange(first, min(last, first + _SEEN)), 1)[0][: 2 * _FEW]  # that can be a batch
     count = len(rows)

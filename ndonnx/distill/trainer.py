@@ -93,11 +93,11 @@ def train(
     module.to(device)
     objective.to(device)
     before = torch.get_num_threads()
-    lanes = _Lanes(plan.threads if device.type == "cpu" else 1)
+    pool = _ThreadPool(plan.threads if device.type == "cpu" else 1)
     try:
-        return _Descent(module, samples, objective, plan, constraint, lanes).run(on_step)
+        return _Descent(module, samples, objective, plan, constraint, pool).run(on_step)
     finally:
-        lanes.close()
+        pool.close()
         torch.set_num_threads(before)
 
 
@@ -110,7 +110,7 @@ class _Descent:
     objective: Objective
     plan: Plan
     constraint: Constraint | None
-    lanes: _Lanes
+    pool: _ThreadPool
 
     def run(self, on_step: OnStep) -> Training:
         began = time.perf_counter()
@@ -172,7 +172,7 @@ class _Descent:
         """Number of samples whose gradient a thread computes at a time."""
         if self.plan.device != "cpu":
             return self.plan.batch_size
-        count = self.lanes.count
+        count = self.pool.count
         return samples_in_memory(self.module, self.samples, self.objective, self.plan, count, bf16=self.plan.bf16)
 
 
@@ -196,7 +196,7 @@ def impose(constraint: Constraint, module: TorchSlice, done: float) -> None:
         constraint.impose(weights, done)
 
 
-class _Lanes:
+class _ThreadPool:
     """Threads that each do a part of the same thing, one torch thread each."""
 
     def __init__(self, count: int) -> None:
@@ -227,20 +227,20 @@ class _Slope:
         self._objective = descent.objective
         self._device = torch.device(descent.plan.device)
         self._bf16 = descent.plan.bf16
-        self._lanes = descent.lanes
+        self._pool = descent.pool
         self._at_once = descent.at_once
         self.weights = [weight for weight in descent.module.parameters() if weight.requires_grad]
 
     def descend(self, rows: np.ndarray) -> float:
         """Put the gradients into the weights; the loss."""
-        lanes = self._lanes
-        parts = self._samples.split(rows, max(lanes.count, -(-len(rows) // self._at_once)))
+        pool = self._pool
+        parts = self._samples.split(rows, max(pool.count, -(-len(rows) // self._at_once)))
         total = 0.0
         for weight in self.weights:
             weight.grad = None
-        for start in range(0, len(parts), lanes.count):
-            some = parts[start : start + lanes.count]
-            for part, (loss, gradients) in zip(some, lanes.map(self._of, some), strict=True):
+        for start in range(0, len(parts), pool.count):
+            some = parts[start : start + pool.count]
+            for part, (loss, gradients) in zip(some, pool.map(self._of, some), strict=True):
                 share = len(part) / len(rows)
                 total += share * loss
                 for weight, gradient in zip(self.weights, gradients, strict=True):
@@ -327,7 +327,7 @@ class _Judge:
         self._inputs = samples.inputs
         self._objective = objective
         self._device = torch.device(descent.plan.device)
-        self._lanes = descent.lanes
+        self._pool = descent.pool
         self._batch = min(_EVALUATION_BATCH, descent.at_once)
         most = max(1, _HOLDOUT_BYTES // max(1, samples.bytes_per_sample()))
         rows = samples.heldout(min(samples.blocks.holdout, _HOLDOUT_SAMPLES, most))
@@ -338,7 +338,7 @@ class _Judge:
 
     def errors(self) -> _Errors:
         """The objective, and the NMSE of the target, on the held-out samples."""
-        found = self._lanes.map(self._of, self._batches)
+        found = self._pool.map(self._of, self._batches)
         loss, squared, elements = (sum(values) for values in zip(*found, strict=True))
         return _Errors(loss / self._count, nmse(squared / elements, self._variance))
 

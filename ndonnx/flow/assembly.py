@@ -11,7 +11,7 @@ from ndonnx.assemble.splice import is_changed, splice
 from ndonnx.assemble.verify import check_no_larger, verify
 from ndonnx.distill.job import load_student, read_result
 from ndonnx.errors import VerificationError
-from ndonnx.flow.finish import Finishing
+from ndonnx.flow.finish import Finish
 from ndonnx.flow.run import Run
 from ndonnx.graph.shapes.declared import copy_of, state_as_in_file
 from ndonnx.partition import Neighbourhood
@@ -37,7 +37,7 @@ class Assembly:
     """Puts students together, the same way whoever chose them."""
 
     run: Run
-    finishing: Finishing
+    finishing: Finish
 
     def spliced(self, entries: Mapping[str, Entry]) -> ir.Model:
         """The students as they were trained, in the teacher's place."""

@@ -113,8 +113,8 @@ class Library:
                 outcomes[task.label] = NeighbourhoodResult("kept", reason=failed.meta()["reason"])
         stops = max_drop is not None and self.run.recipe.search.early_stop
 
-        def rounds(wave: Sequence[Task]) -> Iterator[Sequence[Task]]:
-            yield from self._from_the_largest(wave, max_drop or 0.0) if stops else [wave]
+        def rounds(sweep: Sequence[Task]) -> Iterator[Sequence[Task]]:
+            yield from self._from_the_largest(sweep, max_drop or 0.0) if stops else [sweep]
 
         Parallel(self.distillation).train(tasks, rounds, unit="students", ordered=True)
         for task in tasks:
@@ -207,10 +207,10 @@ class Library:
             found[name, spec] = alias
         return [found[n.name, candidate.spec] for n, candidate, _ in self._rows]
 
-    def _from_the_largest(self, wave: Sequence[Task], max_drop: float) -> Iterator[list[Task]]:
+    def _from_the_largest(self, sweep: Sequence[Task], max_drop: float) -> Iterator[list[Task]]:
         """One candidate of each method and neighbourhood a round, until one of them is far beyond the tolerance."""
         ladders: dict[tuple[str, str], list[Task]] = defaultdict(list)
-        for task in wave:
+        for task in sweep:
             n, candidate, _ = self._tasks[task.label]
             ladders[n.name, candidate.method].insert(0, task)
         while ladders:

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from ndonnx.flow.assembly import Assembly
 from ndonnx.flow.constrained_search import ConstrainedSearch
-from ndonnx.flow.finish import Finishing
+from ndonnx.flow.finish import Finish
 from ndonnx.flow.jobs import NeighbourhoodResult, unchanged_results
 from ndonnx.flow.measure import finite
 from ndonnx.flow.run import Run
@@ -41,7 +41,7 @@ def build(run: Run) -> Built:
     if run.recipe.changes_nothing:
         original = run.teacher.original
         return Built(state_as_in_file(copy_of(original), original), unchanged_results(run.parts))
-    distillation, finishing = Distillation(run), Finishing(run)
+    distillation, finishing = Distillation(run), Finish(run)
     results = distil_all(distillation)
     entries = {n.name: entry for n in run.parts.trained if (entry := results[n.name].entry)}
     assembled = Assembly(run, finishing).assemble(entries, distillation.data)

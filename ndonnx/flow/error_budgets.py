@@ -21,7 +21,7 @@ from ndonnx.partition import Neighbourhood, Partition
 from ndonnx.runtime.progress import Progress
 
 _LEAST_TIME = 1 / 3
-"""Part of its even share of a time budget that every neighbourhood has, however much it bears."""
+"""Part of its even share of a time budget that every neighbourhood has, however much it tolerates."""
 _LEAST_NMSE = 1e-9
 """Tolerances below are alike."""
 _SHARE = 0.25
@@ -64,16 +64,16 @@ class ErrorBudgets:
         named = {value: name for name, value in study.exits.items()}
         measured = [n.name for n in parts.distillable if n.widths or self._exits[n.name] in named]
         theirs = {named.get(self._exits[name], name): name for name in measured}
-        found = study.bearable({name: self._exits[ours] for name, ours in theirs.items()})
-        self._bearable = {theirs[name]: bears for name, bears in found.items()}
+        found = study.budgets_of({name: self._exits[ours] for name, ours in theirs.items()})
+        self._budgets = {theirs[name]: budget for name, budget in found.items()}
 
     def need(self, name: str) -> Need | None:
         """Of a neighbourhood; None where it could not be measured."""
-        bears = self._bearable.get(name)
-        return None if bears is None else Need(bears.nmse, bears.nmse / len(self._exits))
+        budget = self._budgets.get(name)
+        return None if budget is None else Need(budget.nmse, budget.nmse / len(self._exits))
 
     def plan(self, name: str, even: Plan, at_once: int) -> Plan:
-        """The plan of a neighbourhood: until it is near enough, in a time that is the longer the less it bears.
+        """The plan of a neighbourhood: until it is near enough, in a time that is the longer the less it tolerates.
 
         Args:
             name: of the neighbourhood.
@@ -98,19 +98,19 @@ class ErrorBudgets:
 
     def _seconds(self, even: float, at_once: int) -> dict[str, float]:
         """Seconds of each, as many in all as if all had the same."""
-        weights = {name: 1 / max(bears.nmse, _LEAST_NMSE) for name, bears in self._bearable.items()}
+        weights = {name: 1 / max(budget.nmse, _LEAST_NMSE) for name, budget in self._budgets.items()}
         typical = median(weights.values()) if weights else 1.0
         longest = even * len(self._exits) / min(at_once, len(self._exits))  # all of the time that there is
         shares = shared([weights.get(name, typical) for name in self._exits], even, _LEAST_TIME * even, longest)
         return dict(zip(self._exits, shares, strict=True))
 
     def _warning(self, name: str, outcome: NeighbourhoodResult) -> str | None:
-        bears, result = self._bearable.get(name), outcome.result
-        if bears is None or bears.limit is None or result is None or result.nmse <= bears.limit:
+        budget, result = self._budgets.get(name), outcome.result
+        if budget is None or budget.limit is None or result is None or result.nmse <= budget.limit:
             return None
         drop, value = f"{100 * self._study.max_drop:.4g}%", self._exits[name]
         return (
-            f"an NMSE of {result.nmse:.3g} at {result.candidate}, where {bears.limit:.3g} alone costs {drop}: "
+            f"an NMSE of {result.nmse:.3g} at {result.candidate}, where {budget.limit:.3g} alone costs {drop}: "
             f"keep more of it (--max-drop {drop} searches how much of each), or freeze it (--freeze {value})"
         )
 
@@ -147,8 +147,8 @@ def measured_need(allowed: float, sensitivity: float, places: int) -> Need | Non
         sensitivity: divergence per NMSE at the exit, for small errors.
         places: neighbourhoods that may be replaced. Not those of one choice: another choice would train them anew.
     """
-    bears = allowed / sensitivity if sensitivity > 0 else math.inf
-    enough = min(_MOST_NMSE, _SHARE * bears / places)
+    budget = allowed / sensitivity if sensitivity > 0 else math.inf
+    enough = min(_MOST_NMSE, _SHARE * budget / places)
     # Two digits say all that is known of it, and the students of a run that measures it again are found again.
     enough = float(f"{enough:.1e}")
-    return Need(min(bears, _MOST_NMSE), enough) if enough > 0 else None
+    return Need(min(budget, _MOST_NMSE), enough) if enough > 0 else None

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
-from ndonnx.assemble.propagation import refit_walk
+from ndonnx.assemble.propagation import reconstruct_in_order
 from ndonnx.data.augmentation import image_axes
 from ndonnx.distill.finetune import FinetuneJob, why_not_finetuned
 from ndonnx.distill.trainer import Training
@@ -24,7 +24,7 @@ from ndonnx.runtime.fingerprints import fingerprint
 from ndonnx.runtime.machine import usable_cores
 from ndonnx.runtime.run_directory import Entry
 from ndonnx.teacher.batches import read_batch, sample_bytes, value_bytes, whole_batches
-from ndonnx.teacher.outputs import capture_answers, run_alone
+from ndonnx.teacher.outputs import capture_outputs, run_alone
 
 _REFIT_SAMPLES = 2048
 """Most samples of the refit walk."""
@@ -33,14 +33,14 @@ _LEAST_REFIT = 2
 
 
 @dataclass
-class Finishing:
+class Finish:
     """What is done to the students together."""
 
     run: Run
     workers_rss: int = 0
 
     def refit(self, students: Mapping[str, ir.Model], key: tuple[str, ...]) -> dict[str, ir.Model]:
-        """Walk down the chain and refit each student's last linear operator; see `refit_walk`.
+        """Walk down the chain and refit each student's last linear operator; see `reconstruct_in_order`.
 
         Args:
             students: by the name of the neighbourhood.
@@ -61,7 +61,7 @@ class Finishing:
             folder = entry.begin()
             scratch = self.run.directory.path / "walk"
             try:
-                refitted = refit_walk(
+                refitted = reconstruct_in_order(
                     self.run.parts,
                     students,
                     lambda: whole_batches(source, read_batch(source)),
@@ -151,7 +151,7 @@ class Finishing:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
         try:
-            answers = capture_answers(
+            answers = capture_outputs(
                 self.run.parts, self.run.split, samples, scratch, self.run.recipe, self.run.progress, views
             )
             save(student, scratch / MODEL_FILE)

@@ -78,7 +78,7 @@ class WholeLoss(Loss):
 class Rows:
     """Some rows of the data, and how much worse than the teacher a whole model is on them.
 
-    Answers are compared batch by batch; the teacher's are kept where they are small.
+    TeacherOutputs are compared batch by batch; the teacher's are kept where they are small.
     """
 
     def __init__(self, source: Subset, parts: Partition) -> None:

@@ -40,7 +40,7 @@ from ndonnx.select import DEFAULT_CANDIDATES, Candidate, parse_candidates
 from ndonnx.students.registry import check_method, method_of, operators_around
 from ndonnx.teacher import make_session
 from ndonnx.teacher.balance import POOL, balanced
-from ndonnx.teacher.outputs import answers_a_second
+from ndonnx.teacher.outputs import outputs_a_second
 from ndonnx.teacher.synthetic_inputs import settings_for
 from ndonnx.teacher.trying import held, hold_if_mixed
 
@@ -174,7 +174,7 @@ def _rate(directory: RunDir, opened: Opened) -> float:
     if not entry.done:
         entry.begin()
         fed = teacher.path if teacher.interface.is_plain else teacher.interface.applied(teacher.model)
-        entry.commit({"samples_a_second": min(answers_a_second(fed, source), _FASTEST)})
+        entry.commit({"samples_a_second": min(outputs_a_second(fed, source), _FASTEST)})
     return float(entry.meta()["samples_a_second"])
 
 

@@ -15,7 +15,7 @@ from ndonnx.errors import UsageError
 from ndonnx.flow.assembly import Assembly
 from ndonnx.flow.block_library import Library, label
 from ndonnx.flow.error_budgets import Need, allowed_divergence, measured_need
-from ndonnx.flow.finish import Finishing
+from ndonnx.flow.finish import Finish
 from ndonnx.flow.jobs import NeighbourhoodResult
 from ndonnx.flow.measure import STUDENT_FILE, Measures, WholeLoss
 from ndonnx.flow.prepare import candidates_of
@@ -79,7 +79,7 @@ class SearchSession:
         self.candidates = candidates_of(run.recipe)
         self.distillation = Distillation(run)
         self.distillation.planned()  # keys of students depend on it
-        self.finishing = Finishing(run)
+        self.finishing = Finish(run)
         self.assembly = Assembly(run, self.finishing)
         self.measures = Measures(run)
         self.library = Library(run, self.distillation, self.measures, self.candidates)
@@ -205,7 +205,7 @@ class SearchSession:
         return allowed_divergence(self.library.losses().values(), parse_drop(self.run.recipe.max_drop))
 
     def judged(self, whole: Whole) -> Whole:
-        """The same, with a note for each student that is beyond what its place bears by the recipe's study."""
+        """The same, with a note for each student that is beyond what its place tolerates by the recipe's study."""
         if self.distillation.budgets is None:
             return whole
         plan, judge = self.run.schedule.plan(self.library.steps, self.run.recipe.lr), self.distillation.budgets.judged

@@ -68,32 +68,32 @@ class Parallel(Strategy):
 
         Args:
             tasks: several of a neighbourhood share its capture.
-            rounds: puts the tasks of a wave in order, and may leave some out; None trains them all at once.
+            rounds: puts the tasks of a sweep in order, and may leave some out; None trains them all at once.
             unit: what they are called in progress.
             ordered: start them as they come; otherwise those with the largest activations first.
         """
-        samples, waves = self.distillation.planned()
+        samples, sweeps = self.distillation.planned()
         of_each: dict[str, list[Task]] = {}
         for task in tasks:
             of_each.setdefault(task.neighbourhood.name, []).append(task)
-        of_wave = [[task for n in wave for task in of_each.get(n.name, ())] for wave in waves]
+        of_sweep = [[task for n in sweep for task in of_each.get(n.name, ())] for sweep in sweeps]
         known, reuse = self.distillation.outcomes, self.distillation.reuse
-        open_ = [[t for t in several if t.label not in known and not reuse(t)] for several in of_wave]
-        self.distillation.captures.estimate([wave for wave, todo in zip(waves, open_, strict=True) if todo], samples)
+        open_ = [[t for t in several if t.label not in known and not reuse(t)] for several in of_sweep]
+        self.distillation.captures.estimate([sweep for sweep, todo in zip(sweeps, open_, strict=True) if todo], samples)
         done, total = 0, sum(map(len, open_))
         with self.distillation.workers_kept():
-            for wave, several, todo in zip(waves, of_wave, open_, strict=True):
+            for sweep, several, todo in zip(sweeps, of_sweep, open_, strict=True):
                 if todo:
                     in_turn = rounds(several) if rounds is not None else [several]
-                    done = self._train_wave(wave, in_turn, Told(unit, done, total), ordered)
+                    done = self._train_sweep(sweep, in_turn, Told(unit, done, total), ordered)
 
-    def _train_wave(
-        self, wave: Sequence[Neighbourhood], rounds: Iterable[Sequence[Task]], told: Told, ordered: bool
+    def _train_sweep(
+        self, sweep: Sequence[Neighbourhood], rounds: Iterable[Sequence[Task]], told: Told, ordered: bool
     ) -> int:
         """The tasks of one capture; how many are done by then."""
         done = told.done
         samples, _ = self.distillation.planned()
-        values = self.distillation.jobs.wanted(wave)
+        values = self.distillation.jobs.wanted(sweep)
         entry = self.run.directory.entry("activations", fingerprint(*self.distillation.data, values))
         store: ActivationStore | None = None
         for these in rounds:
@@ -124,15 +124,15 @@ class FromNoise(Strategy):
         """
         if self.run.recipe.look_ahead:
             raise RecipeError("look_ahead: noise at each neighbourhood says nothing of what follows; leave it out")
-        samples, waves = self.distillation.planned()
+        samples, sweeps = self.distillation.planned()
         of_each = {task.neighbourhood.name: task for task in tasks}
         drawn = entry_noise(self.run.parts, carry=False, seed=self.run.recipe.seed, threads=1)
         folder = self.run.directory.path / "noise"
         with self.distillation.workers_kept():
-            for wave in waves:
-                self._train_wave([of_each[n.name] for n in wave if n.name in of_each], drawn, samples, folder)
+            for sweep in sweeps:
+                self._train_sweep([of_each[n.name] for n in sweep if n.name in of_each], drawn, samples, folder)
 
-    def _train_wave(self, tasks: Sequence[Task], drawn: Mapping[str, EntryNoise], samples: int, folder: Path) -> None:
+    def _train_sweep(self, tasks: Sequence[Task], drawn: Mapping[str, EntryNoise], samples: int, folder: Path) -> None:
         stores: dict[str, Stores] = {}
         with self.run.clock.measure("capture"):
             for number, task in enumerate(tasks):
@@ -169,9 +169,9 @@ class Sequential(Strategy):
 
     def train(self, tasks: Sequence[Task]) -> None:
         """Train tasks in topological order."""
-        samples, waves = self.distillation.planned()
+        samples, sweeps = self.distillation.planned()
         of_each = {task.neighbourhood.name: task for task in tasks}
-        turns = [[of_each[n.name] for n in wave if n.name in of_each] for wave in waves]
+        turns = [[of_each[n.name] for n in sweep if n.name in of_each] for sweep in sweeps]
         chained, chain = self.distillation.jobs.chained, self.distillation.jobs.chain
         in_order = list(itertools.chain.from_iterable(turns))
         if all(self.distillation.jobs.entry(task).done for task in chained(in_order)):
@@ -180,12 +180,12 @@ class Sequential(Strategy):
                 self.distillation.reuse(task)
             return
         chain.clear()
-        self.distillation.captures.estimate(waves, samples)
+        self.distillation.captures.estimate(sweeps, samples)
         folder = self.run.directory.path / "prefix"
         prefix = Prefix(self.run.parts, self.run.parts.in_order, self.distillation.batches(samples), folder, samples)
         with self.distillation.workers_kept():
-            for wave, turn in zip(waves, turns, strict=True):
-                exits = self.distillation.jobs.exits(wave)
+            for sweep, turn in zip(sweeps, turns, strict=True):
+                exits = self.distillation.jobs.exits(sweep)
                 entry = self.run.directory.entry("activations", fingerprint(*self.distillation.data, exits))
                 with self.run.clock.measure("capture"):
                     store = self.distillation.capture(entry, exits, samples)

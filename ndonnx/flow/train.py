@@ -25,7 +25,7 @@ from ndonnx.students import StudentMethod
 from ndonnx.students.registry import method_of
 from ndonnx.teacher import ActivationStore, CaptureSettings, capture
 from ndonnx.teacher.batches import read_batch, value_bytes, whole_batches
-from ndonnx.teacher.capture_plan import Waves, gigabytes
+from ndonnx.teacher.capture_plan import CapturePlan, gigabytes
 
 Stores = Sequence[Mapping[str, Path]]
 """The activation store of each value that a job needs; of several places with one student, one after the other."""
@@ -40,7 +40,7 @@ class Distillation:
     outcomes: dict[str, NeighbourhoodResult] = field(default_factory=dict)
     """By the label of the task."""
     jobs: Jobs = field(init=False)
-    captures: Waves = field(init=False)
+    captures: CapturePlan = field(init=False)
     _plan: tuple[int, list[list[Neighbourhood]]] | None = None
     _executor: Executor = field(init=False)
     """Where jobs run, inside `workers_kept`."""
@@ -50,7 +50,7 @@ class Distillation:
         in_order = self.run.recipe.inputs == "student"
         wanted = self.jobs.exits if in_order else self.jobs.wanted
         beside = self._beside() if in_order else 0
-        self.captures = Waves(
+        self.captures = CapturePlan(
             self.run.parts, self.run.split.source, self.run.recipe.cache_budget, wanted, self.run.progress, beside
         )
 
@@ -115,7 +115,7 @@ class Distillation:
         return True
 
     def planned(self) -> tuple[int, list[list[Neighbourhood]]]:
-        """How many samples the cache budget holds, and the waves of the capture."""
+        """How many samples the cache budget holds, and the sweeps of the capture."""
         if self._plan is None:
             self._plan = self.captures.plan(self.run.samples)
             rows = self.run.split.to_train(self._plan[0]).fingerprint()

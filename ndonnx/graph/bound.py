@@ -18,7 +18,7 @@ from ndonnx.graph.interface import WHOLE, Interface, sample_axis
 from ndonnx.graph.shapes.inference import infer_shapes
 from ndonnx.graph.shapes.sizes import factors
 from ndonnx.graph.shapes.symbolic import resolve_shapes
-from ndonnx.runtime.gc_pause import collector_paused
+from ndonnx.runtime.gc_pause import gc_paused
 
 Shape = tuple[int, ...]
 
@@ -76,7 +76,7 @@ class BoundShapes:
     def _inferred(self) -> dict[str, Shape]:
         """What inference finds from the bound inputs alone: sizes that the file states may be names of anything."""
         assert self.inputs is not None
-        with collector_paused():
+        with gc_paused():
             copy = self.model.clone()
             for graph in copy.graphs():
                 for node in graph:

@@ -17,10 +17,10 @@ from ndonnx.graph.storage.external import resolve_external_data
 from ndonnx.graph.storage.maps import remember_maps, set_maps_aside
 from ndonnx.graph.storage.opsets import ONNX_NAMES, let_functions_follow, remember_opsets, settle_opsets
 from ndonnx.graph.storage.sparse import remember, unfold
-from ndonnx.runtime.gc_pause import collector_paused
+from ndonnx.runtime.gc_pause import gc_paused
 
 
-@collector_paused()
+@gc_paused()
 def load(path: str | Path) -> ir.Model:
     """Read a model as `onnx_ir` sees it: external data stays on disk, functions are inlined, shapes are inferred.
 

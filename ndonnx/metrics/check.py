@@ -107,10 +107,10 @@ def check(
     reasons: dict[str, str] = {}
     try:
         for start in range(0, len(parts.distillable), _WAVE):
-            wave = parts.distillable[start : start + _WAVE]
+            sweep = parts.distillable[start : start + _WAVE]
             with tempfile.TemporaryDirectory(prefix="ndonnx-", ignore_cleanup_errors=True) as folder:
-                store = _captured(parts, wave, samples, specs, Path(folder) / "store")
-                for neighbourhood in wave:
+                store = _captured(parts, sweep, samples, specs, Path(folder) / "store")
+                for neighbourhood in sweep:
                     found = tried(partial(check_neighbourhood, parts, neighbourhood, store, recipe))
                     if isinstance(found, Fault):
                         reasons[neighbourhood.name] = found.reason
@@ -272,7 +272,7 @@ def _batches(samples: Arrays, specs: Sequence[InputSpec]) -> Iterator[Arrays]:
 
 
 def _captured(
-    parts: Partition, wave: Sequence[Neighbourhood], samples: Arrays, specs: Sequence[InputSpec], folder: Path
+    parts: Partition, sweep: Sequence[Neighbourhood], samples: Arrays, specs: Sequence[InputSpec], folder: Path
 ) -> ActivationStore:
     count = len(next(iter(samples.values())))
-    return capture(parts.model, boundary(wave), lambda: _batches(samples, specs), folder, samples=count)
+    return capture(parts.model, boundary(sweep), lambda: _batches(samples, specs), folder, samples=count)

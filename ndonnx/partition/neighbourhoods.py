@@ -37,10 +37,10 @@ from ndonnx.partition.sharing import (
     weights_in,
 )
 from ndonnx.partition.slices import is_opaque, region_nodes
-from ndonnx.runtime.gc_pause import collector_paused
+from ndonnx.runtime.gc_pause import gc_paused
 
 
-@collector_paused()
+@gc_paused()
 def partition(
     model: ir.Model,
     *,

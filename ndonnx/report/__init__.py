@@ -43,7 +43,7 @@ class NeighbourhoodReport:
     macs: int | None
     reason: str | None
     tolerance: float | None = None
-    """The NMSE that it bears alone, as far as that is known: see `ndonnx threshold`."""
+    """The NMSE that it tolerates alone, as far as that is known: see `ndonnx threshold`."""
     steps_saved: int | None = None
     """Steps that were not needed, because the student was near enough before; None without a tolerance or with a time
     budget."""

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def collector_paused() -> Iterator[None]:
+def gc_paused() -> Iterator[None]:
     """Let no cyclic garbage be collected for a while; also a decorator. Nested, the outermost one counts."""
     was_on = gc.isenabled()
     gc.disable()

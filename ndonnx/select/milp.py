@@ -26,7 +26,7 @@ DROP = "drop"
 _SCALE = 1e4
 """Largest coefficient of a row and of the objective: HiGHS's absolute tolerances of 1e-6 are 1e-10 of it."""
 _FORBIDDEN = 30
-"""Answers to forbid one by one before the bounds are tightened too."""
+"""TeacherOutputs to forbid one by one before the bounds are tightened too."""
 _TIGHTER = 1e-6
 """First tightening of a scaled row; it doubles each time."""
 _OPTIMAL, _INFEASIBLE = 0, 2

@@ -58,7 +58,7 @@ _MANY_ZEROS = 0.01
 
 
 @dataclass(frozen=True)
-class Exit:
+class LastLayer:
     """The last linear operator of a slice, and the sum that it adds to."""
 
     node: ir.Node
@@ -70,7 +70,7 @@ class Exit:
     """The value, before any activation, to which its output is added: what is made right."""
 
 
-def find_exit(model: ir.Model, held: Collection[str] = ()) -> Exit | None:
+def find_last_layer(model: ir.Model, held: Collection[str] = ()) -> LastLayer | None:
     """The last linear operator whose output reaches the exit through sums and activations alone; None if there is none.
 
     Its weight belongs to it alone, and is not `held`. Of several that are added up, the one with most weights.
@@ -88,7 +88,7 @@ def find_exit(model: ir.Model, held: Collection[str] = ()) -> Exit | None:
     assert data is not None and data.name and weight is not None and weight.name and total.name
     bias = offset_of(node)
     own = bias is not None and len(bias.uses()) == 1 and bias.name not in held
-    return Exit(node, data.name, weight.name, bias.name if own and bias is not None else None, total.name)
+    return LastLayer(node, data.name, weight.name, bias.name if own and bias is not None else None, total.name)
 
 
 def _summands(value: ir.Value) -> Iterator[ir.Node]:
@@ -124,7 +124,7 @@ _HOLDOUT = 0.25
 """Fraction of the samples that decides whether the refit helped."""
 
 
-def refit_exit(
+def reconstruct_last_layer(
     teacher: ir.Model,
     student: ir.Model,
     teacher_rows: Rows,
@@ -150,7 +150,7 @@ def refit_exit(
     Raises:
         ShrinkError: onnxruntime does not run a slice, or the activations are too large to be squared.
     """
-    end = find_exit(student, held)
+    end = find_last_layer(student, held)
     names = {value.name for node in teacher.graph for value in node.outputs}
     if end is None or end.total not in names or features_of(end.node, shape_of(end.node)) > MOST_FEATURES:
         return None
@@ -181,7 +181,7 @@ class _Pairs:
         fitted = max(1, count - max(1, round(holdout * count)))
         return range(fitted), range(min(fitted, count - 1), count)
 
-    def missing(self, end: Exit, samples: range) -> Regression:
+    def missing(self, end: LastLayer, samples: range) -> Regression:
         """What the student's sum lacks of the teacher's, on what its operator reads."""
         problem = Regression(end.node, len(samples))
         for batch, (theirs, ours) in self._batches(self.student, [end.total], [end.data, end.total], samples):
@@ -211,7 +211,7 @@ class _Pairs:
             raise ShrinkError(f"onnxruntime does not run a slice: {first_line(error)}") from error
 
 
-def _apply(model: ir.Model, end: Exit, problem: Regression) -> None:
+def _apply(model: ir.Model, end: LastLayer, problem: Regression) -> None:
     """Add the solution to the operator's weight and bias."""
     weight = model.graph.initializers[end.weight]
     assert weight.const_value is not None

@@ -138,7 +138,7 @@ class _Tap:
         self._computed = [name for name in names if name not in inputs]
         # On a CPU one batch a core, each by one thread, keeps the cores busy without their waiting
         # for each other inside every operator, as the threads of one session do beside a writer.
-        self.lanes = 1 if device != "cpu" else threads or usable_cores()
+        self.pool = 1 if device != "cpu" else threads or usable_cores()
         inside = 1 if device == "cpu" else threads
         self.session = (
             make_session(_cut(model, self._computed, self.halved), threads=inside, device=device, spin=False)
@@ -184,7 +184,7 @@ class _Running:
 
 
 class _Sweep:
-    """Runs a tap over the batches, as many at a time as it has lanes, and stores what comes out in order.
+    """Runs a tap over the batches, as many at a time as it has pool, and stores what comes out in order.
 
     Attributes:
         unstorable: values given up, with the reason.
@@ -207,7 +207,7 @@ class _Sweep:
         waiting: deque[Future[None]] = deque()
         done = 0
         with (
-            ThreadPoolExecutor(tap.lanes, thread_name_prefix="teacher") as teacher,
+            ThreadPoolExecutor(tap.pool, thread_name_prefix="teacher") as teacher,
             ThreadPoolExecutor(1, thread_name_prefix="store") as store,
         ):
 
@@ -228,7 +228,7 @@ class _Sweep:
                 done += taken
                 if done == self._samples:
                     break
-                if len(ahead) > tap.lanes:
+                if len(ahead) > tap.pool:
                     keep(ahead.popleft())
             while ahead:
                 keep(ahead.popleft())

@@ -1,4 +1,4 @@
-"""Which neighbourhoods are captured together: in as few and as even waves as the cache budget allows."""
+"""Which neighbourhoods are captured together: in as few and as even sweeps as the cache budget allows."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ndonnx.teacher.batches import value_bytes
 
 
 @dataclass
-class Waves:
-    """The plan of the sweeps.
+class CapturePlan:
+    """Sweeps of the teacher, each for some of the neighbourhoods.
 
     It depends on the recipe alone, not on what is done, so that a continued run captures the same.
     """
@@ -26,12 +26,12 @@ class Waves:
     """Names of the values to capture for neighbourhoods."""
     progress: Progress
     beside: int = 0
-    """Bytes of one sample that lie on the disk in any wave."""
+    """Bytes of one sample that lie on the disk in any sweep."""
     sizes: dict[str, int] = field(default_factory=dict)
     """Bytes of one sample of each value in the store, known once there is a plan."""
 
     def plan(self, samples: int) -> tuple[int, list[list[Neighbourhood]]]:
-        """As many of the samples as the budget holds, and the waves."""
+        """As many of the samples as the budget holds, and the sweeps."""
         open_ = self.parts.trained
         self.sizes |= value_bytes(self.parts.model, self.wanted(open_), self.source)
         one = [self._bytes([n]) + self.beside for n in open_]
@@ -44,7 +44,7 @@ class Waves:
             samples = held
         low, high = max(one, default=0), self.budget // samples
         fewest = len(self._fill(open_, high))
-        while low < high:  # the smallest limit that needs no more waves makes them even
+        while low < high:  # the smallest limit that needs no more sweeps makes them even
             middle = (low + high) // 2
             if len(self._fill(open_, middle)) == fewest:
                 high = middle
@@ -52,30 +52,30 @@ class Waves:
                 low = middle + 1
         return samples, self._fill(open_, low)
 
-    def estimate(self, waves: Sequence[Sequence[Neighbourhood]], samples: int) -> None:
+    def estimate(self, sweeps: Sequence[Sequence[Neighbourhood]], samples: int) -> None:
         """Tell what the sweeps that are left take on the disk."""
-        sizes = [(self._bytes(wave) + self.beside) * samples for wave in waves]
+        sizes = [(self._bytes(sweep) + self.beside) * samples for sweep in sweeps]
         if sizes:
-            sweeps = f"in {len(sizes)} sweeps of at most " if len(sizes) > 1 else ""
-            told = f"activations of {samples} samples take {sweeps}{gigabytes(max(sizes))} on disk"
+            parts = f"in {len(sizes)} sweeps of at most " if len(sizes) > 1 else ""
+            told = f"activations of {samples} samples take {parts}{gigabytes(max(sizes))} on disk"
             self.progress.note(Estimate(f"{told} (cache budget {gigabytes(self.budget)})"))
 
     def _fill(self, neighbourhoods: Iterable[Neighbourhood], limit: int) -> list[list[Neighbourhood]]:
         """Runs of neighbours whose boundaries take at most `limit` bytes a sample."""
-        waves: list[list[Neighbourhood]] = []
+        sweeps: list[list[Neighbourhood]] = []
         held: set[str] = set()
         total = 0
         for neighbourhood in neighbourhoods:
             wanted = set(self.wanted([neighbourhood]))
             further = sum(self.sizes.get(name, 0) for name in wanted - held)
-            if waves and total + further + self.beside <= limit:
-                waves[-1].append(neighbourhood)
+            if sweeps and total + further + self.beside <= limit:
+                sweeps[-1].append(neighbourhood)
                 held |= wanted
                 total += further
             else:
-                waves.append([neighbourhood])
+                sweeps.append([neighbourhood])
                 held, total = wanted, sum(self.sizes.get(name, 0) for name in wanted)
-        return waves
+        return sweeps
 
     def _bytes(self, neighbourhoods: Sequence[Neighbourhood]) -> int:
         """Bytes that one sample of these neighbourhoods' boundaries takes in the store."""

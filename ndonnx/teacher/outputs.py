@@ -26,7 +26,7 @@ from ndonnx.teacher import ActivationStore, CaptureSettings, capture, make_sessi
 from ndonnx.teacher.batches import read_batch, whole_batches
 
 
-def answers_a_second(model: Path | ir.Model, source: DataSource) -> float:
+def outputs_a_second(model: Path | ir.Model, source: DataSource) -> float:
     """Samples that are read and answered by a model in a second, roughly: by a few batches, the first not counted."""
     session = make_session(model)
     began, samples, size = time.perf_counter(), 0, min(_TIMED_BATCH, read_batch(source))
@@ -46,7 +46,7 @@ _TIMED_BATCH = 16
 
 
 @dataclass(frozen=True)
-class Answers:
+class TeacherOutputs:
     """What the teacher says to samples and to changed copies of them."""
 
     store: ActivationStore
@@ -57,7 +57,7 @@ class Answers:
     """Part of the store, at its beginning, that chooses the best state: it shares no sample with the rest."""
 
 
-def capture_answers(
+def capture_outputs(
     parts: Partition,
     split: Split,
     samples: int,
@@ -65,7 +65,7 @@ def capture_answers(
     recipe: Recipe,
     progress: Progress,
     views: int = 1,
-) -> Answers:
+) -> TeacherOutputs:
     """Run the teacher on the data.
 
     Args:
@@ -102,10 +102,10 @@ def capture_answers(
     if not labels:
         if recipe.label_weight > 0:
             progress.note("--label-weight has no effect: the data hold no labels")
-        return Answers(store, None, copies.holdout)
+        return TeacherOutputs(store, None, copies.holdout)
     path = folder / "labels.npy"
     np.save(path, np.concatenate(list(copies.repeated(labels))))
-    return Answers(store, path, copies.holdout)
+    return TeacherOutputs(store, path, copies.holdout)
 
 
 @dataclass(frozen=True)

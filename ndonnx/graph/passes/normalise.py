@@ -18,13 +18,13 @@ from ndonnx.graph.shapes.onnxruntime_types import open_quietly
 from ndonnx.graph.shapes.symbolic import resolve_shapes
 from ndonnx.graph.shapes.targets import write_targets
 from ndonnx.graph.ties import unite_views
-from ndonnx.runtime.gc_pause import collector_paused
+from ndonnx.runtime.gc_pause import gc_paused
 
 FOLD_LIMIT = 256 * 2**20
 """Bytes that one constant may always take (a `ConstantOfShape` can ask for anything); more if the model itself does."""
 
 
-@collector_paused()
+@gc_paused()
 def fold_constants(model: ir.Model) -> ir.Model:
     """Replace every value computed from constants alone by an initializer of the same name.
 

@@ -90,7 +90,7 @@ class _Shapes:
         self._news: set[ir.Value] = set()
         """Values of which more is known than ONNX knew when it inferred the whole graph."""
         self._known: dict[str, Size] = {}
-        """Made-up names whose size has been found: what else bears the name has that size too."""
+        """Made-up names whose size has been found: what else carries the name has that size too."""
         values = (value for node in model.graph for value in (*node.inputs, *node.outputs) if value is not None)
         taken = {str(size) for value in values for size in value.shape or ()}
         self._fresh = (name for n in itertools.count() if (name := f"unk__{n}") not in taken)

@@ -238,7 +238,7 @@ class PartialModels:
             return changed
 
         outputs = self.altered(name, run)
-        # Summed in the order of the samples, so that the lanes' order leaves no trace in the last bits.
+        # Summed in the order of the samples, so that the pool' order leaves no trace in the last bits.
         error = sum(errors[start] for start in sorted(errors)) / max(1, self.exit(name).size)
         return outputs, nmse(error, variance)
 
@@ -265,7 +265,7 @@ class PartialModels:
         model: ir.Model | ort.InferenceSession,
         more: Callable[[int, int], Mapping[str, Array]] = lambda start, count: {},
     ) -> dict[str, Array]:
-        """Answers of another whole model with the teacher's inputs and outputs, on the same samples.
+        """TeacherOutputs of another whole model with the teacher's inputs and outputs, on the same samples.
 
         Args:
             model: a spliced student, or the teacher with further inputs; as a session where it is run often.
@@ -364,8 +364,8 @@ class PartialModels:
 
     def _gather(self, run: Callable[[int], dict[str, Array]]) -> dict[str, Array]:
         """All samples' answers; outputs that the run does not give are the teacher's."""
-        with ThreadPoolExecutor(self._threads, thread_name_prefix="partial") as lanes:
-            parts = list(lanes.map(run, self.starts()))
+        with ThreadPoolExecutor(self._threads, thread_name_prefix="partial") as pool:
+            parts = list(pool.map(run, self.starts()))
         answers = dict(self.outputs)
         for name in parts[0]:
             pieces = [part[name] for part in parts]

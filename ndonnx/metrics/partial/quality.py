@@ -18,7 +18,7 @@ Array = npt.NDArray[Any]
 Float = npt.NDArray[np.float64]
 Kind = Literal["accuracy", "agreement", "nmse"]
 Outputs = Mapping[str, Array]
-"""Answers by the name of the model's output, all samples."""
+"""TeacherOutputs by the name of the model's output, all samples."""
 
 
 class Quality:

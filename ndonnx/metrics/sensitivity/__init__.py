@@ -1,7 +1,7 @@
 """How much error each neighbourhood, and all together, can bear: the thresholding effect (figures 1, 4 and 6)."""
 
 from ndonnx.metrics.sensitivity.noise import AMPLITUDES, Draws, Point
-from ndonnx.metrics.sensitivity.reading import DOCUMENT, Bearable, StudyFile, read_study, study_of
+from ndonnx.metrics.sensitivity.reading import DOCUMENT, ErrorBudget, StudyFile, read_study, study_of
 from ndonnx.metrics.sensitivity.study import (
     KEEP,
     REPEATS,
@@ -24,9 +24,9 @@ __all__ = [
     "REPEATS",
     "SHAPING_SAMPLES",
     "STUDIED",
-    "Bearable",
     "Curve",
     "Draws",
+    "ErrorBudget",
     "Point",
     "Shrunk",
     "StudyFile",

@@ -22,7 +22,7 @@ _EXPECTED = "expected the JSON document of `ndonnx threshold`"
 
 
 @dataclass(frozen=True)
-class Bearable:
+class ErrorBudget:
     """How large the error at one exit may be, while there is none anywhere else."""
 
     nmse: float
@@ -48,7 +48,7 @@ class StudyFile:
     exits: Mapping[str, str]
     """The value at which each neighbourhood ends; empty in a document that does not say so."""
 
-    def bearable(self, exits: Mapping[str, str]) -> dict[str, Bearable]:
+    def budgets_of(self, exits: Mapping[str, str]) -> dict[str, ErrorBudget]:
         """What the neighbourhoods of a partition bear; those that could not be measured are left out.
 
         Args:
@@ -71,7 +71,7 @@ class StudyFile:
                 f"{_shown(exits[moved[0]])} here: a study of another model or partition; {again}"
             )
         found = {name: _bearable(self.students.get(name), self.noise.get(name)) for name in exits}
-        return {name: bears for name, bears in found.items() if bears is not None}
+        return {name: budget for name, budget in found.items() if budget is not None}
 
 
 def read_study(path: str | Path) -> StudyFile:
@@ -149,16 +149,16 @@ def _texts(path: Path, where: str, value: Any) -> dict[str, str]:
     return value
 
 
-def _bearable(student: Tolerance | None, noise: Tolerance | None) -> Bearable | None:
+def _bearable(student: Tolerance | None, noise: Tolerance | None) -> ErrorBudget | None:
     """By students where there are any; the limit that they did not reach may be known from noise, which costs less."""
     known = [found for found in (student, noise) if found is not None and (found.nmse is not None or found.largest > 0)]
     if not known:
         return None
     first, *others = known
     if first.nmse is not None:
-        return Bearable(first.nmse, first.nmse)
+        return ErrorBudget(first.nmse, first.nmse)
     limits = [max(first.largest, found.nmse) for found in others if found.nmse is not None]
-    return Bearable(first.largest, limits[0] if limits else None)
+    return ErrorBudget(first.largest, limits[0] if limits else None)
 
 
 def _wrong(path: Path, where: str, expected: str, found: object) -> UsageError:

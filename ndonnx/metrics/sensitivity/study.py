@@ -169,7 +169,7 @@ def study(
     shaping: PartialModels | None = None,
     progress: Progress | None = None,
 ) -> ThresholdReport:
-    """Measure how much error a model bears, and where (sections 2 and 5, figures 1, 4 and 6).
+    """Measure how much error a model tolerates, and where (sections 2 and 5, figures 1, 4 and 6).
 
     Args:
         partials: the teacher on the samples by which it is judged.

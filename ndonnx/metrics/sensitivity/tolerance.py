@@ -22,7 +22,7 @@ _ENOUGH = 3.0
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What one neighbourhood bears when there is an error at its exit alone."""
+    """What one neighbourhood tolerates when there is an error at its exit alone."""
 
     name: str
     nmse: float | None
@@ -50,7 +50,7 @@ def tolerances(
     draws: Draws | None = None,
     on_step: Step = lambda: None,
 ) -> dict[str, Tolerance]:
-    """How much error each neighbourhood bears (the threshold of section 2), by a few amplitudes of noise at each.
+    """How much error each neighbourhood tolerates (the threshold of section 2), by a few amplitudes of noise at each.
 
     Args:
         partials: the teacher.

@@ -35,7 +35,7 @@ from ndonnx.runtime.fingerprints import fingerprint_file
 from ndonnx.students.base import Candidate, Spelled, StudentMethod, TeacherSlice
 from ndonnx.students.factors import fit_of
 from ndonnx.students.features import from_matrix
-from ndonnx.students.last_layer import find_exit
+from ndonnx.students.last_layer import find_last_layer
 from ndonnx.students.least_squares import MOST_FEATURES, Regression
 from ndonnx.students.linear import every_reader, set_weight
 from ndonnx.students.starting import Init
@@ -253,7 +253,7 @@ def _fit_end(teacher: TeacherSlice, student: ir.Model) -> ir.Model:
     What the operator is added to is made up for, and an activation behind it that ends the teacher too
     is looked through. Otherwise the student is returned as it is.
     """
-    end = find_exit(student)
+    end = find_last_layer(student)
     target = _same_place(student, teacher.model, end.total) if end is not None else None
     reader = next((r for r in every_reader(student) if end is not None and r.node is end.node), None)
     if end is None or target is None or reader is None or reader.features > MOST_FEATURES:

@@ -170,7 +170,7 @@ def check(new: Environment) -> None:
     new.run(command, "demo", "--quiet")
     teacher = new.run(new.python, "-P", "-c", "import ndonnx.demo as d; print(d.teacher_path())", quiet=True)
     new.run(command, "inspect", teacher.strip())
-    new.run(new.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"tests/{name}" for name in TESTS))
+    new.run(new.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"tests/convert/{name}" for name in TESTS))
 
 
 def check_cuda(new: Environment) -> None:

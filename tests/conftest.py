@@ -15,8 +15,8 @@ from hypothesis import settings
 from ndonnx.flow import finish, measure, train
 from ndonnx.runtime.executor import processes
 from ndonnx.teacher import sessions
-from tests.models import inputs_of, residual_cnn
-from tests.runs import Bench
+from tests.helpers.models import inputs_of, residual_cnn
+from tests.helpers.runs import Bench
 
 # A busy machine must not fail a property: no test has a time limit.
 settings.register_profile("ndonnx", deadline=None)

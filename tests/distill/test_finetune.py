@@ -1,0 +1,143 @@
+"""Fine-tuning of the whole student: what it learns, what it may change, and what it leaves alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+
+from ndonnx.distill.finetune import finetune
+from ndonnx.distill.plan import Plan
+from ndonnx.distill.trainer import Training
+from ndonnx.distill.whole import Labels, WholeSettings, is_class_scores
+from ndonnx.errors import ConversionError, SliceError
+from ndonnx.teacher import ActivationStore
+from tests.helpers.models import Array, Net, inputs_of, residual_cnn, run
+from tests.helpers.training import silent, store_of
+
+PLAN = Plan(steps=80, batch_size=16, lr=0.05, warmup=0.05, seed=0)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def perturbed(model: onnx.ModelProto, amount: float = 0.3) -> ir.Model:
+    """The model with noise on all its weights: a bad student of it."""
+    student = ir.from_proto(model)
+    rng = np.random.default_rng(1)
+    for name, value in student.graph.initializers.items():
+        array = value.const_value.numpy()  # type: ignore[union-attr]
+        if array.dtype == np.float32 and array.ndim > 1:
+            noise = rng.standard_normal(array.shape).astype(np.float32)
+            value.const_value = ir.tensor(array + amount * array.std() * noise, name=name)
+    return student
+
+
+def answers(folder: Path, model: onnx.ModelProto, samples: int = 120) -> ActivationStore:
+    data = inputs_of(model, samples)
+    return store_of(folder, {**data, **run(model, data)})
+
+
+def divergence(student: Array, teacher: Array) -> float:
+    p, q = (np.exp(x - x.max(-1, keepdims=True)) for x in (teacher, student))
+    p, q = p / p.sum(-1, keepdims=True), q / q.sum(-1, keepdims=True)
+    return float((p * np.log(p / q)).sum(-1).mean())
+
+
+def tune(
+    student: ir.Model, store: ActivationStore, label_weight: float = 0.0, labels: Labels | None = None
+) -> tuple[ir.Model, Training]:
+    settings = WholeSettings(PLAN, temperature=2.0, label_weight=label_weight, holdout=0.2, parity=1e-4)
+    return finetune(student, store, settings, silent, labels=labels)
+
+
+def test_a_fine_tuned_student_answers_more_like_its_teacher_on_new_inputs(tmp_path: Path) -> None:
+    model = residual_cnn()
+    student = perturbed(model)
+    tuned, training = tune(student, answers(tmp_path, model))
+    fresh = inputs_of(model, 50, seed=9)
+    teacher = run(model, fresh)["logits"]
+    before, after = (divergence(run(s, fresh)["logits"], teacher) for s in (student, tuned))
+    assert after < 0.5 * before
+    assert training.loss < training.loss_start and training.steps == PLAN.steps
+    assert [n.op_type for n in tuned.graph] == [n.op_type for n in student.graph]
+
+
+def test_other_outputs_are_matched_by_the_squared_error(tmp_path: Path) -> None:
+    net = Net()
+    net.op("Tanh", net.gemm(net.relu(net.gemm(net.input("x", "N", 6), 6, 16)), 16, 1), out="y")
+    model = net.proto("y")
+    assert not is_class_scores(ir.from_proto(model).graph.outputs[0])
+    student = perturbed(model)
+    tuned, _ = tune(student, answers(tmp_path, model))
+    fresh = inputs_of(model, 50, seed=9)
+    teacher = run(model, fresh)["y"]
+    before, after = (np.square(run(s, fresh)["y"] - teacher).mean() for s in (student, tuned))
+    assert after < 0.5 * before
+
+
+def test_probabilities_are_no_class_scores() -> None:
+    net = Net()
+    net.op("Softmax", net.gemm(net.input("x", "N", 6), 6, 4), out="y")
+    assert not is_class_scores(ir.from_proto(net.proto("y")).graph.outputs[0])
+    assert is_class_scores(ir.from_proto(residual_cnn()).graph.outputs[0])
+
+
+def test_labels_pull_the_student_their_way(tmp_path: Path) -> None:
+    model = residual_cnn()
+    store = answers(tmp_path, model)
+    labels = np.full(store.samples, 3, dtype=np.int64)
+    tuned, _ = tune(perturbed(model), store, label_weight=1.0, labels=labels)
+    fresh = inputs_of(model, 50, seed=9)
+    assert (run(tuned, fresh)["logits"].argmax(-1) == 3).mean() > 0.9
+
+
+def test_a_pattern_of_zeros_stays(tmp_path: Path) -> None:
+    model = residual_cnn()
+    student = perturbed(model)
+    rng = np.random.default_rng(0)
+    masks: dict[str, Array] = {}
+    for name, value in student.graph.initializers.items():
+        array = np.array(value.const_value.numpy())  # type: ignore[union-attr]
+        if array.ndim == 4:
+            array[rng.random(array.shape) < 0.5] = 0
+            masks[name] = array == 0
+            value.const_value = ir.tensor(array, name=name)
+    tuned, training = tune(student, answers(tmp_path, model))
+    assert training.loss < training.loss_start
+    for name, zero in masks.items():
+        assert not tuned.graph.initializers[name].const_value.numpy()[zero].any()  # type: ignore[union-attr]
+
+
+def test_the_student_itself_is_not_changed(tmp_path: Path) -> None:
+    model = residual_cnn()
+    student = perturbed(model)
+    before = _weights(student)
+    tuned, _ = tune(student, answers(tmp_path, model))
+    assert all(np.array_equal(before[name], array) for name, array in _weights(student).items())
+    assert any(not np.array_equal(before[name], array) for name, array in _weights(tuned).items())
+
+
+def _weights(model: ir.Model) -> Mapping[str, Array]:
+    return {name: np.array(v.const_value.numpy()) for name, v in model.graph.initializers.items()}  # type: ignore[union-attr]
+
+
+def test_what_cannot_be_trained_as_a_whole_says_so(tmp_path: Path) -> None:
+    net = Net()
+    x = net.gemm(net.input("x", "N", 6), 6, 4, out="a")
+    net.relu(x, out="b")
+    model = net.proto("a", "b")
+    with pytest.raises(ConversionError, match="2 outputs"):
+        tune(ir.from_proto(model), answers(tmp_path, model))
+    net = Net()
+    net.op("Bernoulli", net.op("Sigmoid", net.gemm(net.input("x", "N", 6), 6, 4)), out="y", dtype=1)
+    model = net.proto("y")
+    with pytest.raises(SliceError, match="Bernoulli"):
+        tune(ir.from_proto(model), answers(tmp_path, model))

@@ -12,7 +12,14 @@ import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import (
+
+from ndonnx.assemble.splice import is_changed, splice
+from ndonnx.convert import write_back
+from ndonnx.errors import VerificationError
+from ndonnx.graph import save, serialise, slice_cost
+from ndonnx.partition import Neighbourhood, Partition
+from ndonnx.students.cutting import shrink
+from tests.helpers.models import (
     BLOCKS,
     BUILDERS,
     Array,
@@ -30,13 +37,6 @@ from models import (
     vgg,
     with_if,
 )
-
-from ndonnx.assemble.splice import is_changed, splice
-from ndonnx.convert import write_back
-from ndonnx.errors import VerificationError
-from ndonnx.graph import save, serialise, slice_cost
-from ndonnx.partition import Neighbourhood, Partition
-from ndonnx.students.cutting import shrink
 
 
 def scaled(model: ir.Model, factor: float) -> ir.Model:

@@ -29,7 +29,7 @@ from ndonnx.students import TeacherSlice
 from ndonnx.students.cutting import shrink
 from ndonnx.students.zeroing import check_by_zeroing
 from ndonnx.teacher import sessions
-from tests import families
+from tests.helpers import families
 from tests.helpers.families import Enhancer, Mixer, Pyramid, Tagger, exported
 from tests.helpers.models import Net, boundary, floats, loaded, parted, run
 

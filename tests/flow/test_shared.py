@@ -26,7 +26,7 @@ from ndonnx.students.cutting import shrink
 from ndonnx.students.methods.width import Width
 from ndonnx.students.zeroing import check_by_zeroing
 from ndonnx.teacher import ActivationStore
-from tests import sharing
+from tests.helpers import sharing
 from tests.helpers.models import Array, Net, inputs_of, loaded, parted, residual_cnn, run
 from tests.helpers.runs import ALONE, Bench
 

@@ -20,13 +20,13 @@ import onnxruntime as ort
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import BUILDERS, CUSTOM, Net, floats, inputs_of, loaded, mlp, residual_cnn, run, with_if
 from onnx import TensorProto, helper, numpy_helper
 
 from ndonnx.errors import ModelError, RunDirError
 from ndonnx.graph import Dataflow, Kind, fold_constants, load, save, serialise
 from ndonnx.graph.dataflow import SINK, SOURCE
 from ndonnx.graph.save import check_writable, tensor_bytes
+from tests.helpers.models import BUILDERS, CUSTOM, Net, floats, inputs_of, loaded, mlp, residual_cnn, run, with_if
 
 save_module = importlib.import_module("ndonnx.graph.save")
 normalise_module = importlib.import_module("ndonnx.graph.passes.normalise")

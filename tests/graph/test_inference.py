@@ -11,7 +11,6 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from models import BUILDERS, CUSTOM, Net, floats, transformer, with_if
 from onnx import TensorProto, helper, numpy_helper
 from onnx_ir.passes.common import InlinePass, ShapeInferencePass
 
@@ -19,6 +18,7 @@ from ndonnx.graph import load
 from ndonnx.graph.shapes.inference import infer_shapes
 from ndonnx.graph.shapes.onnx_inference import weightless, weightless_of
 from ndonnx.runtime.gc_pause import gc_paused
+from tests.helpers.models import BUILDERS, CUSTOM, Net, floats, transformer, with_if
 
 
 def types(model: ir.Model) -> Iterator[tuple[int, str | None, str, str]]:

@@ -16,8 +16,8 @@ from ndonnx.api.compress import compress
 from ndonnx.config.recipe import Recipe
 from ndonnx.graph import fold_constants, load
 from ndonnx.graph.passes.fused import take_apart
-from ndonnx.graph.shapes.symbolic import runtime_types
-from tests import families
+from ndonnx.graph.shapes import onnxruntime_types as runtime_types
+from tests.helpers import families
 from tests.helpers.models import BUILDERS, Net, floats, loaded, parted, run
 from tests.helpers.runs import SMALL
 

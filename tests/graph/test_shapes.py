@@ -10,13 +10,13 @@ import onnx_ir as ir
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from models import BUILDERS, Array, Net, inputs_of, loaded, run
 from onnx import TensorProto, helper
 
 from ndonnx.graph import fold_constants
 from ndonnx.graph.shapes.sizes import Size, add, broadcast, divide, factors, product, quotient, remainder, subtract
 from ndonnx.graph.shapes.symbolic import known_numbers
 from ndonnx.graph.shapes.targets import shape_readers
+from tests.helpers.models import BUILDERS, Array, Net, inputs_of, loaded, run
 
 # Sizes
 

@@ -10,10 +10,20 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 import pytest
-from channel_blocks import ALL_BLOCKS, CHANNEL_BLOCKS
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import (
+from onnx import TensorProto, helper
+
+from ndonnx.errors import ShrinkError
+from ndonnx.graph import fold_constants, slice_cost
+from ndonnx.graph.shapes.symbolic import resolve_shapes
+from ndonnx.partition import ChannelGroups, Partition, find_groups
+from ndonnx.partition.channels.rules import RULES
+from ndonnx.students import TeacherSlice
+from ndonnx.students.cutting import shrink
+from ndonnx.students.zeroing import check_by_zeroing
+from tests.helpers.channel_blocks import ALL_BLOCKS, CHANNEL_BLOCKS
+from tests.helpers.models import (
     BUILDERS,
     CUSTOM,
     Net,
@@ -27,16 +37,6 @@ from models import (
     run,
     stack,
 )
-from onnx import TensorProto, helper
-
-from ndonnx.errors import ShrinkError
-from ndonnx.graph import fold_constants, slice_cost
-from ndonnx.graph.shapes.symbolic import resolve_shapes
-from ndonnx.partition import ChannelGroups, Partition, find_groups
-from ndonnx.partition.channels.rules import RULES
-from ndonnx.students import TeacherSlice
-from ndonnx.students.cutting import shrink
-from ndonnx.students.zeroing import check_by_zeroing
 
 Kept = npt.NDArray[np.bool_]
 

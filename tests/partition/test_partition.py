@@ -13,7 +13,14 @@ import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import (
+from onnx import TensorProto, helper
+
+from ndonnx.errors import UsageError
+from ndonnx.graph import fold_constants, serialise
+from ndonnx.graph.dataflow import Kind
+from ndonnx.partition import Partition, partition
+from ndonnx.partition.slices import is_opaque
+from tests.helpers.models import (
     BLOCKS,
     BUILDERS,
     CUSTOM,
@@ -34,13 +41,6 @@ from models import (
     vgg,
     with_if,
 )
-from onnx import TensorProto, helper
-
-from ndonnx.errors import UsageError
-from ndonnx.graph import fold_constants, serialise
-from ndonnx.graph.dataflow import Kind
-from ndonnx.partition import Partition, partition
-from ndonnx.partition.slices import is_opaque
 
 blocks = st.lists(st.sampled_from(sorted(BLOCKS)), min_size=1, max_size=5)
 

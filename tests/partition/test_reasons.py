@@ -7,10 +7,10 @@ from collections.abc import Callable
 import numpy as np
 import onnx
 import pytest
-from models import Net, floats, parted
 
 from ndonnx.partition import Partition
 from ndonnx.report.inspection import Inspection
+from tests.helpers.models import Net, floats, parted
 
 
 def between(middle: Callable[[Net, str], str], *, residual: bool = False) -> onnx.ModelProto:

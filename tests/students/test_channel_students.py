@@ -8,9 +8,6 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import pytest
-from channel_blocks import ALL_BLOCKS, CHANNEL_BLOCKS
-from models import Net, inputs_of, loaded, run, stack
-from runs import Bench
 
 from ndonnx.convert import relative_error
 from ndonnx.graph import fold_constants
@@ -18,6 +15,9 @@ from ndonnx.partition import find_groups
 from ndonnx.students import TeacherSlice
 from ndonnx.students.cutting import shrink
 from ndonnx.students.methods.width import Width
+from tests.helpers.channel_blocks import ALL_BLOCKS, CHANNEL_BLOCKS
+from tests.helpers.models import Net, inputs_of, loaded, run, stack
+from tests.helpers.runs import Bench
 
 BLOCKS_IN_A_MODEL = 6
 CHUNKS = [sorted(CHANNEL_BLOCKS)[i : i + BLOCKS_IN_A_MODEL] for i in range(0, len(CHANNEL_BLOCKS), BLOCKS_IN_A_MODEL)]

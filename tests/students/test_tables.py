@@ -8,7 +8,6 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from models import Net, inputs_of, loaded, parted, residual_cnn, transformer
 from onnx import TensorProto
 
 import ndonnx
@@ -20,6 +19,7 @@ from ndonnx.students.methods.lowrank import LowRank
 from ndonnx.students.methods.width import Width
 from ndonnx.students.registry import operators_around
 from ndonnx.students.tables import lookups, measure
+from tests.helpers.models import Net, inputs_of, loaded, parted, residual_cnn, transformer
 
 IDS, WIDTH, LENGTH = 200, 12, 7
 

@@ -130,6 +130,8 @@ class ChannelGroups:
     statistics: tuple[ChannelStatistic, ...] = ()
     copies: tuple[Copy, ...] = ()
     """Vectors that the slice is to hold several times."""
+    multiplied: frozenset[int] = frozenset()
+    """Units that a product of two activations sums over (queries and keys), whatever a weight sums over besides."""
 
     @property
     def units(self) -> int:
@@ -319,7 +321,8 @@ def _assemble(tracker: Tracker, nodes: list[ir.Node]) -> ChannelGroups:
         for found in tracker.statistics
     )
     changed = tuple(found for found in statistics if (found.units >= 0).any())
-    return ChannelGroups(tuple(groups), tuple(axes), tuple(edits), changed, tuple(copies))
+    multiplied = {unit for labels in tracker.contracted for unit in units(labels).ravel().tolist()} - {-1}
+    return ChannelGroups(tuple(groups), tuple(axes), tuple(edits), changed, tuple(copies), frozenset(multiplied))
 
 
 def _with_copies(

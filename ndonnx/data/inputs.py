@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ndonnx.config.recipe import InputRecipe
+from ndonnx.data.batch_axis import sample_axes
 from ndonnx.data.specs import InputSpec, castable, describe, fits
 from ndonnx.errors import DataError
 from ndonnx.graph.interface import Interface
@@ -38,8 +39,9 @@ def settle(specs: Sequence[InputSpec], settings: Mapping[str, InputRecipe]) -> t
         if (found := settings.get(spec.name)) is not None and found.value is not None
     }
     sampled = [spec for spec in specs if spec.name not in fixed]
-    axes = _axes(sampled)
-    return [_with_axis(spec, axes[spec.name], settings.get(spec.name)) for spec in sampled], fixed
+    axes = sample_axes([spec.shape for spec in sampled])
+    pairs = zip(sampled, axes, strict=True)
+    return [_with_axis(spec, axis, settings.get(spec.name)) for spec, axis in pairs], fixed
 
 
 def _value(spec: InputSpec, value: Any) -> Array:
@@ -65,26 +67,6 @@ def _value(spec: InputSpec, value: Any) -> Array:
 def _fits(found: Sequence[int], wanted: Sequence[int | str | None]) -> bool:
     pairs = zip(found, wanted, strict=False)
     return len(found) == len(wanted) and all(size == want for size, want in pairs if isinstance(want, int))
-
-
-def _axes(specs: Sequence[InputSpec]) -> dict[str, int]:
-    """Axis of the samples in each input, as far as their shapes tell: mostly the first.
-
-    It is another one where that carries the name that the first axis of other inputs has, where it alone is open
-    beside a first axis that is not, or where it alone has the size of the batch that all inputs fix.
-    """
-    shapes = {spec.name: spec.shape for spec in specs if spec.shape}
-    firsts = [shape[0] for shape in shapes.values()]
-    open_ = [size for size in firsts if not isinstance(size, int)]
-    everywhere = (size for size in firsts if all(size in shape for shape in shapes.values()))
-    batch = next(everywhere, None) if not open_ else next((size for size in open_ if size is not None), None)
-    return {spec.name: _axis(spec.shape, batch) for spec in specs}
-
-
-def _axis(shape: Sequence[int | str | None], batch: int | str | None) -> int:
-    if not shape or shape[0] == batch or not isinstance(shape[0], int):
-        return 0
-    return list(shape).index(batch) if list(shape).count(batch) == 1 else 0
 
 
 def _with_axis(spec: InputSpec, axis: int, setting: InputRecipe | None) -> InputSpec:

@@ -166,13 +166,17 @@ def _find_twins(
         behind = readers[shared[0]] if shared else ()
         for name in behind[behind.index(piece.name) + 1 :] if shared else ():
             other = by_name[name]
-            if name in twins or not other.distillable or read[name].keys() != read[piece.name].keys():
+            if name in twins or not other.distillable or _matrices(read[name]) != _matrices(read[piece.name]):
                 continue
             assert other.exit is not None
             pairs = correspondence(flow, piece, other.exit)
             if pairs is not None and _covers(pairs, piece, other):
                 twins[name] = piece.name, pairs
     return twins
+
+
+def _matrices(weights: Iterable[ir.Value]) -> set[ir.Value]:
+    return {weight for weight in weights if is_matrix(weight)}
 
 
 def _covers(pairs: Pairs, piece: Piece, other: Piece) -> bool:
@@ -274,9 +278,10 @@ def _alike(one: ir.Value, other: ir.Value) -> bool:
 
 
 def _same_constant(one: ir.Value, other: ir.Value) -> bool:
+    """Whether two constants are one: the same matrix, or equal numbers otherwise (exporters repeat those of a norm)."""
     if one is other:
         return True
-    if is_weight(one) or is_weight(other):
+    if (is_weight(one) or is_weight(other)) and (is_matrix(one) or is_matrix(other)):
         return False
     a, b = constant_of(one), constant_of(other)
     if a is None or b is None or a.dtype != b.dtype or a.shape != b.shape:

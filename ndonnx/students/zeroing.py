@@ -80,14 +80,15 @@ def ignoring(model: ir.Model, groups: ChannelGroups, kept: Kept) -> ir.Model:
     nodes = {node.outputs[0].name: node for node in graph}
     for statistic in groups.statistics:
         _of_kept_alone(graph, nodes[statistic.node], statistic, groups, kept)
-    summed = {unit for axis in groups.axes if axis.role == "in" for unit in axis.units.ravel().tolist()}
+    # What a product of two activations sums over (queries and keys) is removed where it is made.
+    made = kept.copy()
+    made[[unit for unit in range(groups.units) if unit not in groups.multiplied]] = True
     for axis in groups.axes:
-        # What only a product of two activations sums over (queries and keys) is removed where it is made.
-        if axis.role == "in" or not summed & set(axis.units[axis.units >= 0].tolist()):
+        stay = kept if axis.role == "in" else made
+        if not stays(axis.units, stay).all():
             value = graph.initializers[axis.initializer]
             assert value.const_value is not None
-            array = axis.zeroed(value.const_value.numpy(), kept)
-            set_numbers(value, array)
+            set_numbers(value, axis.zeroed(value.const_value.numpy(), stay))
     return copy
 
 

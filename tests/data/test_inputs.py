@@ -95,6 +95,22 @@ def test_settings_that_contradict_the_model_are_refused(setting: dict[str, Any],
         ([("N", "T"), (1, "T", 8)], [0, 0]),
         ([(4, 3), (4, 8)], [0, 0]),
         ([("N", 3), (3,)], [0, 0]),
+        # A name that says so is the batch wherever it stands, before any open size that stands first.
+        ([("T", "batch", 12), (1, "batch", 16)], [1, 1]),
+        ([("seq_len", "batch_size", 12)], [1]),
+        ([("T", "N", 12), (2, "N", 8)], [1, 1]),
+        ([("B", "N", 3)], [0]),
+        # With a fixed batch of 1, heights, widths, lengths and numbers of points are none.
+        ([(1, 3, "H", "W")], [0]),
+        ([(1, 3, None, None), (1, 8)], [0, 0]),
+        ([(1, "N", 3)], [0]),
+        ([("T", 1, 80), (2, 1, 64)], [1, 1]),
+        ([(None, 1, 80), (2, 1, 64)], [1, 1]),
+        ([("frames", 1, 80)], [1]),
+        # An image of one channel has its samples first.
+        ([("N", 1, 28, 28)], [0]),
+        ([("s0", 1, 28, 28), (1,)], [0, 0]),
+        ([("T", 6)], [0]),
     ],
 )
 def test_where_the_samples_lie_is_read_off_the_shapes(shapes: list[tuple[Any, ...]], axes: list[int]) -> None:

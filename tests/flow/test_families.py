@@ -288,6 +288,11 @@ def test_a_fused_operator_without_its_inputs_stays(op: str) -> None:
         ("bid,dk->bik", (2, 4, 5), (5, 6)),
         ("dib,kd->kib", (5, 4, 2), (6, 5)),
         ("ij,jk->ki", (4, 5), (5, 6)),
+        ("ij,jk", (4, 5), (5, 6)),
+        ("zi,ia", (4, 5), (5, 6)),
+        ("...ij,...jk->...ik", (2, 3, 4, 5), (2, 3, 5, 6)),
+        ("...d,dk->...k", (2, 4, 5), (5, 6)),
+        ("b...d,dk->bk...", (2, 3, 4, 5), (5, 6)),
     ],
 )
 def test_an_einsum_that_is_a_matrix_product_is_written_as_one(
@@ -307,7 +312,50 @@ def test_an_einsum_that_is_a_matrix_product_is_written_as_one(
     np.testing.assert_allclose(run(ir.to_proto(model), feeds)["y"], expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("equation", ["bij,bij->b", "bii,bij->bj", "...ij,...jk->...ik", "bij,bjk", "bijk,bkjl->bil"])
+@pytest.mark.parametrize(
+    ("equation", "one", "weight"),
+    [
+        ("bsd,dhe->bshe", (2, 4, 6), (6, 3, 5)),
+        ("...d,dhe->...he", (2, 4, 6), (6, 3, 5)),
+        ("bsd,dhe->bhse", (2, 4, 6), (6, 3, 5)),
+        ("bshe,hed->bsd", (2, 4, 3, 5), (3, 5, 6)),
+        ("bhse,hed->bsd", (2, 3, 4, 5), (3, 5, 6)),
+        ("bshe,dhe->bsd", (2, 4, 3, 5), (6, 3, 5)),
+        ("bsd,hed->bseh", (2, 4, 6), (3, 5, 6)),
+        ("bsd,df", (2, 4, 6), (6, 5)),
+    ],
+)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_an_einsum_with_a_weight_of_several_axes_is_a_matrix_product(
+    equation: str, one: tuple[int, ...], weight: tuple[int, ...], swapped: bool
+) -> None:
+    terms, arrow, out = equation.partition("->")
+    if swapped:
+        equation = ",".join(reversed(terms.split(","))) + arrow + out
+    net = Net(17)
+    x, w = net.input("x", *one), net.weight("w", *weight)
+    net.op("Einsum", *((w, x) if swapped else (x, w)), out="y", equation=equation)
+    proto = net.proto("y")
+    model = loaded(proto)
+    assert take_apart(model) and not take_apart(model)
+    assert "MatMul" in {node.op_type for node in model.graph} <= {"MatMul", "Transpose", "Reshape"}
+    feeds = {"x": np.random.default_rng(0).standard_normal(one, np.float32)}
+    np.testing.assert_allclose(run(model, feeds)["y"], run(proto, feeds)["y"], rtol=1e-5, atol=1e-5)
+
+
+def test_attention_in_einsums_shrinks_by_heads() -> None:
+    net = Net(17)
+    x = net.input("x", "N", 5, 12)
+    q, k, v = (net.op("Einsum", x, net.weight(name, 12, 3, 4), equation="bsd,dhe->bshe") for name in "qkv")
+    seen = net.op("Softmax", net.op("Einsum", q, k, equation="bqhe,bkhe->bhqk"), axis=-1)
+    mixed = net.op("Einsum", seen, v, equation="bhqk,bkhe->bqhe")
+    out = net.op("Einsum", mixed, net.weight("o", 3, 4, 12), equation="bqhe,hed->bqd")
+    _, parts = parted(net.proto(net.op("Add", x, out, out="y")))
+    (found,) = parts.distillable
+    assert [group.width for group in found.groups.groups] == [3]
+
+
+@pytest.mark.parametrize("equation", ["bij,bij->b", "bii,bij->bj", "bij,bjk", "bijk,bkjl->bil", "...ij,jkl->...kl"])
 def test_another_einsum_stays(equation: str) -> None:
     net = Net(17)
     net.input("x", 2, 3, 3, 3) if equation[3] == "k" else net.input("x", 2, 3, 3)

@@ -104,6 +104,7 @@ def distance(bench: Bench, one: str, other: str, feed: dict[str, Array]) -> Arra
         (sharing.towers(), [2, 2]),
         (sharing.towers("abc"), [3, 3]),
         (sharing.head(), [3]),
+        (sharing.head(norm=True), [3]),
         (sharing.tied(), [1]),
         (sharing.tied(rank=3), [1]),
         (sharing.tied("Identity"), [1]),

@@ -191,6 +191,18 @@ def _added_up_along_a_line(net: Net, y: str) -> str:
     return net.op("CumSum", y, net.constant(f"axis{len(net.weights)}", np.array(-1)))
 
 
+def _image_attention(net: Net, x: str, c: int) -> tuple[str, int]:
+    """One head over the pixels, as diffusion models have it: a channel of the values goes with one of the queries."""
+    packed = net.op("Reshape", net.conv(x, c, 3 * _WIDTH, 1), net.ints(0, 3, _WIDTH, -1))
+    places = (net.constant(f"place{len(net.weights)}_{i}", np.array(i)) for i in range(3))
+    queries, keys, values = (net.op("Gather", packed, place, axis=1) for place in places)
+    scores = net.op("Mul", net.op("MatMul", net.op("Transpose", queries, perm=[0, 2, 1]), keys), number(net, 0.5))
+    seen = net.op("Transpose", net.op("Softmax", scores, axis=-1), perm=[0, 2, 1])
+    image = net.op("Slice", net.op("Shape", x), net.ints(2), net.ints(4))
+    mixed = net.op("Reshape", net.op("MatMul", values, seen), net.op("Concat", net.ints(0, _WIDTH), image, axis=0))
+    return net.conv(mixed, _WIDTH, c, 1), c
+
+
 CHANNEL_BLOCKS: dict[str, Block] = {
     "group_norm": _group_norm(4),
     "group_norm_of_all": _group_norm(1),
@@ -215,6 +227,7 @@ CHANNEL_BLOCKS: dict[str, Block] = {
     "local_response": _between(lambda net, y: net.op("LRN", y, size=3)),
     "mean_variance": _between(lambda net, y: net.op("MeanVarianceNormalization", y, axes=[1, 2, 3])),
     "added_up_along_a_line": _between(_added_up_along_a_line),
+    "image_attention": _image_attention,
     "pixels": _pixels("DCR"),
     "pixels_by_channel": _pixels("CRD"),
     "shuffled_2": _shuffled(2, 16),

@@ -99,8 +99,16 @@ def language_model(layers: int = 2, tokens: int = 40, width: int = 6) -> onnx.Mo
     return net.proto(net.op("MatMul", x, net.op("Transpose", "wte", perm=[1, 0]), out="y"))
 
 
-def head(sizes: Sequence[int] = (8, 4, 2), width: int = 4, inner: int = 8) -> onnx.ModelProto:
-    """A head of two convolutions over levels of several sizes, whose answers are joined."""
+_PLAIN = (("one", 1), ("nought", 0))
+"""Constants of a norm that neither scales nor shifts."""
+
+
+def head(sizes: Sequence[int] = (8, 4, 2), width: int = 4, inner: int = 8, *, norm: bool = False) -> onnx.ModelProto:
+    """A head of two convolutions over levels of several sizes, whose answers are joined.
+
+    With a norm between them it is one of groups, as exporters write it: by the instance, with constants of its own at
+    each level, and with the shape that the level has.
+    """
     net = Net(5)
     x = net.relu(net.conv(net.input("x", "N", 3, sizes[0], sizes[0]), 3, width, out="stem"), out="level0")
     for name, shape in (("h1", (inner, width, 3, 3)), ("h2", (5, inner, 1, 1))):
@@ -110,8 +118,12 @@ def head(sizes: Sequence[int] = (8, 4, 2), width: int = 4, inner: int = 8) -> on
     for number, size in enumerate(sizes):
         if number:
             x = net.relu(net.conv(x, width, width, 3, stride=2, out=f"down{number}"), out=f"level{number}")
-        y = net.relu(net.op("Conv", x, "h1", "h1.bias", pads=[1] * 4))
-        y = net.op("Conv", y, "h2", "h2.bias", out=f"head{number}")
+        y = net.op("Conv", x, "h1", "h1.bias", pads=[1] * 4)
+        if norm:
+            one, nought = (net.constant(f"{name}{number}", np.full(4, value, np.float32)) for name, value in _PLAIN)
+            apart = net.op("InstanceNormalization", net.op("Reshape", y, net.ints(0, 4, -1)), one, nought)
+            y = net.op("Reshape", apart, net.op("Shape", y))
+        y = net.op("Conv", net.relu(y), "h2", "h2.bias", out=f"head{number}")
         ends.append(net.op("Reshape", y, net.ints(0, 5, size * size)))
     return net.proto(net.op("Concat", *ends, axis=2, out="y"))
 

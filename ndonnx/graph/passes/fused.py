@@ -12,6 +12,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from ndonnx.graph.passes.einsum_products import einsum
 from ndonnx.graph.passes.fused_attention import attention, embed_layer_norm, multi_head_attention
 from ndonnx.graph.passes.fused_writer import Outputs, Writer, input_of, is_read, number_of
 
@@ -168,32 +169,6 @@ def _skip(writer: Writer, node: ir.Node, bias_at: int) -> ir.Value | None:
     return total if bias is None else writer.op("Add", total, bias)
 
 
-def _einsum(writer: Writer, node: ir.Node) -> Outputs:
-    """A product over one letter: of matrices that share their leading axes, or of a tensor and one matrix."""
-    terms, arrow, out = node.attributes["equation"].as_string().replace(" ", "").partition("->")
-    left, right = terms.split(",")
-    if not arrow or not all(term.isalpha() and len(set(term)) == len(term) for term in (left, right, out)):
-        return None
-    shared = "".join(letter for letter in out if letter in left and letter in right)
-    rows = "".join(letter for letter in out if letter in left and letter not in right)
-    columns = "".join(letter for letter in out if letter in right and letter not in left)
-    summed = "".join(letter for letter in left if letter in right and letter not in out)
-    known = len(shared + rows + columns) == len(out) and set(left + right) == set(out + summed)
-    if not known or len(summed) != 1 or len(columns) != 1 or not rows or (shared and len(rows) != 1):
-        return None
-    product = writer.op(
-        "MatMul",
-        _turned(writer, node.inputs[0], left, shared + rows + summed),
-        _turned(writer, node.inputs[1], right, shared + summed + columns),
-    )
-    return (_turned(writer, product, shared + rows + columns, out),)
-
-
-def _turned(writer: Writer, value: ir.Value | None, letters: str, wanted: str) -> ir.Value:
-    assert value is not None
-    return value if letters == wanted else writer.op("Transpose", value, perm=[letters.index(one) for one in wanted])
-
-
 _RULES: dict[str, Rule] = {
     "Attention": attention,
     "BiasGelu": _gelu,
@@ -209,5 +184,5 @@ _RULES: dict[str, Rule] = {
     "SkipSimplifiedLayerNormalization": _skip_rms_norm,
     "TransposeMatMul": _fused_matmul,
 }
-_OWN_RULES: dict[str, Rule] = {"Einsum": _einsum}
+_OWN_RULES: dict[str, Rule] = {"Einsum": einsum}
 """Of ONNX's own operators."""

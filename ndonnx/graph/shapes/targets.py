@@ -22,6 +22,8 @@ _READERS = "ndonnx.shape_readers"
 """Key of a value's metadata."""
 _LONGEST = 256
 """Nodes between a shape and a target up to which one is followed to the other."""
+_NEAR = 3
+"""Operators between two reshapes of which the second undoes the first."""
 
 
 def shape_readers(value: ir.Value) -> Mapping[str, Axes]:
@@ -54,6 +56,8 @@ def write_targets(model: ir.Model) -> bool:
         rule = _RULES.get(node.op_type) if node.domain in STANDARD_DOMAINS and len(node.inputs) == 2 else None
         if rule is None or constant_of(node.inputs[1]) is not None:
             continue
+        if _gives_back(node):
+            continue
         before, after = (_sizes(value) for value in (node.inputs[0], node.outputs[0]))
         target = rule(before, after) if before is not None and after is not None else None
         means_zero = "allowzero" in node.attributes and node.attributes["allowzero"].as_int() != 0
@@ -64,6 +68,27 @@ def write_targets(model: ir.Model) -> bool:
         _write(model.graph, node, 1, np.array(target, dtype=np.int64))
         changed = True
     return changed | _write_bounds(model)
+
+
+def _gives_back(node: ir.Node) -> bool:
+    """Whether a `Reshape` takes its target from the very value that it gives its shape back to (a group norm).
+
+    That follows every width by itself, and is the same at all levels that a head is shared over.
+    """
+    shape, value = node.inputs[1], node.inputs[0]
+    reader = shape.producer() if shape is not None else None
+    if node.op_type != "Reshape" or reader is None or reader.op_type != "Shape":
+        return False
+    if "end" in reader.attributes or ("start" in reader.attributes and reader.attributes["start"].as_int()):
+        return False
+    for _ in range(_NEAR):
+        before = value.producer() if value is not None else None
+        if before is None or not before.inputs:
+            return False
+        value = before.inputs[0]
+        if value is reader.inputs[0]:
+            return True
+    return False
 
 
 def _write_bounds(model: ir.Model) -> bool:

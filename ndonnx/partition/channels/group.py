@@ -119,6 +119,8 @@ class ChannelGroups:
     statistics: tuple[ChannelStatistic, ...] = ()
     copies: tuple[Copy, ...] = ()
     """Vectors that the slice is to hold several times."""
+    multiplied: frozenset[int] = frozenset()
+    """Units that a product of two activations sums over (queries and keys), whatever a weight sums over besides."""
 
     @property
     def units(self) -> int:

@@ -191,7 +191,8 @@ def _assemble(tracker: Tracker, nodes: list[ir.Node]) -> ChannelGroups:
         for found in tracker.statistics
     )
     changed = tuple(found for found in statistics if (found.units >= 0).any())
-    return ChannelGroups(tuple(groups), tuple(axes), tuple(edits), changed, tuple(copies))
+    multiplied = {unit for labels in tracker.contracted for unit in units(labels).ravel().tolist()} - {-1}
+    return ChannelGroups(tuple(groups), tuple(axes), tuple(edits), changed, tuple(copies), frozenset(multiplied))
 
 
 def _with_copies(

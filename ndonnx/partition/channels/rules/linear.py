@@ -230,8 +230,8 @@ def _is_shift(value: ir.Value | None) -> bool:
 
 
 _NOUGHT_STAYS = {
-    "Add", "Cast", "Concat", "Div", "Elu", "Erf", "Expand", "Flatten", "Gelu", "Identity", "LeakyRelu", "Mul", "Neg",
-    "PRelu", "Relu", "Reshape", "Slice", "Split", "Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze",
+    "Add", "Cast", "Concat", "Div", "Elu", "Erf", "Expand", "Flatten", "Gather", "Gelu", "Identity", "LeakyRelu", "Mul",
+    "Neg", "PRelu", "Relu", "Reshape", "Slice", "Split", "Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze",
 }  # fmt: skip
 """Operators whose answer is 0 where their input is."""
 

@@ -58,15 +58,15 @@ class HardenReport:
     """Exits of neighbourhoods, to which it was added."""
     steps: int
     seconds: float
-    """Of the training."""
+    """Wall time of the training, in seconds."""
     loss_start: float
     """Under noise, as all four, on the samples by which the best state was chosen."""
     loss: float
     nmse_start: float
-    """Of the output, the teacher's clean answer being right."""
+    """Normalised squared error of the noisy output against the teacher's clean one, before the training."""
     nmse: float
     metrics: dict[str, Evaluation]
-    """Of `teacher` and `hardened`, without any noise."""
+    """Evaluations of `teacher` and `hardened`, without any noise."""
 
     def to_json(self) -> dict[str, Any]:
         """As one JSON document."""

@@ -61,7 +61,7 @@ class Lowered:
     weights: tuple[str, ...]
     """Names of the slice's floating-point initializers."""
     moments: frozenset[str]
-    """Those of them that are statistics."""
+    """Inputs of operators that are running statistics: never trained."""
 
 
 def lower(model: ir.Model) -> Lowered:

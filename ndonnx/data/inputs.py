@@ -90,7 +90,7 @@ def interface_of(inputs: Sequence[InputSpec], fixed: Mapping[str, Array]) -> Int
 
 
 def one_value(specs: Sequence[InputSpec], arrays: Mapping[str, Array], where: str) -> dict[str, Array]:
-    """Those arrays of a source that are one value for all samples: scalars, and arrays of an input's own fixed shape.
+    """The arrays of a source that are one value for all samples: scalars, and arrays of an input's own fixed shape.
 
     Where every array has its input's own shape, they are the samples of one batch.
 

@@ -53,7 +53,7 @@ class InputSpec:
         return (*self.shape[1 : self.axis + 1], *self.shape[:1], *self.shape[self.axis + 1 :])
 
     def along(self, axis: int) -> InputSpec:
-        """The same input, as the model declares it, with the samples along this axis."""
+        """This input as the model declares it, with the samples along this axis."""
 
         def first(sizes: tuple[Any, ...]) -> tuple[Any, ...]:
             return (*sizes[axis : axis + 1], *sizes[:axis], *sizes[axis + 1 :])

@@ -40,11 +40,11 @@ class MemoryPlan:
 
     budget: int
     main: int
-    """Of the main process."""
+    """Bytes of the main process."""
     slice: int
-    """Of the largest job of a neighbourhood, but for what its steps hold."""
+    """Bytes of the largest job of a neighbourhood, but for what its steps hold."""
     whole: int
-    """Of a training of the whole model, but for what its steps hold."""
+    """Bytes of a training of the whole model, but for what its steps hold."""
     cores: int
 
     @classmethod
@@ -72,7 +72,7 @@ class MemoryPlan:
         return self._step((self.budget - self.main) // workers - self.slice, self._threads(workers))
 
     def whole_step(self) -> int | None:
-        """The same of a training of the whole model."""
+        """Bytes that the steps of a training of the whole model may hold; None where the usual ones fit."""
         return self._step(self.budget - self.main - self.whole, self.cores)
 
     @property

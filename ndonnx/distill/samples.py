@@ -34,7 +34,7 @@ class Rows:
 
     arrays: Mapping[str, np.ndarray]
     constant: frozenset[str]
-    """Those that have no sample axis: one array for all samples."""
+    """Names of values without a sample axis: one array for all samples."""
 
 
 @dataclass(frozen=True)

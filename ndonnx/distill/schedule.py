@@ -50,12 +50,12 @@ class Schedule:
 
     @property
     def finetune_steps(self) -> int:
-        """Of the whole student, without a time budget."""
+        """Number of fine-tuning steps, without a time budget."""
         recipe = self.recipe
         return FINETUNE_FACTOR * recipe.steps if recipe.finetune_steps is None else recipe.finetune_steps
 
     def distil(self, jobs: int, workers: int) -> Plan:
-        """Of one neighbourhood, when `jobs` of them are trained by so many workers at a time."""
+        """Training plan of one neighbourhood, when `jobs` of them are trained by so many workers at a time."""
         recipe, seconds = self.recipe, None
         if recipe.time_budget is not None:
             part = _ALONE_PART if self.alone else _DISTIL_PART
@@ -81,11 +81,11 @@ class Schedule:
 
     @property
     def _answers(self) -> int:
-        """Of the teacher, in their part of a time budget."""
+        """Number of samples that the teacher answers in their part of a time budget."""
         return int(_ANSWERS_PART * (self.recipe.time_budget or 0.0) * self.rate)
 
     def finetune(self) -> Plan:
-        """Of the whole student; with a time budget, in what is left of it."""
+        """Training plan of the whole student; with a time budget, in what is left of it."""
         recipe = self.recipe
         if recipe.time_budget is None:
             return self.plan(self.finetune_steps, recipe.finetune_lr)
@@ -93,7 +93,7 @@ class Schedule:
         return self.plan(_ENDLESS, recipe.finetune_lr, max(1.0, left))
 
     def plan(self, steps: int, lr: float, seconds: float | None = None) -> Plan:
-        """Of any training, by the recipe."""
+        """Plan of any training, by the recipe."""
         recipe = self.recipe
         device = pick_device(recipe.device)
         bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and computes_in_bf16(device))

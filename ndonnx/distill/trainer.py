@@ -45,7 +45,7 @@ class Training:
     """What came out: held-out errors before and after, and where the best state was found."""
 
     nmse_start: float
-    """Of the target itself, whatever the objective."""
+    """Normalised squared error of the target before the first step, whatever the objective."""
     nmse: float
     loss_start: float
     """The objective's value."""

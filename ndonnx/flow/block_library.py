@@ -44,7 +44,7 @@ class Library:
     _tasks: dict[str, tuple[Neighbourhood, Candidate, Task]] = field(default_factory=dict)
     """What there is to train, by its label."""
     _rows: list[tuple[Neighbourhood, Candidate, Task]] = field(default_factory=list)
-    """The same with all aliases: every candidate of every neighbourhood."""
+    """Every candidate of every neighbourhood, aliases included."""
     _aliases: dict[tuple[str, str], str] = field(default_factory=dict)
     """The candidate that stands for another one with the same student, by neighbourhood and that other one."""
     _refused: dict[tuple[str, str], str] = field(default_factory=dict)
@@ -81,7 +81,7 @@ class Library:
 
     @property
     def steps(self) -> int:
-        """Of the training of a candidate."""
+        """Number of optimizer steps of a candidate's training."""
         steps = self.run.recipe.search.steps
         return math.ceil(self.run.recipe.steps / 5) if steps is None else steps
 
@@ -268,11 +268,11 @@ class Library:
         )
 
     def _macs_of_places(self, n: Neighbourhood) -> int | None:
-        """Of the teacher's slice in all places of its student."""
+        """Multiply-accumulates of the teacher's slice, summed over all places of its student; None where unknown."""
         return sum((self.run.parts.cost(use) for use in self.run.parts.uses(n)), Cost()).macs
 
     def _in_places(self, n: Neighbourhood, macs: int | None) -> int | None:
-        """Of a student in all its places: where values are larger, both have as many times more to do."""
+        """Multiply-accumulates of a student, summed over its places: where values are larger, both have more to do."""
         own, places = self.run.parts.cost(n).macs, self._macs_of_places(n)
         return macs if macs is None or own is None or places is None or own == 0 else round(macs * places / own)
 

@@ -39,7 +39,7 @@ class Need:
     tolerance: float
     """The NMSE that costs no more than the allowed drop, in this place alone."""
     enough: float
-    """Its share where all are replaced: under it, no training is worth its time."""
+    """Its share of the tolerance where all neighbourhoods are replaced: under it, no training is worth its time."""
 
     def told(self, outcome: NeighbourhoodResult, planned: Plan) -> NeighbourhoodResult:
         """How a neighbourhood ended, with its tolerance and the steps that were not needed."""
@@ -68,7 +68,7 @@ class ErrorBudgets:
         self._budgets = {theirs[name]: budget for name, budget in found.items()}
 
     def need(self, name: str) -> Need | None:
-        """Of a neighbourhood; None where it could not be measured."""
+        """How near the student of a neighbourhood has to come; None where that could not be measured."""
         budget = self._budgets.get(name)
         return None if budget is None else Need(budget.nmse, budget.nmse / len(self._exits))
 

@@ -52,7 +52,7 @@ class Loss:
     """How much worse than the teacher's answers are."""
 
     drop: float
-    """Of the metric, see `ndonnx.metrics.partial.Quality`."""
+    """Loss of the metric against the teacher, see `ndonnx.metrics.partial.Quality`."""
     divergence: float
 
     def to_json(self) -> dict[str, float | None]:
@@ -68,7 +68,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class WholeLoss(Loss):
-    """The same of a whole student."""
+    """How much worse than the teacher's the answers of a whole student are."""
 
     bound: float
     """One-sided upper confidence bound of the drop."""
@@ -107,7 +107,7 @@ class Rows:
         return whole_batches(self._source, read_batch(self._source))
 
     def fingerprint(self) -> str:
-        """Of what the rows hold."""
+        """Fingerprint of what the rows hold."""
         return self._source.fingerprint()
 
     def loss_of(self, student: ir.Model, confidence: float, samples: int = 0) -> WholeLoss:

@@ -338,7 +338,7 @@ def partition_model(
 
 
 def priced_for(source: DataSource, parts: Partition) -> Partition:
-    """The same partition, with MACs told for the shapes that a sample of the data has."""
+    """A partition with MACs told for the shapes that a sample of the data has."""
     first = next(iter(source.batches(1, samples=1)), None)
     arrays = {} if first is None else {name: array.shape for name, array in first.inputs.items()}
     return replace(parts, stated=one_sample(parts.model, arrays, parts.interface))

@@ -51,7 +51,7 @@ class Whole:
     costs: dict[str, float]
     """`params`, `macs`, `size` as they are."""
     shares: dict[str, float]
-    """The same as parts of the teacher's, and the latency's where it was measured."""
+    """Costs as fractions of the teacher's, the latency among them where it was measured."""
     tuned: FinetuneReport | None
     outcomes: dict[str, NeighbourhoodResult]
     """The students in it, by neighbourhood."""
@@ -205,7 +205,7 @@ class SearchSession:
         return allowed_divergence(self.library.losses().values(), parse_drop(self.run.recipe.max_drop))
 
     def judged(self, whole: Whole) -> Whole:
-        """The same, with a note for each student that is beyond what its place tolerates by the recipe's study."""
+        """A student of a search, with a note for each part that is beyond what its place tolerates by the recipe's study."""
         if self.distillation.budgets is None:
             return whole
         plan, judge = self.run.schedule.plan(self.library.steps, self.run.recipe.lr), self.distillation.budgets.judged

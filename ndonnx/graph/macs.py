@@ -26,7 +26,7 @@ def cost_of(nodes: Iterable[ir.Node], shapes: BoundShapes) -> Cost:
 
 
 def sample_cost(nodes: Iterable[ir.Node], shapes: BoundShapes) -> Cost:
-    """The same for one sample: MACs of a run over several are shared out among them."""
+    """Cost for one sample: MACs of a run over several are shared out among them."""
     cost = cost_of(nodes, shapes)
     return Cost(cost.parameters, None if cost.macs is None else round(cost.macs / shapes.samples))
 

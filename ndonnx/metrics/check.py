@@ -61,7 +61,7 @@ class Given:
     """What a check runs on."""
 
     inputs: Sequence[InputSpec]
-    """Those with samples."""
+    """Arrays by input name that have a sample axis."""
     arrays: Arrays
     """A few samples of them, samples first."""
     interface: Interface

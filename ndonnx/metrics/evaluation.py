@@ -59,7 +59,7 @@ class Evaluation:
     worst_sample: int | None = None
     """Number of the sample with the largest squared error, from 0 in the order of the data."""
     worst_nmse: float | None = None
-    """Its squared error over the teacher's variance: `nmse` is the mean of this over all samples."""
+    """Squared error of each sample over the teacher's variance: `nmse` is the mean of this over all samples."""
 
     def to_json(self) -> dict[str, int | float | None]:
         """As a mapping for JSON, which has no NaN or Inf: such values become None."""

@@ -44,7 +44,7 @@ class Neighbourhood:
     elsewhere: frozenset[str] = frozenset()
     """Weights that something else reads too, in another way."""
     held: frozenset[str] = frozenset()
-    """Those of them that a student leaves as they are."""
+    """Weights of the neighbourhood that a student leaves as they are."""
 
     @cached_property
     def parameters(self) -> int:
@@ -119,12 +119,12 @@ class Partition:
 
     @property
     def distillable(self) -> list[Neighbourhood]:
-        """Those that can be shrunk."""
+        """Neighbourhoods that can be shrunk."""
         return [n for n in self.neighbourhoods if n.distillable]
 
     @property
     def trained(self) -> list[Neighbourhood]:
-        """Those that have a student of their own: of several with one set of weights the first."""
+        """Neighbourhoods that have a student of their own: of several with one set of weights the first."""
         return [n for n in self.distillable if n.first is None]
 
     def uses(self, neighbourhood: Neighbourhood) -> list[Neighbourhood]:
@@ -146,7 +146,7 @@ class Partition:
 
     @cached_property
     def in_order(self) -> list[Neighbourhood]:
-        """Those that can be shrunk so that each comes behind all that it depends on, the places of a student together
+        """Neighbourhoods that can be shrunk, so that each comes behind all that it depends on, the places of a student together
         where that can be."""
         if not self.shared:
             return self.distillable

@@ -73,7 +73,7 @@ class Inside:
     weighted: int
     """Nodes that read weights."""
     closed: bool
-    """It holds a `cut`, or something that cannot be trained."""
+    """Whether it holds a `cut`, or something that cannot be trained."""
     largest: int
     """Values of the largest atom that may be part of a run: its own, or one nested in it."""
 

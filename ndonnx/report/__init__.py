@@ -22,7 +22,7 @@ class ModelSummary:
     zeros: int = 0
     """Weights that are exactly 0."""
     compressed_bytes: int | None = None
-    """Of the file after zlib, where zeros were made; onnxruntime gains no speed from them."""
+    """Bytes of the file after zlib, where zeros were made; onnxruntime gains no speed from them."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class NeighbourhoodReport:
     """Normalised squared error after the training, on the samples by which its best state was chosen: what a training
     came to, and no promise."""
     nmse_start: float | None
-    """The same before the first step."""
+    """Normalised squared error before the first step."""
     steps: int
     seconds: float
     parameters: int

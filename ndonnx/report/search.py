@@ -43,7 +43,7 @@ class SearchedStudent:
     macs: int | None
     """Multiply-accumulates a sample; None where they depend on a size that nothing states."""
     bytes: int | None
-    """Of the file; None where it was not written."""
+    """Path of the student's file; None where it was not written."""
     latency: float | None
     """Milliseconds a sample; None where it was not measured."""
     shares: dict[str, float]
@@ -71,7 +71,7 @@ class OptionReport:
     candidate: str
     status: str
     costs: dict[str, float]
-    """Of the slice, by name."""
+    """Costs of the slice by name: `params`, `macs`, `size`, `latency`."""
     drop: float | None
     """What the teacher loses with this student in its place; below 0 by noise."""
     nmse: float | None = None

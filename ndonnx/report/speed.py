@@ -31,9 +31,9 @@ class ModelSize:
     macs: int | None
     """Multiply-accumulates for one sample; None where they depend on a size that nothing states."""
     bytes: int
-    """Of the file and the weights kept beside it."""
+    """Bytes of the file and of the weights kept beside it."""
     compressed_bytes: int
-    """The same after zlib: what is sent to a device."""
+    """Bytes after zlib: what is sent to a device."""
 
     @classmethod
     def of(cls, path: Path, model: ir.Model, shapes: Mapping[str, Sequence[int]] | None = None) -> ModelSize:

@@ -20,7 +20,7 @@ class Candidate:
     """One way to shrink a slice."""
 
     spec: str
-    """Its name, the same for all ways to write it: `width 0.50` is `width 0.5`."""
+    """Name of the candidate, the same for all ways to write it: `width 0.50` is `width 0.5`."""
     overrides: Mapping[str, Any] = field(compare=False)
     """The recipe keys that make it."""
     size: float = field(compare=False)

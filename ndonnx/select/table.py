@@ -145,7 +145,7 @@ class Table:
         return choice.totals[cost]
 
     def share(self, choice: Choice, cost: str) -> float:
-        """The same as a part of the teacher's; 1 where the teacher costs nothing."""
+        """A choice's cost as a fraction of the teacher's; 1 where the teacher costs nothing."""
         whole = self.teacher.totals[cost]
         return choice.totals[cost] / whole if whole else 1.0
 
@@ -164,7 +164,7 @@ class Table:
         return math.fsum([self.fixed[cost], *cheapest])
 
     def corrected(self, cost: str, factor: float) -> Table:
-        """The same table, where each option saves `factor` times as much of a cost, at most all of it.
+        """A table in which each option saves `factor` times as much of a cost, at most all of it.
 
         For a cost that does not add up, as latency: `factor` is what a measured whole student saves, divided by what
         was predicted.

@@ -62,7 +62,7 @@ class TeacherSlice:
         return self.probe(model, values)(self.samples) if values else {}
 
     def batches(self, *wanted: tuple[ir.Model, Sequence[str]]) -> Iterator[tuple[range, list[dict[str, np.ndarray]]]]:
-        """The same values batch after batch, of as many samples as a bounded number of bytes holds.
+        """Values inside models, batch after batch, of as many samples as a bounded number of bytes holds.
 
         Args:
             wanted: models (the slice or candidates of it), and values of each.
@@ -150,7 +150,7 @@ class Spelled:
     """A candidate of a search, as its method reads it from words such as `width 0.50`."""
 
     spec: str
-    """Its name, the same for all ways to write it: `width 0.5`."""
+    """Name of the candidate, the same for all ways to write it: `width 0.5`."""
     settings: Mapping[str, Any]
     """The recipe keys that make it, beside `method`."""
     size: float

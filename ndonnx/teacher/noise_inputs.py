@@ -16,7 +16,7 @@ class Noise:
 
     value: str
     shape: tuple[int, ...]
-    """Of one sample."""
+    """Shape of the noise for one sample."""
     std: float
 
     @property

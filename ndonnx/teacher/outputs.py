@@ -50,7 +50,7 @@ class TeacherOutputs:
     """What the teacher says to samples and to changed copies of them."""
 
     store: ActivationStore
-    """Its inputs and outputs."""
+    """Activation store with the teacher's inputs and outputs."""
     labels: Path | None
     """An `.npy` of class numbers, one per sample; None where the data hold none."""
     holdout: float

@@ -264,7 +264,7 @@ class _Names:
         return found
 
     def layouts(self, values: Mapping[str, ir.Value]) -> dict[str, Layout]:
-        """Of those values whose sizes are all known; along the samples any will do."""
+        """Layouts of those values whose sizes are all known; along the samples any will do."""
         return {name: layout for name, value in values.items() if (layout := self._layout(value)) is not None}
 
     def _layout(self, value: ir.Value) -> Layout | None:

@@ -128,7 +128,7 @@ class Painter:
 
     @cached_property
     def _frequencies(self) -> tuple[Array, Array]:
-        """Of each term of `irfft2`: logarithm of the frequency, and how many terms of `ifft2` it stands for."""
+        """For each term of `irfft2`: logarithm of the frequency, and how many terms of `ifft2` it stands for."""
         rows, columns = np.fft.fftfreq(self.height)[:, None], np.fft.rfftfreq(self.width)[None]
         frequency = np.sqrt(rows * rows + columns * columns)
         frequency[0, 0] = 1

@@ -22,7 +22,7 @@ class _Origin:
 
     message: onnx.SparseTensorProto
     tensor: ir.TensorProtocol | None
-    """The same, dense."""
+    """A sparse tensor as a dense one."""
 
 
 def unfold(proto: onnx.ModelProto) -> dict[str, onnx.SparseTensorProto]:

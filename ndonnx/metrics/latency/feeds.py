@@ -69,7 +69,7 @@ def common_batch_size(models: Mapping[str, Sequence[InputSpec]]) -> int | None:
 
 
 def feeds_for(name: str, inputs: Sequence[InputSpec], feeds: Feeds) -> dict[str, NDArray[np.generic]]:
-    """Those of the arrays that a model reads.
+    """The arrays that a model reads.
 
     Raises:
         DataError: one is missing.

@@ -135,7 +135,7 @@ class Losses:
     """
 
     def __init__(self, kind: Kind) -> None:
-        """Of no samples yet."""
+        """Losses of no samples yet."""
         self.kind = kind
         self._drops: list[Float] = []
         self._right = 0

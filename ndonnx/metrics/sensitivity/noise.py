@@ -40,9 +40,9 @@ class Point:
     amplitude: float
     """Deviation of the noise, as a part of the activation's deviation over samples."""
     epsilon: float
-    """The same in the activation's own units; the median where noise is at several places."""
+    """Deviation of the noise in the activation's own units; the median where noise is at several places."""
     nmse: float
-    """Of the noisy exit; the mean where there are several."""
+    """Normalised squared error of the noisy exit; the mean where there are several."""
     drop: float
     divergence: float
 

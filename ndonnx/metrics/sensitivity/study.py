@@ -95,7 +95,7 @@ class ThresholdReport:
     repeats: int
     seed: int
     deviations: Mapping[str, float]
-    """Of each neighbourhood's exit: the square root of its mean variance over samples."""
+    """Deviation of each neighbourhood's exit: the square root of its mean variance over samples."""
     noise: tuple[Curve, ...]
     weights: tuple[WeightNoise, ...]
     width: tuple[Shrunk, ...]
@@ -206,7 +206,7 @@ def study(
 
 
 def _deviations(partials: PartialModels) -> tuple[dict[str, float], dict[str, str]]:
-    """Of every exit that noise can be added to; of the others, why not."""
+    """Deviation of every exit that noise can be added to; of the others, why not."""
     deviations: dict[str, float] = {}
     kept: dict[str, str] = {}
     for name in partials.names:

@@ -91,7 +91,7 @@ class Copy:
     node: str
     """Name of the reader's first output."""
     name: str
-    """Of the copy; `WeightAxis.initializer` has it."""
+    """Name of the copy; `WeightAxis.initializer` has it."""
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ class Regression:
         return min(1.0, max(0.0, (self._samples - judged - samples.start) / len(samples)))
 
     def moments(self) -> Moments:
-        """Of all rows, about their means.
+        """Moments of all rows, about their means.
 
         Raises:
             ShrinkError: the rows are so large that their squares overflow.
@@ -118,6 +118,6 @@ class FeatureEnergies:
             self._count += len(x)
 
     def energies(self) -> npt.NDArray[np.float64]:
-        """Of the features, group after group."""
+        """Mean square of the features, group after group."""
         found: npt.NDArray[np.float64] = (self._squares / max(1, self._count)).numpy()
         return found

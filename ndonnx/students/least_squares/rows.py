@@ -77,7 +77,7 @@ class RowSampler:
         """
         shape = weight_shape if weight_shape is not None else shape_of(node)
         self.features = features_of(node, shape)
-        """Of one group."""
+        """Number of features of one group."""
         self.groups = groups_of(node)
         self._node, self._kernel, self._samples = node, kernel_of(shape), samples
         self._rng = np.random.default_rng(0)

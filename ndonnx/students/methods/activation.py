@@ -212,7 +212,7 @@ class Activation:
 
     @property
     def output(self) -> ir.Value:
-        """Its result."""
+        """Value that the activation gives."""
         return self.nodes[-1].outputs[0]
 
 

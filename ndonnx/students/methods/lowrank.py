@@ -43,7 +43,7 @@ class Option:
     error: float
     """Mean squared error of its output on the samples, times what the exit makes of it."""
     form: Form | None = None
-    """Of a linear operator that is cut."""
+    """One way to cut a linear operator in two."""
     rank: int = 0
 
 

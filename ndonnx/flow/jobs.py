@@ -197,7 +197,7 @@ class Jobs:
         return list(dict.fromkeys([*boundary(open_), *self._ahead(open_)]))
 
     def exits(self, neighbourhoods: Iterable[Neighbourhood]) -> list[str]:
-        """Names of the values to capture where students are trained in order: without what the students before them give.
+        """Names of the values to capture for sequential training: without what the students before them give.
 
         What a place of a student reads of that very student's other places is captured from the teacher.
         """

@@ -205,7 +205,7 @@ class SearchSession:
         return allowed_divergence(self.library.losses().values(), parse_drop(self.run.recipe.max_drop))
 
     def judged(self, whole: Whole) -> Whole:
-        """A student of a search, with a note for each part that is beyond what its place tolerates by the recipe's study."""
+        """A student of a search, with a note for each part that is beyond what its place tolerates by the study."""
         if self.distillation.budgets is None:
             return whole
         plan, judge = self.run.schedule.plan(self.library.steps, self.run.recipe.lr), self.distillation.budgets.judged

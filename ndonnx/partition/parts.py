@@ -146,7 +146,7 @@ class Partition:
 
     @cached_property
     def in_order(self) -> list[Neighbourhood]:
-        """Neighbourhoods that can be shrunk, so that each comes behind all that it depends on, the places of a student together
+        """Neighbourhoods that can be shrunk, each behind all that it depends on, the places of a student together
         where that can be."""
         if not self.shared:
             return self.distillable

@@ -27,8 +27,6 @@ _ACTIVATIONS: dict[str, Activation] = {
     "softsign": F.softsign,
     "tanh": torch.tanh,
 }
-_OPTIONAL = 5
-"""Number of optional inputs that follow the three that every recurrent operator has."""
 _DEFAULT_SLOPES = {"activation_alpha": 0.2, "activation_beta": 0.5}
 """What `HardSigmoid` has where nothing is said; no other of these activations has numbers of its own."""
 
@@ -74,16 +72,17 @@ class Recurrent(nn.Module):
             if any(abs(number - usual) > 1e-6 for number in attributes.get(name) or []):
                 raise NotImplementedError(f"{node.operation_type} with {name} {attributes[name]}")
 
-    def forward(
+    def forward(  # noqa: PLR0913 - the operator's own inputs, which are told apart by their names
         self,
         data: Tensor,
         weight: Tensor,
         recurrence: Tensor,
-        *optional: Tensor | None,
+        bias: Tensor | None = None,
+        sequence_lens: Tensor | None = None,
+        initial_h: Tensor | None = None,
+        initial_c: Tensor | None = None,
+        peepholes: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
-        """What the operator gives; optional are its bias, lengths, first states and peepholes, in ONNX's order."""
-        given = [*optional, *[None] * (_OPTIONAL - len(optional))]
-        bias, sequence_lens, initial_h, initial_c, peepholes = given
         # Errors of reduced precision would add up from step to step.
         with torch.autocast(data.device.type, enabled=False):
             data = self._steps_first(data)

@@ -21,8 +21,9 @@ def settings_of(method: object) -> dict[str, Any]:
         RecipeError: it is no student method, or one of a class that no recipe names.
     """
     if not isinstance(method, StudentMethod) or type(method) not in REGISTERED.values():
-        known = ", ".join(sorted(kind.__name__ for kind in REGISTERED.values()))
-        raise RecipeError(f"method {type(method).__name__}: expected the name of a method, or one of {known}")
+        raise RecipeError(
+            f"method {type(method).__name__}: expected the name of a method, or a student method as ndonnx.Width(0.5)"
+        )
     return {"method": method.name} | _values(method)
 
 

@@ -15,7 +15,7 @@ from ndonnx.graph.interface import NOWHERE, WHOLE, Interface, sample_axis, sampl
 from ndonnx.graph.passes.branches import open_branches
 from ndonnx.graph.working_copy import working_copy
 from ndonnx.partition import partition
-from ndonnx.teacher import capture
+from ndonnx.teacher import CaptureSettings, capture
 from tests.helpers.models import Net, inputs_of, loaded, run
 from tests.helpers.runs import Bench, statuses
 from tests.helpers.sample_axes import windows
@@ -116,7 +116,14 @@ def test_every_slice_answers_with_the_samples_first_and_goes_back_as_it_was(tmp_
     feed = inputs_of(model, 5)
     ends = [value for n in parts.distillable for value in (n.entry, n.exit) if value is not None]
     assert any(sample_axis(value) == 1 for value in ends), "the test needs a slice with its steps first"
-    store = capture(parts.model, [value.name or "" for value in ends], lambda: [feed], tmp_path, samples=5, half=False)
+    store = capture(
+        parts.model,
+        [value.name or "" for value in ends],
+        lambda: [feed],
+        tmp_path,
+        samples=5,
+        settings=CaptureSettings(half=False),
+    )
     inner = run(model, feed, [value.name or "" for value in ends])
     for value in ends:
         np.testing.assert_array_equal(

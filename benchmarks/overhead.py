@@ -69,7 +69,7 @@ from ndonnx.runtime.executor import Executor, ProcessExecutor, SerialExecutor
 from ndonnx.runtime.machine import pick_device, usable_cores
 from ndonnx.runtime.run_directory import RunDir
 from ndonnx.students.registry import method_of
-from ndonnx.teacher import ActivationStore, capture
+from ndonnx.teacher import ActivationStore, CaptureSettings, capture
 
 MEASUREMENTS = ("distil", "capture", "workers")
 FIXED_SECONDS, FIXED_GIGABYTES = 3.0, 3.0
@@ -107,7 +107,12 @@ class Bench:
     def capture(self, folder: Path) -> ActivationStore:
         """The SDK's sweep."""
         return capture(
-            self.parts.model, self.values, lambda: self.batches, folder, samples=self.samples, device=self.device
+            self.parts.model,
+            self.values,
+            lambda: self.batches,
+            folder,
+            samples=self.samples,
+            settings=CaptureSettings(device=self.device),
         )
 
     def slices(self) -> list[Slice]:

@@ -200,7 +200,7 @@ def starting_student(subject: Subject, recipe: Recipe, data: Images, folder: Pat
         lambda: data.feeds(first, last),
         folder,
         samples=last - first,
-        device=pick_device(recipe.device),
+        settings=CaptureSettings(device=pick_device(recipe.device)),
     )
     students = _candidates(parts, store, recipe)
     store.remove()

@@ -431,7 +431,9 @@ def test_peak_memory_is_the_workers_own() -> None:
 def start(tmp_path: Path, body: str) -> subprocess.Popen[str]:
     """A script without a main guard, in a process group of its own."""
     script = tmp_path / "script.py"
-    script.write_text(f"from {__name__} import *\nimport os, sys\n{body}", encoding="utf-8")
+    # A job in the background ignores Ctrl-C, and so would its children.
+    heeds = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    script.write_text(f"from {__name__} import *\nimport os, sys\n{heeds}{body}", encoding="utf-8")
     return subprocess.Popen(
         [sys.executable, str(script)],
         stdout=subprocess.PIPE,

@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _load_methods(arguments: Sequence[str]) -> None:
-    """Import the student methods of other packages that are named on the line, so that their settings are flags too."""
+    """Import the student methods that are named on the line, so that the settings that they declare are flags too."""
     named = [after for flag, after in itertools.pairwise(arguments) if flag == "--method"]
     named += [text.removeprefix("--method=") for text in arguments if text.startswith("--method=")]
     if named:

@@ -21,7 +21,7 @@ _TABLES = ("data", "search", "model_inputs")
 def load_recipe(path: str | Path | None = None, **overrides: Any) -> Recipe:
     """Read a TOML recipe and lay the given keys over it; `None` leaves a key alone, also inside a table.
 
-    A student method of another package is imported first, so that the settings that it declares are known.
+    The student method is imported first, so that the settings that it declares are known.
 
     Raises:
         RecipeError: the file cannot be read, or a key is unknown or out of range.

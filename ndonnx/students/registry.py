@@ -31,15 +31,15 @@ def _homes() -> dict[str, str]:
 
 
 def load_methods(names: Iterable[str]) -> None:
-    """Import methods that other packages bring, so that their settings are known; those of ndonnx declare none.
+    """Import methods, so that the settings that they declare are known.
 
     Args:
-        names: of methods. Those that nobody brings are refused when they are used, not here.
+        names: of methods. Those that nobody brings are refused when they are used, not here; the default one declares
+            nothing and is not imported for it, since torch takes seconds.
     """
     for name in names:
-        home = _homes().get(name, methods.__name__)
-        if name not in REGISTERED and not home.startswith(methods.__name__):
-            importlib.import_module(home)
+        if name in _homes() and name != DEFAULT_METHOD:
+            method_class(name)
 
 
 def method_names() -> list[str]:

@@ -22,6 +22,7 @@ from ndonnx.convert import to_torch
 from ndonnx.convert.registry import has_converter
 from ndonnx.graph import load
 from ndonnx.partition.channels.rules import RULES
+from ndonnx.students import methods, registry
 from ndonnx.students.base import REGISTERED
 from ndonnx_cli.main import main
 from tests.helpers.models import Array, Net, inputs_of, residual_cnn
@@ -89,6 +90,25 @@ def test_a_method_is_a_recipe_a_flag_and_python(grid: Path, capsys: pytest.Captu
     assert (grid / "flags.onnx").read_bytes() == (grid / "python.onnx").read_bytes()
     assert main(["compress", "teacher.onnx", "--data", "data.npz", "--method", "grid", "--levels", "0"]) == 2
     assert "levels" in capsys.readouterr().err
+
+
+def test_a_file_among_the_methods_is_found_with_its_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "grid.py").write_text(block_of("adding-a-method.md"), encoding="utf-8")
+    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
+    registry._homes.cache_clear()
+    try:
+        assert "grid" in registry.method_names() and "grid" not in REGISTERED
+        assert main(["compress", "--method", "grid", "--help"]) == 0
+        assert "--levels" in capsys.readouterr().out
+        (tmp_path / "recipe.toml").write_text('method = "grid"\nlevels = 5\n', encoding="utf-8")
+        assert ndonnx.load_recipe(tmp_path / "recipe.toml").extra["levels"] == 5
+    finally:
+        registry._homes.cache_clear()
+        sys.modules.pop("ndonnx.students.methods.grid", None)
+        REGISTERED.pop("grid", None)
+        withdraw("levels")
 
 
 def test_a_method_is_a_candidate_of_a_search(grid: Path, capsys: pytest.CaptureFixture[str]) -> None:

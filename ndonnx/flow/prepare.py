@@ -107,7 +107,7 @@ def prepare(request: Request, recipe: Recipe, progress: Progress, *, searched: b
         UsageError: bad input; one line that names the file, node or value and the way out.
     """
     check_method(recipe.method)
-    clock, candidates = Clock(), candidates_of(recipe) if searched else None
+    clock, candidates = Clock(), candidates_of(recipe) if searched else ()
     with clock.measure("load"):
         progress.stage("load")
         held_out = (
@@ -124,14 +124,15 @@ def prepare(request: Request, recipe: Recipe, progress: Progress, *, searched: b
     with RunDir(request.folder) as directory:
         with clock.measure("partition"):
             progress.stage("partition")
-            methods = None if candidates is None else {candidate.method for candidate in candidates}
+            methods = {candidate.method for candidate in candidates} or None
             parts = partition_model(teacher.model, recipe, teacher.interface, methods)
             parts = priced_for(opened.split.source, parts)
         if recipe.time_budget is not None and not recipe.changes_nothing:
             schedule = replace(schedule, rate=_rate(directory, opened))
         samples = schedule.distil_samples(opened.samples)
+        split, judge = opened.split, opened.judge
         yield Run(
-            directory, recipe, progress, clock, teacher, parts, opened.split, opened.judge, samples, schedule, study
+            directory, recipe, progress, clock, teacher, parts, split, judge, samples, schedule, study, candidates
         )
 
 

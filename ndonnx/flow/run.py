@@ -22,6 +22,7 @@ from ndonnx.runtime.fingerprints import fingerprint, fingerprint_file
 from ndonnx.runtime.machine import usable_cores
 from ndonnx.runtime.progress import Progress
 from ndonnx.runtime.run_directory import RunDir
+from ndonnx.select import Candidate
 from ndonnx.teacher.capture_plan import gigabytes
 
 
@@ -57,6 +58,8 @@ class Run:
     schedule: Schedule
     study: StudyFile | None = None
     """The sensitivity study that the recipe names."""
+    candidates: tuple[Candidate, ...] = ()
+    """What a search tries in every neighbourhood, cheapest first; empty where nothing is searched."""
 
     @cached_property
     def model_key(self) -> str:

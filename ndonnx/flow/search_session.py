@@ -18,7 +18,6 @@ from ndonnx.flow.error_budgets import Need, allowed_divergence, measured_need
 from ndonnx.flow.finish import Finish
 from ndonnx.flow.jobs import NeighbourhoodResult
 from ndonnx.flow.measure import STUDENT_FILE, Measures, WholeLoss
-from ndonnx.flow.prepare import candidates_of
 from ndonnx.flow.run import Run
 from ndonnx.flow.strategies import Parallel
 from ndonnx.flow.train import Distillation
@@ -76,7 +75,7 @@ class SearchSession:
             UsageError: the sensitivity study of the recipe is of another model.
         """
         self.run = run
-        self.candidates = candidates_of(run.recipe)
+        self.candidates = run.candidates
         self.distillation = Distillation(run)
         self.distillation.planned()  # keys of students depend on it
         self.finishing = Finish(run)

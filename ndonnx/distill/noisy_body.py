@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ndonnx.data import DataSource
+from ndonnx.distill.draws import part_seed
 from ndonnx.errors import ConversionError, ModelError, SliceError, first_line
 from ndonnx.partition import Partition
 from ndonnx.teacher import make_session
@@ -85,7 +86,8 @@ class _Spread:
 class NoisyBody(nn.Module):
     """The body of a torch slice whose last inputs are noise: draws it for every call.
 
-    In training it is new in every step; without gradients, where states are compared, always the same.
+    In training it is new in every step; without gradients, where states are compared, always the same. Neither
+    depends on the number of threads that happen to be ahead.
     """
 
     def __init__(self, body: nn.Module, inputs: int, noises: Sequence[Noise], seed: int) -> None:
@@ -101,7 +103,8 @@ class NoisyBody(nn.Module):
         given, weights = values[: self._inputs], values[self._inputs :]
         device, count = given[0].device, len(given[0])
         dtype = next((value.dtype for value in given if value.is_floating_point()), torch.float32)
-        generator = None if torch.is_grad_enabled() else torch.Generator(device).manual_seed(self._seed)
+        seed = part_seed() if torch.is_grad_enabled() else self._seed
+        generator = None if seed is None else torch.Generator(device).manual_seed(seed)
         drawn = [
             torch.zeros(count, *noise.shape, device=device, dtype=dtype)
             if self.quiet

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ndonnx.convert import TorchSlice
+from ndonnx.distill.draws import seeded
 from ndonnx.distill.losses import Objective, nmse, target_variance
 from ndonnx.distill.optimiser import Optimiser
 from ndonnx.distill.plan import Plan
@@ -227,6 +229,8 @@ class _Slope:
         self._objective = descent.objective
         self._device = torch.device(descent.plan.device)
         self._bf16 = descent.plan.bf16
+        self._seed = descent.plan.seed
+        self._parts = itertools.count()
         self._pool = descent.pool
         self._at_once = descent.at_once
         self.weights = [weight for weight in descent.module.parameters() if weight.requires_grad]
@@ -239,17 +243,19 @@ class _Slope:
         for weight in self.weights:
             weight.grad = None
         for start in range(0, len(parts), pool.count):
-            some = parts[start : start + pool.count]
-            for part, (loss, gradients) in zip(some, pool.map(self._of, some), strict=True):
+            some = [(next(self._parts), part) for part in parts[start : start + pool.count]]
+            for (_, part), (loss, gradients) in zip(some, pool.map(self._of, some), strict=True):
                 share = len(part) / len(rows)
                 total += share * loss
                 for weight, gradient in zip(self.weights, gradients, strict=True):
                     _add_gradient(weight, gradient, share)
         return total
 
-    def _of(self, rows: np.ndarray) -> tuple[float, Sequence[Tensor | None]]:
+    def _of(self, numbered: tuple[int, np.ndarray]) -> tuple[float, Sequence[Tensor | None]]:
+        part, rows = numbered
         batch = self._samples.batch(rows)
-        loss = loss_of(self._module, self._samples.inputs, self._objective, batch, self._device, bf16=self._bf16)
+        with seeded(self._seed, part):
+            loss = loss_of(self._module, self._samples.inputs, self._objective, batch, self._device, bf16=self._bf16)
         return float(loss.detach()), torch.autograd.grad(loss, self.weights, allow_unused=True)
 
 

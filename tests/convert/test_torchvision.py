@@ -110,12 +110,14 @@ def test_missing_torchvision_costs_its_own_operators_alone(tmp_path: Path) -> No
     assert said.startswith("it needs torchvision, which does not load here (import of torchvision")
 
 
+@pytest.mark.slow
 def test_import_leaves_nothing_of_torchvision_behind(tmp_path: Path) -> None:
     install(tmp_path, FAILS)
     lines = "import sys, torch, ndonnx.convert", "print([name for name in sys.modules if name[:11] == 'torchvision'])"
     assert python(tmp_path, *lines, "print(list(torch.ops.torchvision))") == "[]\n[]"
 
 
+@pytest.mark.slow
 def test_boxes_are_what_onnxruntime_makes_of_them() -> None:
     try:
         import torchvision  # noqa: F401, PLC0415

@@ -46,6 +46,7 @@ def error(folder: Path, name: str) -> float:
     return float(np.square(teacher - student).mean())
 
 
+@pytest.mark.slow
 def test_every_way_to_learn_beats_cutting_channels_alone(tmp_path: Path) -> None:
     go(tmp_path, residual_cnn(4), "cut", steps=0, init="teacher")
     students = set()

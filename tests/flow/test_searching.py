@@ -175,6 +175,7 @@ def test_target_and_drop_together_are_kept_or_told_apart(folder: Path) -> None:
     assert "params=0.2" in apart.missed or "6.00%" in apart.missed
 
 
+@pytest.mark.slow
 def test_far_beyond_the_tolerance_nothing_smaller_is_trained(tmp_path: Path) -> None:
     table = {"candidates": ("width 0.1,0.2,0.3",), "steps": 0, "samples": 100}
     found = {}

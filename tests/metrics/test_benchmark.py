@@ -209,6 +209,7 @@ def test_rounds_fit_a_second_within_bounds() -> None:
 # In processes of their own
 
 
+@pytest.mark.slow
 def test_a_model_against_itself_takes_as_long(tmp_path: Path) -> None:
     """At 99.99%, so that a busy machine fails this once in ten thousand times."""
     path = Path(linear(tmp_path / "m.onnx", width=512))
@@ -223,6 +224,7 @@ def test_a_model_against_itself_takes_as_long(tmp_path: Path) -> None:
     assert timing.ratio == ratio_over_blocks([(one, other) for one, other in blocks])
 
 
+@pytest.mark.slow
 def test_documents_of_two_models_with_labelled_data(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -268,6 +268,7 @@ def test_a_report_with_numbers_that_json_does_not_know(tmp_path: Path) -> None:
 QUICK = ["--samples", "128", "--amplitudes", "0.2,0.8", "--repeats", "1", "--keep", "0.5"]
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "out"
     arguments = ["threshold", str(teacher_path()), "--data", str(data_path("test")), *QUICK, "-o", str(folder), "-q"]

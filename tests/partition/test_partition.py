@@ -548,6 +548,7 @@ for name, build in BUILDERS.items():
 """
 
 
+@pytest.mark.slow
 def test_the_same_model_is_always_partitioned_alike() -> None:
     """Also in another process, where sets of objects are ordered otherwise."""
     script = _DESCRIBE.format(root=str(Path(__file__).parents[2]))

@@ -97,6 +97,7 @@ def test_what_is_measured_must_be_named(arguments: list[str], message: str) -> N
         common.subject_of(options, judged=True)
 
 
+@pytest.mark.slow
 def test_time_to_quality_on_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--demo", "--recipe", str(recipe(tmp_path)), "--samples", str(SAMPLES), "--nd-steps", "0,2"]
     arguments += ["--kd-seconds", "0.2", "--sweep-seconds", "0.05", "--checkpoints", "2", "--kd-batch-size", "16"]
@@ -128,6 +129,7 @@ def test_time_to_quality_on_the_demo(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "time to" in printed
 
 
+@pytest.mark.slow
 def test_overhead_on_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--demo", "--recipe", str(recipe(tmp_path)), "--samples", str(SAMPLES), "--steps", "2"]
     overhead.main([*arguments, "--repeat", "2", "--only", "distil", "--only", "capture", "--out", str(tmp_path / "o")])

@@ -156,6 +156,7 @@ def test_a_process_that_fails_or_takes_too_long_says_so() -> None:
     assert run_limited(["json.tool", "--help"], 60).reason is None
 
 
+@pytest.mark.slow
 def test_models_are_measured_in_processes_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "broken.onnx").write_bytes(b"no model")
     good = saved(residual_cnn(1), tmp_path / "good.onnx")
@@ -234,6 +235,7 @@ def test_growth_is_the_exponent_of_the_processor_time() -> None:
     assert scale.growth([]) == []
 
 
+@pytest.mark.slow
 def test_scale_prints_a_table_and_writes_its_measurements(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scale.main(["--nodes", "10,20", "--shapes", "units", "--gigabytes", "0", "--out", str(tmp_path)])
     with (tmp_path / "scale.csv").open(encoding="utf-8", newline="") as file:

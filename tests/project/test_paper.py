@@ -55,6 +55,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_the_first_table_on_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     arguments = ["--demo", *recipe(tmp_path), *TINY, "--out", str(out), "--work", str(tmp_path)]
@@ -84,6 +85,7 @@ def test_the_first_table_on_the_demo(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert not list(tmp_path.glob("ndonnx-*"))
 
 
+@pytest.mark.slow
 def test_cells_are_made_once_and_stages_add_up(tmp_path: Path) -> None:
     lab = lab_of(tmp_path, keeps=(0.5,))
     apart = lab.nd(keep=0.5, inputs="teacher")

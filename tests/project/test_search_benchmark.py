@@ -92,6 +92,7 @@ def test_the_uniform_multiplier_is_the_largest_within_the_budget() -> None:
     assert costs.largest(shares[0] / 2, None) is None
 
 
+@pytest.mark.slow
 def test_budgets_compare_like_with_like_and_go_on(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     inputs = inputs_of(residual_cnn(), 500, seed=7)
     labels = run(undecided(), inputs)["logits"].argmax(1)
@@ -140,6 +141,7 @@ def test_a_budget_that_cannot_be_reached_is_marked(folder: Path, capsys: pytest.
 # Promises
 
 
+@pytest.mark.slow
 def test_a_broken_promise_is_counted_as_broken(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     promised = ("promises", "--seeds", "2", "--max-drop", "20%", "--seed", "3")
     document = measured(folder, *promised)
@@ -193,6 +195,7 @@ def test_a_promise_of_accuracy_wants_labels_to_judge_by(folder: Path) -> None:
 # Latency
 
 
+@pytest.mark.slow
 def test_a_latency_is_measured_afresh_twice(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = ("latency", "--target", "0.9", "--processes", "2", "--finetune-steps", "0")
     document = measured(folder, *given, judge=None)

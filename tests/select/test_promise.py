@@ -94,10 +94,12 @@ def test_just_over_the_limit_one_run_in_twenty_is_wrong_at_most(choosing: int, c
     assert false_promises(lambda allowed: 1.02 * LIMIT, choosing, confirming, among=among) <= ERROR
 
 
+@pytest.mark.slow
 def test_around_the_limit_hardly_any_run_is_wrong() -> None:
     assert false_promises(lambda allowed: allowed, 1000, 1000) <= ERROR
 
 
+@pytest.mark.slow
 def test_on_the_samples_that_choose_it_would_be_wrong_far_more_often() -> None:
     """The simulation finds the fault that it is there to find."""
     assert false_promises(lambda allowed: 1.02 * LIMIT, 1000, 1000, among=5, same=True) > 3 * ERROR

@@ -258,6 +258,7 @@ def test_greedy_under_says_what_it_cannot_keep() -> None:
 # The trade-off curve
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(tables(), st.integers(1, 6))
 def test_curve_holds_the_best_only(table: Table, count: int) -> None:

@@ -96,7 +96,9 @@ def test_what_is_no_table_stays(case: str) -> None:
 def test_compress_by_rank_reaches_tables_and_classifiers(tmp_path: Path) -> None:
     onnx.save(lexical(), tmp_path / "lexical.onnx")
     np.savez(tmp_path / "ids.npz", ids=skewed_ids(48) % IDS)
-    recipe = ndonnx.Recipe(method="lowrank", keep=0.5, steps=3, samples=48, finetune_steps=2, round_to=1)
+    recipe = ndonnx.Recipe(
+        method="lowrank", keep=0.5, executor="serial", steps=3, samples=48, finetune_steps=2, round_to=1
+    )
     output = tmp_path / "student.onnx"
     result = ndonnx.compress(tmp_path / "lexical.onnx", data=str(tmp_path / "ids.npz"), recipe=recipe, output=output)
     pieces = result.report.neighbourhoods

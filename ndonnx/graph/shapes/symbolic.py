@@ -150,7 +150,14 @@ class _Shapes:
     def _has_news(self, node: ir.Node) -> bool:
         if any(value.is_graph_output() for value in node.outputs):  # open by the model's own word, see `infer_shapes`
             return True
-        return any(value is not None and (value in self._news or value in self.numbers) for value in node.inputs)
+        return any(
+            value is not None and (value in self._news or value in self.numbers or self._is_found(value))
+            for value in node.inputs
+        )
+
+    def _is_found(self, value: ir.Value) -> bool:
+        """Whether a made-up name in its shape has turned out to be a size, at some other value."""
+        return any(not isinstance(size, int) and size.value in self._known for size in value.shape or ())
 
     def _refine(self, value: ir.Value, shape: Shape | None) -> None:
         """Believe a new shape where the old one was open."""

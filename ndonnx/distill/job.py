@@ -25,11 +25,12 @@ from ndonnx.graph.precision import in_float32, in_own_types, rounding_error
 from ndonnx.partition import ChannelGroups
 from ndonnx.runtime.run_directory import Entry
 from ndonnx.students import StudentMethod, TeacherSlice
+from ndonnx.students.base import probe_samples
 from ndonnx.students.masks import zeros_of_sparse
 from ndonnx.teacher import ActivationStore
 
-_PROBE = 16
-"""Samples on which torch and onnxruntime are compared."""
+_LEAST_SAMPLES = 16
+"""Fewest samples that a method sees, or that tell the size of an error, where there are so many."""
 _SHAPING_SAMPLES = 1024
 """Most samples that a method sees when it shapes and initialises a candidate."""
 _SHAPING_BYTES = 32 * 2**20
@@ -101,7 +102,7 @@ class DistilJob:
         torch.set_num_threads(self.threads)
         folder = self.entry.begin()
         samples = self._samples()
-        captured = [rows.arrays for rows in samples.heldout(_PROBE)]
+        captured = [rows.arrays for rows in samples.heldout(probe_samples(samples.bytes_per_sample()))]
         probes = [{name: arrays[name] for name in self.inputs} for arrays in captured]
         varying = [name for name in self.inputs if not samples.is_constant(name)]
         own = load(self.slice_path)
@@ -180,12 +181,12 @@ class DistilJob:
         if not heads:
             return NeighbourhoodLoss(self.target)
         loss = LookAheadLoss(self.target, heads, self.head_weights[: len(heads)])
-        rows = samples.shaping(_PROBE)[0].arrays
+        rows = samples.shaping(_LEAST_SAMPLES)[0].arrays
         loss.scales = {name: target_variance(torch.from_numpy(rows[name])) for name in loss.values}
         return loss
 
     def _teacher(self, model: ir.Model, samples: Samples) -> TeacherSlice:
-        count = min(_SHAPING_SAMPLES, max(_PROBE, _SHAPING_BYTES // max(1, samples.bytes_per_sample())))
+        count = min(_SHAPING_SAMPLES, max(_LEAST_SAMPLES, _SHAPING_BYTES // max(1, samples.bytes_per_sample())))
         found = samples.shaping(count)
         given, *further = ({name: rows.arrays[name] for name in self.inputs} for rows in found)
         constants = found[0].constant & given.keys()

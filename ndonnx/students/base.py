@@ -6,6 +6,7 @@ that changes the slice's boundary fails here, by name.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -24,8 +25,22 @@ from ndonnx.teacher.sessions import REFUSALS
 if TYPE_CHECKING:
     from torch import Tensor  # it takes seconds to import, and only annotations name it
 
+_PROBE_SAMPLES = range(4, 17)
+"""Samples on which a slice is compared with what was made of it, from the fewest to the most."""
+_PROBE_BYTES = 4 * 2**20
+"""Bytes, about, of the inputs and the output of the samples in such a comparison."""
+
 WHOLE = "whole"
 """The `shape_key` of a student that is as large as its slice: the teacher's own is never worse."""
+
+
+def probe_samples(sample_bytes: int) -> int:
+    """How many samples tell whether two slices answer alike: fewer where each holds thousands of positions.
+
+    Args:
+        sample_bytes: of one sample of the slice's inputs and output, as float32.
+    """
+    return min(max(_PROBE_BYTES // max(1, sample_bytes), _PROBE_SAMPLES.start), _PROBE_SAMPLES.stop - 1)
 
 
 @dataclass(frozen=True)
@@ -50,6 +65,11 @@ class TeacherSlice:
         """The same slice with at most so many samples, all of one size."""
         few = {name: rows if name in self.constants else rows[:count] for name, rows in self.samples.items()}
         return replace(self, samples=few, further=())
+
+    def few(self) -> TeacherSlice:
+        """The same slice with as many samples as tell whether something else answers like it."""
+        varying = (rows for name, rows in self.samples.items() if name not in self.constants)
+        return self.first(probe_samples(2 * sum(4 * math.prod(rows.shape[1:]) for rows in varying)))
 
     def run(self, model: ir.Model, values: Sequence[str]) -> dict[str, np.ndarray]:
         """Values inside `model` (the slice or a candidate of it) on all samples of the first size, by onnxruntime.

@@ -1,4 +1,4 @@
-"""Values of a slice in topological order, each computed from the last one, so that together they cost one pass."""
+"""Values of a slice in topological order, each computed from earlier ones, so that together they cost one pass."""
 
 from __future__ import annotations
 
@@ -16,43 +16,50 @@ from ndonnx.teacher.probe import Arrays, run_batches
 Array = npt.NDArray[np.float32]
 
 _KEPT_BYTES = 128 * 2**20
-"""Bytes of the last value, at most: what is larger is not kept, and the next one is computed from the inputs."""
+"""Bytes of values, at most, that are kept for the next ones; the oldest go first."""
 
 
 class Forward:
-    """A slice, or a candidate of it, on its samples. What was asked for may be changed behind the last value only."""
+    """A slice, or a candidate of it, on its samples. What was asked for may be changed behind the last value only.
+
+    Earlier values are kept too: behind a residual block, the next value is computed from the block's own parts, not
+    from the inputs all over again.
+    """
 
     def __init__(self, teacher: TeacherSlice, model: ir.Model) -> None:
         self.teacher, self.model = teacher, model
-        self._last: dict[str, Array] = {}
+        self._kept: dict[str, Array] = {}
 
     def next(self, name: str) -> tuple[Callable[[Arrays], dict[str, Array]], Arrays]:
-        """What computes a value, and what that is fed with: the last value, and inputs.
+        """What computes a value, and what that is fed with: earlier values, and inputs.
 
         Raises:
             ShrinkError: onnxruntime does not open it.
         """
         teacher, samples = self.teacher, self.teacher.samples
-        if name in self._last:
-            return dict, self._last
+        if name in self._kept:
+            return dict, {name: self._kept[name]}
         values = ir.convenience.create_value_mapping(self.model.graph, include_subgraphs=False)
-        known = {**samples, **self._last}
+        known = {**samples, **self._kept}
         nodes, read = nodes_between([values[name]], set(known))
         feeds = {value.name or "": known[value.name or ""] for value in read}
-        alone = not self._last or slice_batch(self.model) is not None or not nodes or feeds.keys() <= teacher.constants
+        alone = not self._kept or slice_batch(self.model) is not None or not nodes or feeds.keys() <= teacher.constants
         if alone:
             return teacher.probe(self.model, [name]), samples
         return teacher.probe(extract(self.model, nodes, read, [values[name]]), [name]), feeds
 
     def forget(self) -> None:
         """Compute the next value from the inputs: the model was changed before the last one."""
-        self._last = {}
+        self._kept = {}
 
     def keep(self, name: str, pieces: list[Array], counts: list[int]) -> None:
-        """Remember a value, given batch by batch, for the next one."""
+        """Remember a value, given batch by batch, for the next ones."""
         rows = [len(piece) if piece.ndim else -1 for piece in pieces]
-        fits = rows == counts and sum(piece.nbytes for piece in pieces) <= _KEPT_BYTES
-        self._last = {name: np.concatenate(pieces)} if fits else {}
+        self._kept.pop(name, None)
+        if rows == counts and sum(piece.nbytes for piece in pieces) <= _KEPT_BYTES:
+            self._kept[name] = np.concatenate(pieces)
+        while sum(array.nbytes for array in self._kept.values()) > _KEPT_BYTES:
+            del self._kept[next(iter(self._kept))]
 
 
 def side_by_side(ours: tuple[Forward, str], theirs: tuple[Forward, str]) -> Iterator[tuple[range, Array, Array]]:

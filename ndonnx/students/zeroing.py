@@ -20,8 +20,6 @@ from ndonnx.graph.initializers import add_constant, set_numbers, unique_name
 from ndonnx.partition import ChannelGroups, ChannelStatistic, stays
 from ndonnx.students.base import TeacherSlice
 
-_PROBE = 16
-"""Samples on which the check is run."""
 _TOLERANCE = 1e-4
 """Largest difference, relative to the output's scale."""
 
@@ -39,7 +37,7 @@ def check_by_zeroing(teacher: TeacherSlice, shrunk: ir.Model, kept: Kept) -> Non
     Raises:
         ShrinkError: the channel groups do not describe this slice.
     """
-    few = teacher.first(_PROBE)
+    few = teacher.few()
     reference = ignoring(teacher.model, _with_lengths(few), kept)
     exit_ = teacher.model.graph.outputs[0].name or ""
     error = relative_error(few.run(shrunk, [exit_])[exit_], few.run(reference, [exit_])[exit_])

@@ -44,8 +44,6 @@ _EXPORTED = range(7, 21)
 """Opsets that the exporter writes."""
 _TRACED = 2
 """Samples with which a module is traced."""
-_PROBE = 16
-"""Samples on which the exported student is compared with its module."""
 _TOLERANCE = 1e-4
 """Largest difference between them, relative to the answer's scale."""
 _PLAIN = {"Gelu", "HardSigmoid", "HardSwish", "Identity", "Mish", "Relu", "Sigmoid", "Softplus", "Tanh"}
@@ -117,7 +115,7 @@ class Custom(StudentMethod):
     def _build(self, teacher: TeacherSlice, rng: np.random.Generator) -> Candidate:
         where = f"{teacher.name}: {self.student}"
         module = self._module(teacher, where, int(rng.integers(2**31)))
-        few = teacher.first(_PROBE)
+        few = teacher.few()
         exit_ = teacher.model.graph.outputs[0].name or ""
         given = [few.samples[value.name or ""] for value in teacher.model.graph.inputs]
         expected = few.run(teacher.model, [exit_])[exit_]

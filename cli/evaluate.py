@@ -18,7 +18,7 @@ Teacher = Annotated[
 ]
 
 
-@takes()
+@takes("task")
 def evaluate(
     context: typer.Context,
     model: options.Model,

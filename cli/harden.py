@@ -47,6 +47,7 @@ Steps = Annotated[
     "batch_size",
     Changed("finetune_lr", "Peak learning rate, relative to the root mean square of each weight.", flag="--lr"),
     "warmup",
+    "task",
     Changed("temperature", "Softmax temperature of the distillation loss."),
     Changed("label_weight", "Weight of the labels' cross-entropy in the loss; the distillation loss has the rest."),
     "holdout",

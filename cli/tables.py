@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 import ndonnx
+from ndonnx import OutputFidelity, StageReport
 
 _UNBOUNDED = 10_000
 """Columns of a console that is no terminal: rows are not folded for a program that reads them."""
@@ -97,6 +98,8 @@ def print_report(report: ndonnx.CompressReport) -> None:
     """What became of the model, of each neighbourhood, and where everything lies."""
     print_text(_comparison(report))
     print_text(_neighbourhoods(report))
+    if len(report.stages) > 1:
+        print_text(_stages(report.stages))
     if report.unchanged:
         print_text("every channel kept and no steps: the student is the teacher, as asked")
     elif all(neighbourhood.status == "kept" for neighbourhood in report.neighbourhoods):
@@ -220,7 +223,32 @@ def measured(found: ndonnx.Evaluation) -> list[tuple[str, str]]:
         ("largest error of an output", found.max_error, nmse_text),
         ("KL divergence, nats", found.kl, nmse_text),
     )
-    return [(name, text(value)) for name, value, text in values if value is not None]
+    told = [(name, text(value)) for name, value, text in values if value is not None]
+    # What is told above is not told again of the output that it is of.
+    several = found.agreement is None
+    return told + [row for name, each in found.outputs.items() if several for row in _of_output(name, each)]
+
+
+def _of_output(name: str, found: OutputFidelity) -> Iterator[tuple[str, str]]:
+    """The measures of an output's own task, in words."""
+    if found.agreement is not None and found.kl is not None:
+        yield f"'{name}': same top class", part_text(found.agreement)
+        yield f"'{name}': KL divergence, nats", nmse_text(found.kl)
+    elif found.cosine is not None:
+        yield f"'{name}': cosine with the teacher's", f"{found.cosine:.4f}"
+    elif found.nmse is not None:
+        yield f"'{name}': NMSE", nmse_text(found.nmse)
+
+
+def _stages(stages: Sequence[StageReport]) -> Table:
+    """The whole student after each stage, on the rows that chose."""
+    rows = []
+    for stage in stages:
+        told = "; ".join(
+            f"{name}: {value}" for output, each in stage.outputs.items() for name, value in _of_output(output, each)
+        )
+        rows.append((stage.stage, told, "written" if stage.written else ""))
+    return table_of(("student", "on the samples that choose", ""), rows)
 
 
 def _neighbourhoods(report: ndonnx.CompressReport) -> Table:

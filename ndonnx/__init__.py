@@ -45,10 +45,18 @@ if TYPE_CHECKING:
     )
     from ndonnx.graph.load import load
     from ndonnx.metrics.evaluation import Evaluation
+    from ndonnx.metrics.fidelity import OutputFidelity
     from ndonnx.metrics.latency import Latency, ProviderSpeed, Ratio, Timing
     from ndonnx.metrics.sensitivity import ThresholdReport
     from ndonnx.partition import Partition
-    from ndonnx.report import CompressReport, FinetuneReport, ModelSummary, NeighbourhoodReport, TargetReport
+    from ndonnx.report import (
+        CompressReport,
+        FinetuneReport,
+        ModelSummary,
+        NeighbourhoodReport,
+        StageReport,
+        TargetReport,
+    )
     from ndonnx.report.inspection import Inspection
     from ndonnx.report.search import SearchedStudent, SearchReport
     from ndonnx.report.speed import ModelSize, Speed
@@ -94,6 +102,7 @@ __all__ = [
     "NdonnxError",
     "NeighbourhoodReport",
     "Opening",
+    "OutputFidelity",
     "ParityError",
     "Partition",
     "Progress",
@@ -114,6 +123,7 @@ __all__ = [
     "SliceError",
     "Sparsity",
     "Speed",
+    "StageReport",
     "Student",
     "StudentMethod",
     "TargetReport",
@@ -169,10 +179,18 @@ _MODULES: Mapping[str, tuple[str, ...]] = {
     ),
     "ndonnx.graph.load": ("load",),
     "ndonnx.metrics.evaluation": ("Evaluation",),
+    "ndonnx.metrics.fidelity": ("OutputFidelity",),
     "ndonnx.metrics.latency": ("Latency", "ProviderSpeed", "Ratio", "Timing"),
     "ndonnx.metrics.sensitivity": ("ThresholdReport",),
     "ndonnx.partition": ("Partition",),
-    "ndonnx.report": ("CompressReport", "FinetuneReport", "ModelSummary", "NeighbourhoodReport", "TargetReport"),
+    "ndonnx.report": (
+        "CompressReport",
+        "FinetuneReport",
+        "ModelSummary",
+        "NeighbourhoodReport",
+        "StageReport",
+        "TargetReport",
+    ),
     "ndonnx.report.inspection": ("Inspection",),
     "ndonnx.report.search": ("SearchReport", "SearchedStudent"),
     "ndonnx.report.speed": ("ModelSize", "Speed"),

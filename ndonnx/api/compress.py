@@ -85,7 +85,7 @@ def _compressed(request: Request, recipe: Recipe, progress: Progress) -> tuple[B
             if not searched:
                 write(built.model)
         with run.clock.measure("evaluate"):
-            metrics = compare(request.model, built.model, run.judge, progress)
+            metrics = compare(request.model, built.model, run.judge, progress, run.recipe.task)
             before, after = summaries(run.teacher.model, request.model, built.model, request.output, run.parts)
         judged = None if request.eval_data is None else run.judge.spec
         report = CompressReport(
@@ -94,6 +94,7 @@ def _compressed(request: Request, recipe: Recipe, progress: Progress) -> tuple[B
             metrics=metrics,
             neighbourhoods=[built.results[n.name].report(n, run.parts) for n in run.parts.neighbourhoods],
             finetune=built.tuned,
+            stages=built.stages,
             seconds=Seconds(**run.clock.seconds()),
             peak_rss_bytes=peak_rss_bytes() + built.workers_rss,
             run_dir=str(run.directory.path),

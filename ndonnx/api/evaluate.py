@@ -49,4 +49,4 @@ def evaluate(
         inputs = chosen.model_inputs if graph is None else settings_for(data, session, graph, chosen)
         source = open_source(data, input_specs(session), chosen.data, seed=chosen.seed, graph=graph, settings=inputs)
         hold_if_mixed(session, source)
-        return measure(path, source, teacher=reference, progress=listening(progress))
+        return measure(path, source, teacher=reference, tasks=chosen.task, progress=listening(progress))

@@ -21,7 +21,7 @@ from ndonnx.distill.memory import MemoryPlan
 from ndonnx.distill.noisy_body import measure_noises
 from ndonnx.distill.schedule import Schedule
 from ndonnx.distill.trainer import Training
-from ndonnx.distill.whole import MODEL_FILE, WholeSettings
+from ndonnx.distill.whole import MODEL_FILE, WholeSettings, tasks_from
 from ndonnx.errors import ModelError, NdonnxError, SliceError, UsageError
 from ndonnx.flow.prepare import Opened, Request, open_all, partition_model
 from ndonnx.graph import load, save, to_proto
@@ -36,7 +36,7 @@ from ndonnx.runtime.run_directory import Entry, record_fault
 from ndonnx.teacher import capture_bytes
 from ndonnx.teacher.batches import probe, whole_batches
 from ndonnx.teacher.noise_inputs import Noise
-from ndonnx.teacher.outputs import capture_outputs, run_alone
+from ndonnx.teacher.outputs import Wanted, capture_outputs, run_alone
 
 NOISE = 0.3
 """Deviation of the noise, as a part of the activation's own."""
@@ -209,13 +209,16 @@ class _Run:
             SliceError: the model cannot be trained.
         """
         samples = self._samples()
-        answers = capture_outputs(self.parts, self.given.split, samples, self.folder, self.recipe, self.progress)
-        recipe = self.recipe
+        recipe, (output,) = self.recipe, self.parts.model.graph.outputs
+        wanted = Wanted((output.name or "",), samples)
+        answers = capture_outputs(self.parts, self.given.split, wanted, self.folder, recipe, self.progress)
+        labelled = answers.labels is not None
+        tasks = tasks_from(answers.store, wanted.outputs, labelled=labelled, told=recipe.task)
         entry = Entry(self.folder / "hardened")
         plan = Schedule(recipe, finetunable=True).plan(steps, recipe.finetune_lr)
         memory = MemoryPlan.of(recipe, self.parts, usable_cores()).whole_step()
         plan = replace(plan, memory=memory, threads=usable_cores())
-        settings = WholeSettings.of(recipe, plan, answers.holdout, self.parts.interface)
+        settings = WholeSettings.of(recipe, plan, answers.holdout, self.parts.interface, tasks)
         path = self.given.teacher.path
         job = HardenJob("model", path, answers.store.path, answers.labels, entry, settings, noises=noises)
         outcome, _ = run_alone(job, "harden", steps, recipe, self.progress)

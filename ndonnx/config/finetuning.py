@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from ndonnx.config.setting import Flag, Panel, Section
-from ndonnx.config.values import Augmentations
+from ndonnx.config.values import Augmentations, Tasks
 
 FINETUNE_FACTOR = 3
 """Number of fine-tuning steps for each step of a neighbourhood, where the recipe does not set `finetune_steps`."""
@@ -26,6 +26,11 @@ class Finetuning(Section):
     labels every augmented image."""
     finetune_lr: Annotated[float, Flag("RATE", Panel.TRAIN)] = Field(0.01, gt=0)
     """Peak learning rate of fine-tuning, relative to the root mean square of each weight."""
+    task: Annotated[Tasks, Flag("KIND", Panel.TRAIN, repeatable=True)] = ()
+    """What the outputs mean, which decides the loss of fine-tuning and what is told of the student: `classification`
+    (of whole samples or of each position), `embedding`, `regression` or `auto`; `NAME=KIND` for one output;
+    `module:function` for a loss of one's own, of the student's and the teacher's tensors. Default: auto, which goes by
+    the teacher's answers, the labels and the output's name."""
     temperature: Annotated[float, Flag("T", Panel.TRAIN)] = Field(4.0, gt=0)
     """Softmax temperature of the distillation loss in fine-tuning."""
     label_weight: Annotated[float, Flag("FRACTION", Panel.TRAIN)] = Field(0.0, ge=0, le=1)

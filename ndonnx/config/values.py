@@ -87,6 +87,22 @@ def _number(text: str) -> bool | int | float:
         raise ValueError(f"expected numbers by commas, or true or false; found '{text[:40]}'") from None
 
 
+def parse_tasks(value: object) -> object:
+    """Check `embedding`, `boxes=regression` or `module:function`, one or several; pass anything else to pydantic.
+
+    Raises:
+        ValueError: one of them is none of these.
+    """
+    given = (value,) if isinstance(value, str) else value
+    if not isinstance(given, tuple | list):
+        return value
+    for each in given:
+        kind = str(each).rpartition("=")[2]
+        if kind not in TASKS and ":" not in kind:
+            raise ValueError(f"should be {', '.join(TASKS)} or module:function, as NAME=KIND for one output")
+    return tuple(given)
+
+
 def parse_sizes(value: object) -> object:
     """Read `1,3,48,320` as sizes; pass anything else to pydantic."""
     return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
@@ -96,6 +112,9 @@ Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
 Duration = Annotated[float, BeforeValidator(parse_duration), Field(gt=0)]
 Sparsity = Annotated[str, BeforeValidator(parse_sparsity)]
 Drop = Annotated[str, BeforeValidator(parse_plain)]
+TASKS = ("auto", "classification", "embedding", "regression")
+"""Kinds of outputs."""
+Tasks = Annotated[tuple[str, ...], BeforeValidator(parse_tasks)]
 Names = Annotated[tuple[str, ...], BeforeValidator(parse_names)]
 Augmentation = Literal["flip", "shift", "mixup"]
 Augmentations = Annotated[tuple[Augmentation, ...], BeforeValidator(parse_augmentations)]

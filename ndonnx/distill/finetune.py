@@ -13,13 +13,17 @@ from ndonnx.distill.trainer import OnStep, Training, train
 from ndonnx.distill.whole import Labels, WholeJob, WholeSettings, macs_of, train_only, trained_weights
 from ndonnx.errors import ConversionError
 from ndonnx.graph import fold_constants
-from ndonnx.graph.interface import Interface
+from ndonnx.graph.dataflow import float_outputs
+from ndonnx.graph.passes.packed_outputs import pack_outputs
 from ndonnx.graph.precision import in_float32, rounding_error
 from ndonnx.graph.working_copy import hold_batch
 from ndonnx.students.masks import zeros_of
 from ndonnx.teacher import ActivationStore
 
 _PROBE = 16
+_WHOLE_PARITY = 1e-2
+"""Relative error of torch against onnxruntime that a whole model may have. Rounding adds up over its depth, and what
+counts is decided later: the fine-tuned student is measured in onnxruntime, and kept only where it is better."""
 
 
 @dataclass(frozen=True)
@@ -47,15 +51,16 @@ def finetune(
 ) -> tuple[ir.Model, Training]:
     """A copy of the student, trained as a whole against the teacher's captured outputs.
 
-    Class scores, (samples, classes) that are not yet probabilities, are matched by the softened
-    cross-entropy; any other output by the squared error. Only weights that are initializers of the
-    student are trained, so that everything is written back by name; patterns of zeros stay.
+    Each output that the settings name has the loss of its task: class scores the softened cross-entropy, embeddings
+    the cosine and the squared error, numbers the squared error over their variance; several are trained together.
+    Only weights that are initializers of the student are trained, so that everything is written back by name;
+    patterns of zeros stay.
 
     Args:
-        student: the spliced student, one output.
-        store: the student's inputs and the teacher's output.
-        settings: how it is trained.
-        on_step: told the step, the steps and the held-out NMSE of the output.
+        student: the spliced student.
+        store: the student's inputs and the teacher's outputs.
+        settings: how it is trained, on which outputs.
+        on_step: told the step, the steps and the held-out NMSE of the outputs.
         labels: class numbers, one per sample of the store.
         kept: names of weights that stay as they are.
 
@@ -64,37 +69,35 @@ def finetune(
     """
     if (reason := why_not_finetuned(student)) is not None:
         raise ConversionError(reason)
-    interface, inputs = settings.interface, settings.inputs_of(student)
+    interface, inputs, tolerance = settings.interface, settings.inputs_of(student), settings.parity
     samples = settings.samples_of(student, store, labels)
     probe = {name: rows for name, rows in samples.arrays(0, _PROBE).items() if name in inputs}
-    own = _as_slice(student, interface, inputs, probe)
+    own = _as_slice(student, settings, inputs, probe)
     whole = in_float32(own)
-    module, _ = pass_gate(whole, probe, settings.parity, sampled=inputs)
+    module, _ = pass_gate(whole, probe, max(tolerance, _WHOLE_PARITY), sampled=inputs)
     train_only(module, student, kept)
     module.macs = macs_of(interface.applied(student), samples.shapes(inputs))
-    objective = settings.objective_of(student.graph.outputs[0], labels)
+    objective = settings.objective_of(samples, labels)
     plan = with_fitting_batch(settings.plan, whole, probe)
     training = train(module, samples, objective, plan, on_step, zeros_of(whole))
     tuned = write_back(student, trained_weights(module, student))
-    tolerance = max(settings.parity, rounding_error(own))
-    check_answer(module, _as_slice(tuned, interface, inputs, probe), probe, tolerance)
+    tolerance = max(tolerance, _WHOLE_PARITY, rounding_error(own))
+    check_answer(module, _as_slice(tuned, settings, inputs, probe), probe, tolerance)
     return tuned, training
 
 
 def why_not_finetuned(student: ir.Model) -> str | None:
     """Why a whole student cannot be fine-tuned, as far as its outputs tell; None where nothing speaks against it."""
-    outputs = student.graph.outputs
-    if len(outputs) != 1:
-        return f"the model has {len(outputs)} outputs; only one can be fine-tuned"
-    type_ = outputs[0].type
-    if isinstance(type_, ir.TensorType) and type_.dtype.is_floating_point() and outputs[0].producer() is not None:
+    if float_outputs(student):
         return None
-    return f"its output '{outputs[0].name}' is no tensor of floating-point numbers that the model computes"
+    names = ", ".join(f"'{value.name}'" for value in student.graph.outputs)
+    return f"no output ({names}) is a tensor of floating-point numbers that the model computes"
 
 
-def _as_slice(student: ir.Model, interface: Interface, inputs: list[str], probe: Arrays) -> ir.Model:
-    """A student that is trained as a slice is: constants folded, samples first, as many at once as keep apart."""
-    whole = fold_constants(interface.applied(student).clone())
-    if interface.batch is not None:
-        whole = hold_batch(whole, inputs, interface.batch)
+def _as_slice(student: ir.Model, settings: WholeSettings, inputs: list[str], probe: Arrays) -> ir.Model:
+    """A student that is trained as a slice is: constants folded, samples first, one output, any number at once."""
+    whole = fold_constants(settings.interface.applied(student).clone())
+    whole = pack_outputs(whole, list(settings.tasks))
+    if settings.interface.batch is not None:
+        whole = hold_batch(whole, inputs, settings.interface.batch)
     return open_slice(whole, inputs, probe)

@@ -75,7 +75,7 @@ def harden_whole(
     module.body = body = NoisyBody(module.body, len(inputs), noises, plan.seed)
     train_only(module, teacher)
     module.macs = macs_of(interface.applied(teacher), samples.shapes(inputs))
-    objective = settings.objective_of(teacher.graph.outputs[0], labels)
+    objective = settings.objective_of(samples, labels)
     training = train(module, samples, objective, plan, on_step, zeros_of(whole))
     hardened = write_back(teacher, trained_weights(module, teacher))
     body.quiet = True

@@ -1,17 +1,21 @@
-"""What students are trained on: the paper's losses, each a function of the answer and of captured values."""
+"""What students are trained on: losses, each a function of the answer and of captured values."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ndonnx.distill.task import Form
+
 _CHUNK = 2**22
 """Numbers that are converted at a time."""
+_LEAST_PROBABILITY = 1e-30
+"""What is less is taken for this before its logarithm."""
 LABEL = "label"
 """Under this name an objective finds the class numbers of the samples, where there are any."""
 
@@ -27,6 +31,15 @@ class Objective(ABC):
     @abstractmethod
     def __call__(self, answer: Tensor, captured: Mapping[str, Tensor]) -> Tensor:
         """Mean over samples; `answer` is float32, `captured` holds `values`, floats as float32."""
+
+    def reference(self, captured: Mapping[str, Tensor]) -> Tensor:
+        """What the answer is compared with for its NMSE."""
+        return captured[self.target]
+
+    def compared(self, answer: Tensor, captured: Mapping[str, Tensor]) -> Tensor:
+        """The answer as it is compared with `reference`."""
+        del captured
+        return answer
 
     def to(self, device: torch.device) -> None:
         """Move what it computes with."""
@@ -100,24 +113,122 @@ class DistillationLoss(Objective):
     """Cross-entropy of softened class scores, and that of labels where they are given (section 3, equation 3).
 
     (1 - w) T^2 KL(teacher at T || student at T) + w CE(label, student): the factor T^2 keeps the
-    size of the gradients (Hinton et al. 2015). Without labels w is 0. Scores have their classes on the last axis.
+    size of the gradients (Hinton et al. 2015). Without labels w is 0. Where there are positions, each has classes of
+    its own, and the mean is over all of them. Probabilities are compared at the input of their softmax, which their
+    logarithms are but for a constant.
     """
 
-    def __init__(self, target: str, temperature: float, label_weight: float = 0.0) -> None:
+    def __init__(
+        self,
+        target: str,
+        temperature: float,
+        label_weight: float = 0.0,
+        *,
+        axis: int = -1,
+        form: Form = Form.LOGITS,
+    ) -> None:
+        """Compare class scores.
+
+        Args:
+            target: name of the teacher's value.
+            temperature: T, above 0.
+            label_weight: w, from 0 to 1.
+            axis: along which the classes lie.
+            form: how the scores are written.
+        """
         self.target = target
         self.temperature = temperature
         self.label_weight = label_weight
+        self.axis = axis
+        self.form = form
         self.values = (target, LABEL) if label_weight > 0 else (target,)
 
     def __call__(self, answer: Tensor, captured: Mapping[str, Tensor]) -> Tensor:
-        classes = answer.shape[-1]
-        student = F.log_softmax(answer / self.temperature, dim=-1).reshape(-1, classes)
-        teacher = F.log_softmax(captured[self.target] / self.temperature, dim=-1).reshape(-1, classes)
+        scores, wanted = self._logits(answer), self._logits(captured[self.target])
+        student, teacher = (F.log_softmax(each / self.temperature, dim=-1) for each in (scores, wanted))
         soft = F.kl_div(student, teacher, reduction="batchmean", log_target=True) * self.temperature**2
         if self.label_weight == 0:
             return soft
-        hard = F.cross_entropy(answer.reshape(-1, classes), captured[LABEL].reshape(-1).long())
+        hard = F.cross_entropy(scores, captured[LABEL].reshape(-1).long())
         return (1 - self.label_weight) * soft + self.label_weight * hard
+
+    def _logits(self, scores: Tensor) -> Tensor:
+        """Float (positions, classes)."""
+        last = scores.movedim(self.axis, -1).reshape(-1, scores.shape[self.axis])
+        return last.clamp(min=_LEAST_PROBABILITY).log() if self.form is Form.PROBABILITIES else last
+
+
+class EmbeddingLoss(Objective):
+    """For vectors: one minus the cosine with the teacher's, and the squared error over its variance."""
+
+    def __init__(self, target: str, variance: float) -> None:
+        self.target = target
+        self.variance = variance
+        self.values = (target,)
+
+    def __call__(self, answer: Tensor, captured: Mapping[str, Tensor]) -> Tensor:
+        wanted = captured[self.target]
+        turned = 1 - F.cosine_similarity(answer, wanted, dim=-1)
+        return turned.mean() + F.mse_loss(answer, wanted) / self.variance
+
+
+class RegressionLoss(Objective):
+    """Squared error over the variance of the teacher's values: a mean answer costs 1, whatever their size."""
+
+    def __init__(self, target: str, variance: float) -> None:
+        self.target = target
+        self.variance = variance
+        self.values = (target,)
+
+    def __call__(self, answer: Tensor, captured: Mapping[str, Tensor]) -> Tensor:
+        return F.mse_loss(answer, captured[self.target]) / self.variance
+
+
+class CustomLoss(Objective):
+    """A function of the user's own: of the student's and the teacher's tensors, float32 (samples, ...), a scalar."""
+
+    def __init__(self, target: str, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.target = target
+        self.function = function
+        self.values = (target,)
+
+    def __call__(self, answer: Tensor, captured: Mapping[str, Tensor]) -> Tensor:
+        return self.function(answer, captured[self.target])
+
+
+class SeveralLosses(Objective):
+    """The losses of several outputs, added up; the answer holds all outputs side by side, (samples, numbers)."""
+
+    def __init__(self, losses: Sequence[Objective], variances: Sequence[float]) -> None:
+        """Add losses up.
+
+        Args:
+            losses: one an output, in the order of the outputs in the answer.
+            variances: of the teacher's values, by which each output counts alike in the NMSE.
+        """
+        self.losses = tuple(losses)
+        self.target = losses[0].target
+        self.values = tuple(dict.fromkeys(value for loss in losses for value in loss.values))
+        self._scales = [variance**-0.5 for variance in variances]
+
+    def __call__(self, answer: Tensor, captured: Mapping[str, Tensor]) -> Tensor:
+        parts = self._apart(answer, [captured[loss.target] for loss in self.losses])
+        losses = [loss(part, captured) for loss, part in zip(self.losses, parts, strict=True)]
+        return torch.stack(losses).sum()
+
+    def reference(self, captured: Mapping[str, Tensor]) -> Tensor:
+        return self._beside([captured[loss.target] for loss in self.losses])
+
+    def compared(self, answer: Tensor, captured: Mapping[str, Tensor]) -> Tensor:
+        return self._beside(self._apart(answer, [captured[loss.target] for loss in self.losses]))
+
+    def _beside(self, outputs: Sequence[Tensor]) -> Tensor:
+        scaled = (each.reshape(len(each), -1) * scale for each, scale in zip(outputs, self._scales, strict=True))
+        return torch.cat(list(scaled), dim=1)
+
+    def _apart(self, answer: Tensor, wanted: Sequence[Tensor]) -> list[Tensor]:
+        parts = torch.split(answer, [each[0].numel() for each in wanted], dim=1)
+        return [part.reshape(each.shape) for part, each in zip(parts, wanted, strict=True)]
 
 
 def target_variance(target: Tensor) -> float:

@@ -18,6 +18,10 @@ _RESERVE = 0.05
 _ANSWERS_PART = 0.1
 """Part of a time budget for reading data and sending it through the teacher: before the neighbourhoods, and again
 before fine-tuning."""
+_REFIT_PART = 0.02
+"""The same for the reconstruction down the chain, which runs each slice of teacher and student a few times."""
+_STAGE_PART = 0.01
+"""The same for measuring the whole student, after each of three stages at most."""
 _LEAST_SAMPLES = 256
 """Drawn in any case: where they take too long, the budget was too small."""
 _SEEN = 2
@@ -71,6 +75,22 @@ class Schedule:
         """Most samples of fine-tuning."""
         most = self.recipe.finetune_samples
         return most if self.recipe.time_budget is None else min(most, max(_LEAST_SAMPLES, self._answers))
+
+    def refit_samples(self, samples: int) -> int:
+        """Samples of the reconstruction down the chain, when there are so many."""
+        return self._in_part(samples, _REFIT_PART)
+
+    def stage_samples(self, samples: int) -> int:
+        """Samples on which the whole student is measured after a stage, when there are so many."""
+        return self._in_part(samples, _STAGE_PART)
+
+    def _in_part(self, samples: int, part: float) -> int:
+        """As many as the teacher answers in a part of a time budget, where there is one; the student comes beside it.
+
+        Both are run, so that they take about twice that part.
+        """
+        budget = self.recipe.time_budget
+        return samples if budget is None else min(samples, max(_LEAST_SAMPLES, int(part * budget * self.rate)))
 
     def views(self, samples: int) -> int:
         """How often each of so many images comes in fine-tuning, changed each time; 1 is as they are."""

@@ -339,7 +339,7 @@ class _Judge:
         rows = samples.heldout(min(samples.blocks.holdout, _HOLDOUT_SAMPLES, most))
         self._sets = [_Held.of(each, objective.target) for each in rows]
         self._count = sum(held.count for held in self._sets)
-        self._variance = _variance([held.values[objective.target] for held in self._sets])
+        self._variance = _variance([objective.reference(held.values) for held in self._sets])
         self._batches = [(h, start) for h in self._sets for start in range(0, h.count, self._batch)]
 
     def errors(self) -> _Errors:
@@ -358,9 +358,10 @@ class _Judge:
         }
         with torch.no_grad():
             answer = self._module(*(batch[name] for name in self._inputs))
-            target = batch[self._objective.target]
+            target = self._objective.reference(batch)
             loss = float(self._objective(answer, batch)) * (stop - start)
-            return loss, float(((answer - target).double() ** 2).sum()), target.numel()
+            difference = self._objective.compared(answer, batch) - target
+            return loss, float((difference.double() ** 2).sum()), target.numel()
 
 
 def _copy(module: TorchSlice) -> list[Tensor]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -14,10 +15,22 @@ import torch
 
 from ndonnx.config.recipe import Recipe
 from ndonnx.convert import TorchSlice
-from ndonnx.distill.losses import LABEL, DistillationLoss, NeighbourhoodLoss, Objective
+from ndonnx.data.user_code import import_function
+from ndonnx.distill.losses import (
+    LABEL,
+    CustomLoss,
+    DistillationLoss,
+    EmbeddingLoss,
+    Objective,
+    RegressionLoss,
+    SeveralLosses,
+    target_variance,
+)
 from ndonnx.distill.plan import Plan
 from ndonnx.distill.samples import SliceSamples, Source
+from ndonnx.distill.task import OutputTask, Task, tasks_of
 from ndonnx.distill.trainer import OnStep, Training
+from ndonnx.errors import RecipeError
 from ndonnx.graph import fold_constants, load, save
 from ndonnx.graph.bound import bind
 from ndonnx.graph.dataflow import real_inputs
@@ -30,10 +43,10 @@ from ndonnx.teacher import ActivationStore
 Labels = npt.NDArray[np.int64]
 """Class numbers, int64 (samples,), one for each sample of a store."""
 
-_PROBABILITIES = {"Softmax", "LogSoftmax", "Sigmoid", "HardSigmoid"}
-"""Operators whose output is no longer class scores."""
-_CLASS_RANK = 2
-"""Rank of class scores: (samples, classes)."""
+_SCORES_RANK = 2
+"""Rank of class scores of whole samples, (samples, classes)."""
+_SEEN = 256
+"""Samples by which the variance of an output is told."""
 
 
 @dataclass(frozen=True)
@@ -51,26 +64,70 @@ class WholeSettings:
     """Maximum relative error of torch against onnxruntime."""
     interface: Interface = field(default_factory=Interface)
     """How the model is fed."""
+    tasks: Mapping[str, OutputTask] = field(default_factory=dict)
+    """What each output that is trained means, by its name, in the model's order."""
 
     @classmethod
-    def of(cls, recipe: Recipe, plan: Plan, holdout: float, interface: Interface) -> WholeSettings:
-        """As a recipe says, with the fraction of the samples that was held out for it."""
-        return cls(plan, recipe.temperature, recipe.label_weight, holdout, recipe.parity, interface)
+    def of(
+        cls, recipe: Recipe, plan: Plan, holdout: float, interface: Interface, tasks: Mapping[str, OutputTask]
+    ) -> WholeSettings:
+        """As a recipe says, with the fraction of the samples that was held out for it, and what the outputs mean."""
+        return cls(plan, recipe.temperature, recipe.label_weight, holdout, recipe.parity, interface, tasks)
 
     def inputs_of(self, model: ir.Model) -> list[str]:
         """Names of the model's inputs that have samples."""
         return [value.name or "" for value in real_inputs(model.graph) if value.name not in self.interface.fixed]
 
     def samples_of(self, model: ir.Model, store: ActivationStore, labels: Labels | None) -> SliceSamples:
-        """The model's inputs and its one output, from a store, with labels where there are some."""
-        inputs, output = self.inputs_of(model), model.graph.outputs[0].name or ""
-        sources = {name: Source(store, name) for name in (*inputs, output)}
+        """The model's inputs and the outputs that are trained, from a store, with labels where there are some."""
+        inputs = self.inputs_of(model)
+        sources = {name: Source(store, name) for name in (*inputs, *self.tasks)}
         return SliceSamples(sources, inputs, self.holdout, {} if labels is None else {LABEL: labels})
 
-    def objective_of(self, output: ir.Value, labels: Labels | None) -> Objective:
-        """The loss: softened cross-entropy for class scores, squared error for any other output."""
-        name, weight = output.name or "", self.label_weight if labels is not None else 0.0
-        return DistillationLoss(name, self.temperature, weight) if is_class_scores(output) else NeighbourhoodLoss(name)
+    def objective_of(self, samples: SliceSamples, labels: Labels | None) -> Objective:
+        """The loss: of each output as its task asks, in all their sum."""
+        rows = samples.training_rows(_SEEN)
+        variances = {name: target_variance(torch.from_numpy(rows[name])) or 1.0 for name in self.tasks}
+        labelled = next((n for n, task in self.tasks.items() if _of_whole_samples(task, rows[n])), None)
+        weights = dict.fromkeys(self.tasks, 0.0)
+        if labels is not None and labelled is not None:
+            weights[labelled] = self.label_weight
+        losses = [self._loss(name, task, variances[name], weights[name]) for name, task in self.tasks.items()]
+        return losses[0] if len(losses) == 1 else SeveralLosses(losses, list(variances.values()))
+
+    def _loss(self, name: str, task: OutputTask, variance: float, label_weight: float) -> Objective:
+        if task.custom is not None:
+            return CustomLoss(name, loss_named(task.custom))
+        if task.task is Task.CLASSIFICATION:
+            return DistillationLoss(name, self.temperature, label_weight, axis=task.axis, form=task.form)
+        return EmbeddingLoss(name, variance) if task.task is Task.EMBEDDING else RegressionLoss(name, variance)
+
+
+def _of_whole_samples(task: OutputTask, rows: npt.NDArray[np.generic]) -> bool:
+    """Whether an output holds one class for each sample, as labels do."""
+    return task.task is Task.CLASSIFICATION and task.custom is None and rows.ndim == _SCORES_RANK
+
+
+def tasks_from(
+    store: ActivationStore, outputs: Sequence[str], *, labelled: bool, told: Sequence[str]
+) -> dict[str, OutputTask]:
+    """What captured outputs mean, see `ndonnx.distill.task.tasks_of`.
+
+    Raises:
+        RecipeError: the user speaks of an output that there is not.
+    """
+    stored = [name for name in outputs if not store.is_constant(name)]
+    few = {name: np.asarray(store.rows(name)[:_SEEN]) for name in stored}
+    return tasks_of(few, min(_SEEN, store.samples), labelled=labelled, told=told)
+
+
+def loss_named(path: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """The user's own loss by `module:function`.
+
+    Raises:
+        RecipeError: there is no such function.
+    """
+    return import_function(path, os.getcwd(), RecipeError)
 
 
 @dataclass(frozen=True)
@@ -109,13 +166,6 @@ class WholeJob(ABC):
 
 MODEL_FILE = "student.onnx"
 """Name of the trained model's file in the job's entry."""
-
-
-def is_class_scores(output: ir.Value) -> bool:
-    """Whether an output holds class scores, (samples, classes), before any softmax."""
-    producer = output.producer()
-    is_probability = producer is not None and producer.op_type in _PROBABILITIES
-    return output.shape is not None and len(output.shape) == _CLASS_RANK and output.shape[1] != 1 and not is_probability
 
 
 def macs_of(model: ir.Model, shapes: Mapping[str, Sequence[int]]) -> int:

@@ -13,9 +13,10 @@ from ndonnx.distill.job import load_student, read_result
 from ndonnx.errors import VerificationError
 from ndonnx.flow.finish import Finish
 from ndonnx.flow.run import Run
+from ndonnx.flow.stages import Stage, Stages
 from ndonnx.graph.shapes.declared import copy_of, state_as_in_file
 from ndonnx.partition import Neighbourhood
-from ndonnx.report import FinetuneReport
+from ndonnx.report import FinetuneReport, StageReport
 from ndonnx.runtime.faults import Fault, fault_of
 from ndonnx.runtime.run_directory import Entry
 from ndonnx.teacher.batches import probe
@@ -30,6 +31,8 @@ class Assembled:
     """What its fine-tuning came to; None where there was none."""
     refused: dict[str, Fault]
     """Neighbourhoods whose students failed at their place in the whole and were left out, with the reason."""
+    stages: tuple[StageReport, ...] = ()
+    """What the whole came to after each stage."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Assembly:
         refused: dict[str, Fault] = {}
         while True:
             try:
-                student, tuned = self._assembled({n: e for n, e in entries.items() if n not in refused}, data)
+                found = self._assembled({n: e for n, e in entries.items() if n not in refused}, data)
             except VerificationError as error:
                 if error.neighbourhood is None:
                     raise
@@ -66,45 +69,56 @@ class Assembly:
                 refused |= dict.fromkeys((n.name for n in uses), fault)
                 self.run.progress.note(f"{error}; it stays as the teacher has it")
             else:
-                return Assembled(student, tuned, refused)
+                return replace(found, refused=refused)
 
     def _by_name(self, name: str) -> Neighbourhood:
         return next(n for n in self.run.parts.neighbourhoods if n.name == name)
 
-    def _assembled(self, entries: Mapping[str, Entry], data: tuple[str, ...]) -> tuple[ir.Model, FinetuneReport | None]:
+    def _assembled(self, entries: Mapping[str, Entry], data: tuple[str, ...]) -> Assembled:
         # In the teacher's order, not in that of completion: the same students are the same bytes.
         entries = {n.name: entries[n.name] for n in self.run.parts.neighbourhoods if n.name in entries}
         key: tuple[str, ...] = (*data, *(entry.path.name for entry in entries.values()))
         with self.run.clock.measure("splice"):
             students = self._students(entries)
-        inputs = self.run.recipe.inputs
-        if inputs == "refit" or (inputs is None and not self.run.schedule.finetunes):
-            students = self._refitted(students, key)
-        student, tuned = self._spliced(students), None
+        if not students:
+            return Assembled(self._spliced({}), None, {})
+        stages, inputs = Stages(self.run), self.run.recipe.inputs
+        student = self._spliced(students)
         self._check_size(student, students, entries)
-        if self.run.schedule.finetunes and students:
-            with self.run.clock.measure("finetune"):
-                student, tuned = self.finishing.finetune(student, students, (*key, str(inputs)))
-            if tuned.reason is not None and inputs is None:
-                students = self._refitted(students, key)
-                student = self._spliced(students)
+        stages.add(Stage("spliced", student, students))
+        if inputs in ("refit", None):
+            refitted = self._refitted(students, key)
+            stages.add(Stage("reconstructed", self._spliced(refitted), refitted))
+        tuned = self._finetuned(stages, students, (*key, str(inputs)))
+        best = stages.best
+        assert best is not None
         with self.run.clock.measure("splice"):
-            # Fine-tuning compares the student as a whole; its slices are no longer those that were trained.
-            unchanged = students if tuned is None or tuned.reason is not None else {}
             verify(
                 self.run.teacher.model,
-                student,
+                best.model,
                 self.run.parts,
-                unchanged,
+                best.students,
                 probe(self.run.split.source),
                 self.run.recipe.parity,
             )
-            state_as_in_file(student, self.run.teacher.model)
-        return student, tuned
+            state_as_in_file(best.model, self.run.teacher.model)
+        return Assembled(best.model, tuned, {}, stages.reports())
+
+    def _finetuned(
+        self, stages: Stages, replaced: Mapping[str, ir.Model], key: tuple[str, ...]
+    ) -> FinetuneReport | None:
+        """Train the best stage so far as a whole, where that is asked for, as one stage more."""
+        best = stages.best
+        if best is None or not self.run.schedule.finetunes:
+            return None
+        with self.run.clock.measure("finetune"):
+            student, tuned = self.finishing.finetune(best.model, replaced, (*key, best.name))
+        if tuned.reason is None:
+            # It is compared as a whole; its slices are no longer those that were trained.
+            stages.add(Stage("fine-tuned", student, {}))
+        return tuned
 
     def _refitted(self, students: dict[str, ir.Model], key: tuple[str, ...]) -> dict[str, ir.Model]:
-        if not students:
-            return students
         with self.run.clock.measure("refit"):
             return self.finishing.refit(students, key)
 

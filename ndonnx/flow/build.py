@@ -17,7 +17,7 @@ from ndonnx.flow.search_session import SearchSession, Whole
 from ndonnx.flow.strategies import distil_all
 from ndonnx.flow.train import Distillation
 from ndonnx.graph.shapes.declared import copy_of, state_as_in_file
-from ndonnx.report import FinetuneReport, TargetReport
+from ndonnx.report import FinetuneReport, StageReport, TargetReport
 from ndonnx.select import parse_drop, parse_target
 
 
@@ -34,6 +34,8 @@ class Built:
     """Peak memory of the workers, in bytes."""
     target: TargetReport | None = None
     """What was asked for and what was reached; None without a target."""
+    stages: tuple[StageReport, ...] = ()
+    """What the whole came to after each stage."""
 
 
 def build(run: Run) -> Built:
@@ -47,7 +49,7 @@ def build(run: Run) -> Built:
     assembled = Assembly(run, finishing).assemble(entries, distillation.data)
     results |= {name: NeighbourhoodResult.kept(name, fault, run.directory) for name, fault in assembled.refused.items()}
     rss = max(distillation.workers_rss, finishing.workers_rss)
-    return Built(assembled.model, results, assembled.tuned, rss)
+    return Built(assembled.model, results, assembled.tuned, rss, stages=assembled.stages)
 
 
 def build_to_target(run: Run, on_better: Callable[[Whole], None]) -> Built:

@@ -13,18 +13,19 @@ from ndonnx.assemble.propagation import reconstruct_in_order
 from ndonnx.data.augmentation import image_axes
 from ndonnx.distill.finetune import FinetuneJob, why_not_finetuned
 from ndonnx.distill.trainer import Training
-from ndonnx.distill.whole import MODEL_FILE, WholeSettings
+from ndonnx.distill.whole import MODEL_FILE, WholeSettings, tasks_from
 from ndonnx.flow.run import Run
 from ndonnx.graph import load, save
 from ndonnx.graph.costs import weights_of
-from ndonnx.graph.dataflow import reads, real_inputs
+from ndonnx.graph.dataflow import float_outputs, reads, real_inputs
+from ndonnx.graph.interface import NOWHERE, sample_axis
 from ndonnx.report import FinetuneReport
 from ndonnx.runtime.faults import Fault, tried
 from ndonnx.runtime.fingerprints import fingerprint
 from ndonnx.runtime.machine import usable_cores
 from ndonnx.runtime.run_directory import Entry
 from ndonnx.teacher.batches import read_batch, sample_bytes, value_bytes, whole_batches
-from ndonnx.teacher.outputs import capture_outputs, run_alone
+from ndonnx.teacher.outputs import Wanted, capture_outputs, run_alone
 
 _REFIT_SAMPLES = 2048
 """Most samples of the refit walk."""
@@ -96,7 +97,8 @@ class Finish:
         wanted = (name for names in ends for name in names)
         sizes = value_bytes(self.run.parts.model, wanted, self.run.split.source, np.float32)
         most = max((sum(sizes.get(name, 0) for name in names) for names in ends), default=0)
-        return max(2, min(_REFIT_SAMPLES, self.run.samples, self.run.recipe.cache_budget // (2 * max(1, most))))
+        samples = min(_REFIT_SAMPLES, self.run.samples, self.run.recipe.cache_budget // (2 * max(1, most)))
+        return max(2, self.run.schedule.refit_samples(samples))
 
     def finetune(
         self, student: ir.Model, replaced: Collection[str], key: tuple[str, ...]
@@ -118,6 +120,7 @@ class Finish:
             self.run.recipe.label_weight,
             self.run.recipe.holdout,
             rows,
+            *self.run.recipe.task,
         ]
         if views > 1:
             settings += [views, *self.run.recipe.augment]
@@ -151,14 +154,19 @@ class Finish:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
         try:
+            wanted = Wanted(self._outputs(student), samples, views)
             answers = capture_outputs(
-                self.run.parts, self.run.split, samples, scratch, self.run.recipe, self.run.progress, views
+                self.run.parts, self.run.split, wanted, scratch, self.run.recipe, self.run.progress
             )
+            told = self.run.recipe.task
+            tasks = tasks_from(answers.store, wanted.outputs, labelled=answers.labels is not None, told=told)
+            if not tasks:
+                return Fault("no output has samples of its own along its first axis")
             save(student, scratch / MODEL_FILE)
             # Now, when the answers' time is spent.
             plan = replace(self.run.schedule.finetune(), memory=self.run.memory.whole_step())
             plan = replace(plan, threads=usable_cores())
-            settings = WholeSettings.of(self.run.recipe, plan, answers.holdout, self.run.parts.interface)
+            settings = WholeSettings.of(self.run.recipe, plan, answers.holdout, self.run.parts.interface, tasks)
             job = FinetuneJob(
                 "student", scratch / MODEL_FILE, answers.store.path, answers.labels, entry, settings, kept=kept
             )
@@ -169,6 +177,12 @@ class Finish:
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
+    def _outputs(self, student: ir.Model) -> tuple[str, ...]:
+        """Outputs that can be trained: floats that are computed, with samples that can be told apart."""
+        trainable = float_outputs(student)
+        ends = self.run.parts.model.graph.outputs
+        return tuple(v.name or "" for v in ends if v.name in trainable and sample_axis(v) != NOWHERE)
+
     def _kept(self, replaced: Collection[str]) -> frozenset[str]:
         outside = (n for n in self.run.parts.neighbourhoods if n.name not in replaced)
         read = (v for n in outside for node in n.nodes for v in (*reads(node), *weights_of(node)) if v.is_initializer())
@@ -176,10 +190,8 @@ class Finish:
 
     def _finetune_samples(self) -> tuple[int, int]:
         """How many, and how often each comes."""
-        names = [
-            value.name or ""
-            for value in (*real_inputs(self.run.parts.model.graph), *self.run.parts.model.graph.outputs)
-        ]
+        graph = self.run.parts.model.graph
+        names = [value.name or "" for value in (*real_inputs(graph), *graph.outputs)]
         source = self.run.split.source
         each = sample_bytes(self.run.parts.model, names, source)
         available = min(self.run.split.available, self.run.schedule.finetune_samples())

@@ -20,11 +20,12 @@ from ndonnx.data.source import RowSource
 from ndonnx.data.split import Split, compared_of, draw
 from ndonnx.data.subset import Joined, Subset
 from ndonnx.distill.schedule import Schedule
+from ndonnx.distill.task import check_told
 from ndonnx.errors import DataError, ModelError, RecipeError
 from ndonnx.flow.run import Run, Teacher
 from ndonnx.graph import load
 from ndonnx.graph.bound import one_sample
-from ndonnx.graph.dataflow import draws_random
+from ndonnx.graph.dataflow import draws_random, float_outputs
 from ndonnx.graph.interface import Interface
 from ndonnx.graph.passes.branches import open_branches
 from ndonnx.graph.save import check_writable
@@ -117,7 +118,8 @@ def prepare(request: Request, recipe: Recipe, progress: Progress, *, searched: b
         teacher = opened.teacher
         for remark in opened.remarks:
             progress.note(remark)
-        schedule = Schedule(recipe, finetunable=len(teacher.model.graph.outputs) == 1)
+        check_told(recipe.task, [value.name or "" for value in teacher.model.graph.outputs])
+        schedule = Schedule(recipe, finetunable=bool(float_outputs(teacher.model)))
         recipe = learning_on(recipe, teacher.model, alone=schedule.alone and not searched)
         schedule = replace(schedule, recipe=recipe)
         study = study_of(recipe)

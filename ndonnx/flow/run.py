@@ -13,6 +13,7 @@ from ndonnx.data import DataSource
 from ndonnx.data.split import Split
 from ndonnx.distill.memory import MemoryPlan
 from ndonnx.distill.schedule import Schedule
+from ndonnx.graph.dataflow import float_outputs
 from ndonnx.graph.interface import Interface
 from ndonnx.graph.storage.external import external_tensors
 from ndonnx.metrics.sensitivity import StudyFile
@@ -60,6 +61,11 @@ class Run:
     """The sensitivity study that the recipe names."""
     candidates: tuple[Candidate, ...] = ()
     """What a search tries in every neighbourhood, cheapest first; empty where nothing is searched."""
+
+    @cached_property
+    def float_outputs(self) -> list[str]:
+        """Names of the outputs by which students can be measured."""
+        return float_outputs(self.teacher.model)
 
     @cached_property
     def model_key(self) -> str:

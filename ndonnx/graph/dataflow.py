@@ -154,3 +154,14 @@ def _flow(graph: ir.Graph, kinds: dict[ir.Value, Kind]) -> nx.DiGraph:
     live = nx.ancestors(flow, SINK) | {SINK, SOURCE}
     flow.remove_nodes_from([value for value in flow if value not in live])
     return flow
+
+
+def float_outputs(model: ir.Model) -> list[str]:
+    """Names of the outputs that are tensors of floating-point numbers and computed by the model."""
+    return [
+        value.name or ""
+        for value in model.graph.outputs
+        if isinstance(value.type, ir.TensorType)
+        and value.type.dtype.is_floating_point()
+        and value.producer() is not None
+    ]

@@ -6,9 +6,10 @@ One pass over the data. Nothing is kept but sums, so the memory needed does not 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -16,19 +17,19 @@ from numpy.typing import NDArray
 
 from ndonnx.data import Batch, DataSource, input_specs
 from ndonnx.data.inputs import interface_of
-from ndonnx.distill.task import are_probabilities, class_scores, doubt, has_shape_of_scores
+from ndonnx.distill.task import are_probabilities, class_scores, doubt, has_shape_of_scores, tasks_of
 from ndonnx.errors import DataError, ModelError, UsageError, first_line
 from ndonnx.graph import load
 from ndonnx.graph.interface import Interface
 from ndonnx.graph.passes.branches import open_branches
 from ndonnx.graph.working_copy import working_copy
+from ndonnx.metrics.fidelity import Fidelity, OutputFidelity, TaskFidelity, log_probabilities, ratio, top_class
 from ndonnx.runtime.progress import Progress, Silent
 from ndonnx.teacher.sessions import OrtError, make_session
 from ndonnx.teacher.sizes import rows_at_once
 
 Model = str | Path | ir.Model
 Array = NDArray[np.generic]
-Float = NDArray[np.float64]
 
 _FEW = 2
 """Samples by which sizes are found."""
@@ -60,13 +61,31 @@ class Evaluation:
     """Number of the sample with the largest squared error, from 0 in the order of the data."""
     worst_nmse: float | None = None
     """Squared error of each sample over the teacher's variance: `nmse` is the mean of this over all samples."""
+    outputs: Mapping[str, OutputFidelity] = field(default_factory=dict)
+    """Each float output in the measure of its task, by name."""
 
-    def to_json(self) -> dict[str, int | float | None]:
+    @property
+    def loss(self) -> float:
+        """One figure by which students of a teacher are compared, less is better: the outputs' own, added up."""
+        return sum(found.loss for found in self.outputs.values()) if self.outputs else math.inf
+
+    def to_json(self) -> dict[str, Any]:
         """As a mapping for JSON, which has no NaN or Inf: such values become None."""
-        return {key: value if value is None or math.isfinite(value) else None for key, value in asdict(self).items()}
+        return _finite(asdict(self))
 
 
-def evaluate(
+def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _finite(value)
+        if isinstance(value, Mapping)
+        else None
+        if isinstance(value, float) and not math.isfinite(value)
+        else value
+        for key, value in values.items()
+    }
+
+
+def evaluate(  # noqa: PLR0913 - what is compared, on what, and how it is run
     model: Model,
     data: DataSource,
     *,
@@ -74,6 +93,7 @@ def evaluate(
     batch_size: int = 256,
     threads: int | None = None,
     samples: int | None = None,
+    tasks: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Evaluation:
     """Run the model over all of the data, and beside it the teacher if there is one.
@@ -87,6 +107,8 @@ def evaluate(
         batch_size: samples per run where the model leaves that open.
         threads: for onnxruntime; None takes the cores of the process's affinity.
         samples: only so many, the first ones; None for all.
+        tasks: what the user says of the outputs, as `--task` takes it.
+        progress: told how far it is.
 
     Raises:
         ModelError: a model cannot be opened or run, or the two do not match.
@@ -97,7 +119,7 @@ def evaluate(
     reference = None if teacher is None else _Runner(teacher, data, threads)
     if reference is not None:
         _check_match(student, reference)
-    tally = _Tally(student.name)
+    tally = _Tally(student.name, tasks)
     total = data.length if samples is None or data.length is None else min(samples, data.length)
     progress.stage("evaluate", total=total, unit="samples")
     fixed = data.fixed_batch or student.batch_size or (reference.batch_size if reference is not None else None)
@@ -169,8 +191,10 @@ def _fed(model: Model, interface: Interface) -> Model:
 class _Tally:
     """Running sums of everything that an `Evaluation` tells."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, told: Sequence[str]) -> None:
         self._name = name
+        self._told = told
+        self._tasks: dict[str, TaskFidelity] = {}
         self._samples = 0
         self._labelled = 0
         self._right = 0
@@ -193,6 +217,9 @@ class _Tally:
     ) -> None:
         """Take in the outputs for `count` samples."""
         if expected is not None:
+            if not self._samples:
+                tasks = tasks_of(expected, count, labelled=labels is not None, told=self._told)
+                self._tasks = {name: TaskFidelity(task) for name, task in tasks.items()}
             self._compare(outputs, expected, count)
         scores = self._class_scores(outputs if expected is None else expected, labels, count)
         if scores is not None and has_shape_of_scores(outputs[scores], count):
@@ -210,8 +237,8 @@ class _Tally:
     def _class_scores(self, answers: Mapping[str, Array], labels: NDArray[np.int64] | None, count: int) -> str | None:
         """The output with class scores; the first batch decides which it is, and whether there is one."""
         if not self._samples:
-            self._scores = class_scores(answers, count, labelled=labels is not None)
-            self.doubt = doubt(answers, count, labelled=labels is not None)
+            self._scores = class_scores(answers, count, labelled=labels is not None, told=self._told)
+            self.doubt = doubt(answers, count, labelled=labels is not None, told=self._told)
         return self._scores
 
     def result(self) -> Evaluation:
@@ -225,11 +252,12 @@ class _Tally:
             samples=self._samples,
             accuracy=self._right / self._labelled if self._labelled else None,
             agreement=self._agreed / self._compared if self._compared else None,
-            nmse=_ratio(sum(part.error for part in parts), spread) if parts else None,
+            nmse=ratio(sum(part.error for part in parts), spread) if parts else None,
             max_error=max(part.largest for part in parts) if parts else None,
             kl=self._divergence / self._compared if self._compared else None,
             worst_sample=worst,
-            worst_nmse=None if worst is None else _ratio(error * self._samples, spread),
+            worst_nmse=None if worst is None else ratio(error * self._samples, spread),
+            outputs={name: task.result(self._fidelity[name]) for name, task in self._tasks.items()},
         )
 
     def _compare(self, outputs: Mapping[str, Array], expected: Mapping[str, Array], count: int) -> None:
@@ -242,6 +270,8 @@ class _Tally:
                 )
             if value.dtype.kind == "f":
                 error = self._fidelity.setdefault(name, Fidelity()).add(outputs[name], value)
+                if name in self._tasks:
+                    self._tasks[name].add(outputs[name], value)
                 if error.ndim and len(error) == count:
                     errors.append(error.reshape(count, -1).sum(axis=1))
         if errors:
@@ -267,44 +297,6 @@ class _Tally:
             )
 
 
-class Fidelity:
-    """Error of one output against the teacher's, and the spread of the teacher's around its mean."""
-
-    def __init__(self) -> None:
-        self.error = 0.0
-        """Sum of squared differences."""
-        self.spread = 0.0
-        """Sum of the teacher's squared deviations from its mean over all elements."""
-        self.largest = 0.0
-        self._count = 0
-        self._mean = 0.0
-
-    def add(self, student: Array, teacher: Array) -> Float:
-        """Take in one batch; the squared error of every value.
-
-        Where the teacher itself is not finite (masks), the student may be anything.
-        """
-        finite = np.isfinite(teacher)
-        difference = np.zeros(teacher.shape)
-        np.subtract(student, teacher, out=difference, where=finite, dtype=np.float64)
-        difference[np.isnan(difference)] = np.inf
-        squares = np.square(difference)
-        if finite.any():
-            self.error += float(np.sum(squares))
-            self.largest = max(self.largest, float(np.abs(difference).max()))
-            self._spread_by(teacher[finite].astype(np.float64))
-        return squares
-
-    def _spread_by(self, values: Float) -> None:
-        # Chan's update: summing squares and subtracting the mean at the end would cancel digits.
-        mean = float(values.mean())
-        shift = mean - self._mean
-        total = self._count + values.size
-        self.spread += float(np.sum(np.square(values - mean))) + shift * shift * self._count * values.size / total
-        self._mean += shift * values.size / total
-        self._count = total
-
-
 def _parts(batch: Batch, size: int | None) -> Iterator[Batch]:
     for start in range(0, len(batch), size or len(batch)):
         part = slice(start, start + (size or len(batch)))
@@ -315,30 +307,6 @@ def _parts(batch: Batch, size: int | None) -> Iterator[Batch]:
 def _pad(value: Array, size: int) -> Array:
     missing = size - len(value)
     return np.concatenate([value, np.repeat(value[-1:], missing, axis=0)]) if missing else value
-
-
-def top_class(scores: Array) -> NDArray[np.int64]:
-    """The class with the largest score; -1, which is no class, where a score is NaN."""
-    top = np.argmax(scores, axis=1).astype(np.int64)
-    top[np.isnan(scores).any(axis=1)] = -1
-    return np.asarray(top)
-
-
-def log_probabilities(scores: Array, probabilities: bool) -> Float:
-    """Logarithms of the class probabilities, float64; `probabilities` says that the scores are such already."""
-    values = scores.astype(np.float64)
-    if probabilities:
-        return np.asarray(np.log(np.maximum(values, np.finfo(np.float32).tiny)))
-    with np.errstate(invalid="ignore"):  # Inf - Inf: a broken model, whose divergence is reported as inf
-        values -= values.max(axis=1, keepdims=True)
-        return np.asarray(values - np.log(np.sum(np.exp(values), axis=1, keepdims=True)))
-
-
-def _ratio(error: float, spread: float) -> float:
-    """Error over spread; a constant output is met exactly (0) or not at all (inf)."""
-    if error == 0:
-        return 0.0
-    return error / spread if spread > 0 else math.inf
 
 
 def _check_match(student: _Runner, teacher: _Runner) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ndonnx.metrics.evaluation import Evaluation
+from ndonnx.metrics.fidelity import OutputFidelity
 from ndonnx.runtime.atomic import atomic_write_json
 
 
@@ -73,6 +75,20 @@ class FinetuneReport:
 
 
 @dataclass(frozen=True)
+class StageReport:
+    """The whole student after a stage that changed it, on held-out samples by which the best stage was chosen."""
+
+    stage: str
+    """`spliced`, `reconstructed` (each student's last layer refitted down the chain) or `fine-tuned`."""
+    loss: float | None
+    """One figure, less is better: of each output the divergence of its classes, one minus its cosine, or its NMSE."""
+    outputs: Mapping[str, OutputFidelity]
+    """Each float output in the measure of its task, by name."""
+    written: bool
+    """Whether this is the student that was written: the best of all stages."""
+
+
+@dataclass(frozen=True)
 class Seconds:
     """Wall time of the stages."""
 
@@ -128,6 +144,8 @@ class CompressReport:
     """Shape of each input in the run that MACs are told for; None where they are not told."""
     target: TargetReport | None = None
     """None where there was none; the document then has no such key."""
+    stages: tuple[StageReport, ...] = ()
+    """The whole student after each stage that changed it."""
     unchanged: bool = False
     """Whether the teacher itself was asked for: every channel kept, no steps. The document has this key only then."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +21,20 @@ _MANY_ZEROS = 0.01
 _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE}
 
 
-def compare(teacher: Path, student: ir.Model, judge: DataSource, progress: Progress) -> dict[str, Evaluation]:
-    """Both on the data of the final comparison."""
-    ours = evaluate(student, judge, teacher=teacher, progress=progress)
-    theirs = evaluate(teacher, judge)
+def compare(
+    teacher: Path, student: ir.Model, judge: DataSource, progress: Progress, tasks: Sequence[str] = ()
+) -> dict[str, Evaluation]:
+    """Both on the data of the final comparison.
+
+    Args:
+        teacher: its file.
+        student: compared with it.
+        judge: the data.
+        progress: told how far it is.
+        tasks: what the user says of the outputs, as `--task` takes it.
+    """
+    ours = evaluate(student, judge, teacher=teacher, tasks=tasks, progress=progress)
+    theirs = evaluate(teacher, judge, tasks=tasks)
     return {"teacher": theirs, "student": ours}
 
 

@@ -57,27 +57,37 @@ class TeacherOutputs:
     """Part of the store, at its beginning, that chooses the best state: it shares no sample with the rest."""
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What of the teacher's outputs is captured."""
+
+    outputs: tuple[str, ...]
+    """Names of those that are stored beside the inputs."""
+    samples: int
+    """How many samples, those that choose the best state among them."""
+    views: int = 1
+    """How often each image comes, once as it is and then changed; see `ndonnx.data.augmentation`."""
+
+
 def capture_outputs(
     parts: Partition,
     split: Split,
-    samples: int,
+    wanted: Wanted,
     folder: Path,
     recipe: Recipe,
     progress: Progress,
-    views: int = 1,
 ) -> TeacherOutputs:
     """Run the teacher on the data.
 
     Args:
         parts: the teacher.
         split: the data.
-        samples: how many of them, those that choose the best state among them.
+        wanted: which outputs, of how many samples.
         folder: exists; the store goes to `answers` in it.
         recipe: the seed of the views, the device and the kinds of views; a `label_weight` without labels is told of.
         progress: told how far it is.
-        views: how often each image comes, once as it is and then changed; see `ndonnx.data.augmentation`.
     """
-    copies = _Copies.of(split, samples, recipe, views)
+    copies = _Copies.of(split, wanted.samples, recipe, wanted.views)
     source = split.to_train(copies.samples, copies.held)
     # Two images in one have no class number.
     kinds = [kind for kind in recipe.augment if kind != "mixup" or recipe.label_weight == 0]
@@ -89,10 +99,9 @@ def capture_outputs(
         yield from with_views(drawn, kinds, copies.axes, views=copies.views, after=copies.held, seed=recipe.seed)
 
     progress.stage("answers", copies.total, "samples")
-    graph = parts.model.graph
     store = capture(
         parts.model,
-        [value.name or "" for value in (*real_inputs(graph), *graph.outputs)],
+        [*(value.name or "" for value in real_inputs(parts.model.graph)), *wanted.outputs],
         batches,
         folder / "answers",
         samples=copies.total,

@@ -18,7 +18,7 @@ from ndonnx.data.split import Split, held_out
 from ndonnx.distill.schedule import Schedule
 from ndonnx.partition import partition
 from ndonnx.runtime.progress import Silent
-from ndonnx.teacher.outputs import TeacherOutputs, capture_outputs
+from ndonnx.teacher.outputs import TeacherOutputs, Wanted, capture_outputs
 from tests.helpers.models import Array, residual_cnn, run
 
 
@@ -89,7 +89,8 @@ def captured(folder: Path, model: onnx.ModelProto, count: int, recipe: Recipe, v
     source = open_source(str(folder / "data.npz"), [spec], recipe.data)
     rows, held, nothing = np.arange(count), held_out(count, recipe.holdout), np.arange(0)
     split = Split(source, recipe.holdout, rows[held:], rows[:held], nothing, nothing, count)
-    return capture_outputs(partition(ir.from_proto(model)), split, count, folder, recipe, Silent(), views)
+    wanted = Wanted(tuple(value.name for value in model.graph.output), count, views)
+    return capture_outputs(partition(ir.from_proto(model)), split, wanted, folder, recipe, Silent())
 
 
 def test_the_teacher_answers_every_view_and_labels_and_held_out_samples_stay_with_theirs(tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ import torch
 from ndonnx.distill.finetune import finetune
 from ndonnx.distill.plan import Plan
 from ndonnx.distill.trainer import Training
-from ndonnx.distill.whole import Labels, WholeSettings, is_class_scores
-from ndonnx.errors import ConversionError, SliceError
+from ndonnx.distill.whole import Labels, WholeSettings, tasks_from
+from ndonnx.errors import SliceError
+from ndonnx.graph.dataflow import float_outputs
 from ndonnx.teacher import ActivationStore
 from tests.helpers.models import Array, Net, inputs_of, residual_cnn, run
 from tests.helpers.training import silent, store_of
@@ -54,7 +55,9 @@ def divergence(student: Array, teacher: Array) -> float:
 def tune(
     student: ir.Model, store: ActivationStore, label_weight: float = 0.0, labels: Labels | None = None
 ) -> tuple[ir.Model, Training]:
-    settings = WholeSettings(PLAN, temperature=2.0, label_weight=label_weight, holdout=0.2, parity=1e-4)
+    outputs = [name for name in float_outputs(student) if name in store.names]
+    tasks = tasks_from(store, outputs, labelled=labels is not None, told=())
+    settings = WholeSettings(PLAN, temperature=2.0, label_weight=label_weight, holdout=0.2, parity=1e-4, tasks=tasks)
     return finetune(student, store, settings, silent, labels=labels)
 
 
@@ -74,7 +77,6 @@ def test_other_outputs_are_matched_by_the_squared_error(tmp_path: Path) -> None:
     net = Net()
     net.op("Tanh", net.gemm(net.relu(net.gemm(net.input("x", "N", 6), 6, 16)), 16, 1), out="y")
     model = net.proto("y")
-    assert not is_class_scores(ir.from_proto(model).graph.outputs[0])
     student = perturbed(model)
     tuned, _ = tune(student, answers(tmp_path, model))
     fresh = inputs_of(model, 50, seed=9)
@@ -83,11 +85,42 @@ def test_other_outputs_are_matched_by_the_squared_error(tmp_path: Path) -> None:
     assert after < 0.5 * before
 
 
-def test_probabilities_are_no_class_scores() -> None:
+def reader() -> onnx.ModelProto:
+    """Probabilities of 5 characters at each of 7 positions, as a reader of text lines gives them."""
     net = Net()
-    net.op("Softmax", net.gemm(net.input("x", "N", 6), 6, 4), out="y")
-    assert not is_class_scores(ir.from_proto(net.proto("y")).graph.outputs[0])
-    assert is_class_scores(ir.from_proto(residual_cnn()).graph.outputs[0])
+    y = net.relu(net.matmul(net.input("x", "N", 7, 6), 6, 12))
+    net.op("Softmax", net.op("Add", net.matmul(y, 12, 5), net.weight("b", 5)), axis=-1, out="y")
+    return net.proto("y")
+
+
+def test_probabilities_of_each_position_are_matched_as_classes(tmp_path: Path) -> None:
+    model = reader()
+    student = perturbed(model)
+    tuned, training = tune(student, answers(tmp_path, model))
+    fresh = inputs_of(model, 50, seed=9)
+    teacher, before, after = (np.log(run(s, fresh)["y"]) for s in (model, student, tuned))
+    assert divergence(after, teacher) < 0.5 * divergence(before, teacher)
+    assert (after.argmax(-1) == teacher.argmax(-1)).mean() > (before.argmax(-1) == teacher.argmax(-1)).mean()
+    assert training.loss < training.loss_start
+
+
+def test_several_outputs_are_trained_together(tmp_path: Path) -> None:
+    net = Net()
+    x = net.relu(net.gemm(net.input("x", "N", 6), 6, 16))
+    net.op("Softmax", net.gemm(x, 16, 4), axis=-1, out="classes")
+    net.op("Reshape", net.gemm(x, 16, 6), net.ints(0, 2, 3), out="boxes")
+    net.op("ArgMax", net.gemm(x, 16, 4), axis=1, out="first")
+    model = net.proto("boxes", "classes", "first")
+    student = perturbed(model)
+    tuned, _ = tune(student, answers(tmp_path, model))
+    fresh = inputs_of(model, 50, seed=9)
+    teacher, before, after = (run(s, fresh) for s in (model, student, tuned))
+    assert (
+        np.square(after["boxes"] - teacher["boxes"]).mean() < 0.5 * np.square(before["boxes"] - teacher["boxes"]).mean()
+    )
+    scores = [np.log(values["classes"]) for values in (teacher, before, after)]
+    assert divergence(scores[2], scores[0]) < 0.5 * divergence(scores[1], scores[0])
+    assert [v.name for v in tuned.graph.outputs] == ["boxes", "classes", "first"]
 
 
 def test_labels_pull_the_student_their_way(tmp_path: Path) -> None:
@@ -130,12 +163,6 @@ def _weights(model: ir.Model) -> Mapping[str, Array]:
 
 
 def test_what_cannot_be_trained_as_a_whole_says_so(tmp_path: Path) -> None:
-    net = Net()
-    x = net.gemm(net.input("x", "N", 6), 6, 4, out="a")
-    net.relu(x, out="b")
-    model = net.proto("a", "b")
-    with pytest.raises(ConversionError, match="2 outputs"):
-        tune(ir.from_proto(model), answers(tmp_path, model))
     net = Net()
     net.op("Bernoulli", net.op("Sigmoid", net.gemm(net.input("x", "N", 6), 6, 4)), out="y", dtype=1)
     model = net.proto("y")

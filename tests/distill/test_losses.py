@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from ndonnx.distill.losses import LABEL, DistillationLoss, Head, LookAheadLoss, NeighbourhoodLoss
+from ndonnx.distill.losses import (
+    LABEL,
+    DistillationLoss,
+    EmbeddingLoss,
+    Head,
+    LookAheadLoss,
+    NeighbourhoodLoss,
+    RegressionLoss,
+    SeveralLosses,
+)
+from ndonnx.distill.task import Form
 
 
 class Scale(nn.Module):
@@ -87,3 +98,52 @@ def test_looking_ahead_moves_the_student_only() -> None:
 def test_every_head_needs_its_weight() -> None:
     with pytest.raises(ValueError, match="1 slices to look through, but 2 weights"):
         LookAheadLoss("t", [Head(Scale(1.0), (), "t1")], [1.0, 1.0])
+
+
+def test_probabilities_are_compared_at_the_input_of_their_softmax() -> None:
+    rng = np.random.default_rng(0)
+    student, teacher = (torch.from_numpy(rng.standard_normal((2, 3, 4)).astype(np.float32)) for _ in range(2))
+    by_logits = DistillationLoss("y", temperature=2.0)(student, {"y": teacher})
+    by_position = [DistillationLoss("y", temperature=2.0)(student[:, n], {"y": teacher[:, n]}) for n in range(3)]
+    assert by_logits.item() == pytest.approx(torch.stack(by_position).mean().item()), "the mean over positions"
+    p, q = student.softmax(-1), teacher.softmax(-1)
+    loss = DistillationLoss("y", temperature=2.0, form=Form.PROBABILITIES)
+    assert loss(p, {"y": q}).item() == pytest.approx(by_logits.item(), rel=1e-5)
+    logs = DistillationLoss("y", temperature=2.0, form=Form.LOG_PROBABILITIES)
+    assert logs(p.log(), {"y": q.log()}).item() == pytest.approx(by_logits.item(), rel=1e-5)
+    maps = DistillationLoss("y", temperature=2.0, axis=1, form=Form.PROBABILITIES)
+    assert maps(p.movedim(-1, 1), {"y": q.movedim(-1, 1)}).item() == pytest.approx(by_logits.item(), rel=1e-5)
+
+
+def test_a_probability_of_zero_has_a_finite_gradient() -> None:
+    student = torch.tensor([[200.0, 0.0, -200.0]], requires_grad=True)
+    loss = DistillationLoss("y", temperature=1.0, form=Form.PROBABILITIES)
+    loss(student.softmax(-1), {"y": torch.tensor([[0.0, 0.0, 1.0]])}).backward()
+    assert student.grad is not None and torch.isfinite(student.grad).all()
+
+
+def test_embeddings_by_angle_and_error() -> None:
+    answer, teacher = torch.tensor([[3.0, 4.0], [0.0, 2.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    # Cosines 0.6 and 1; squared errors 4, 16, 0 and 1 over a variance of 2.
+    found = EmbeddingLoss("y", variance=2.0)(answer, {"y": teacher})
+    assert found.item() == pytest.approx((0.4 + 0.0) / 2 + (4 + 16 + 0 + 1) / 4 / 2)
+
+
+def test_numbers_by_their_error_over_the_variance() -> None:
+    found = RegressionLoss("y", variance=4.0)(torch.tensor([[1.0], [5.0]]), {"y": torch.tensor([[3.0], [1.0]])})
+    assert found.item() == pytest.approx((4 + 16) / 2 / 4)
+
+
+def test_several_outputs_side_by_side() -> None:
+    boxes, scores = torch.arange(8.0).reshape(2, 2, 2), torch.tensor([[1.0, 2.0, 3.0], [0.0, 1.0, 0.0]])
+    captured = {"boxes": boxes + 1, "scores": scores.flip(0)}
+    losses = [RegressionLoss("boxes", 4.0), DistillationLoss("scores", 1.0)]
+    several = SeveralLosses(losses, [4.0, 0.25])
+    answer = torch.cat([boxes.reshape(2, 4), scores], dim=1)
+    expected = losses[0](boxes, captured) + losses[1](scores, captured)
+    assert several(answer, captured).item() == pytest.approx(expected.item())
+    difference = several.compared(answer, captured) - several.reference(captured)
+    # Each output's error over its own variance: 1 / 4 for each box, and the scores' over 0.25.
+    squares = difference.square()
+    assert squares[:, :4].sum().item() == pytest.approx(8 * 1 / 4)
+    assert squares[:, 4:].sum().item() == pytest.approx((scores - scores.flip(0)).square().sum().item() / 0.25)

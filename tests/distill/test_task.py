@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ndonnx
-from ndonnx.distill.task import Task, class_scores, doubt, task_of
+from ndonnx.distill.task import Form, OutputTask, Task, class_scores, doubt, task_of, tasks_of
+from ndonnx.errors import RecipeError
 from ndonnx.metrics.partial import Quality
 from tests.helpers.models import Array, Net, inputs_of
 from tests.helpers.runs import Bench, Recorder
@@ -61,7 +62,6 @@ def test_values_speak_for_class_scores_and_against_them(classes: int, seed: int,
     [
         np.ones((ROWS, 1), np.float32),
         np.ones((ROWS, 5), np.int64),
-        np.ones((ROWS, 3, 5), np.float32) / 5,
         np.ones((3, 5), np.float32) / 5,
         np.ones(ROWS, np.float32),
         np.float32(1),
@@ -69,6 +69,41 @@ def test_values_speak_for_class_scores_and_against_them(classes: int, seed: int,
 )
 def test_other_shapes_are_no_class_scores(values: Array) -> None:
     assert task_of("logits", np.asarray(values), ROWS, labelled=True) is Task.REGRESSION
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "found"),
+    [
+        ((ROWS, 7, 5), -1, OutputTask(Task.CLASSIFICATION, -1, Form.PROBABILITIES)),
+        ((ROWS, 5, 4, 6), 1, OutputTask(Task.CLASSIFICATION, 1, Form.PROBABILITIES)),
+        ((ROWS, 5, 4, 6), -1, OutputTask(Task.CLASSIFICATION, -1, Form.PROBABILITIES)),
+        ((ROWS, 5, 7), 1, OutputTask(Task.REGRESSION)),
+        ((ROWS, 7, 1), -1, OutputTask(Task.REGRESSION)),
+    ],
+)
+def test_positions_have_classes_of_their_own(shape: tuple[int, ...], axis: int, found: OutputTask) -> None:
+    values = np.random.default_rng(0).dirichlet(np.ones(shape[axis]), int(np.prod(shape)) // shape[axis])
+    last = [*shape[:axis], *shape[axis + 1 :], shape[axis]] if axis != -1 else list(shape)
+    values = np.moveaxis(values.reshape(last), -1, axis).astype(np.float32)
+    assert tasks_of({"y": values}, ROWS) == {"y": found}
+    if found.form is Form.PROBABILITIES:
+        logs = tasks_of({"y": np.log(values)}, ROWS)["y"]
+        assert logs == OutputTask(Task.CLASSIFICATION, axis, Form.LOG_PROBABILITIES)
+    assert class_scores({"y": values}, ROWS) is None, "no one class for each sample"
+
+
+def test_the_user_has_the_last_word() -> None:
+    outputs = {"a": softmax(scores()), "b": scores(), "c": unit(scores()), "ids": np.zeros((ROWS, 2), np.int64)}
+    assert tasks_of(outputs, ROWS, told=("regression",)) == dict.fromkeys("abc", OutputTask(Task.REGRESSION))
+    told = tasks_of(outputs, ROWS, told=("embedding", "b=classification", "c=auto", "a=mine:loss"))
+    assert told == {
+        "a": OutputTask(Task.REGRESSION, custom="mine:loss"),
+        "b": OutputTask(Task.CLASSIFICATION),
+        "c": OutputTask(Task.EMBEDDING),
+    }
+    assert tasks_of(outputs, ROWS, told=("classification",))["a"].form is Form.PROBABILITIES
+    with pytest.raises(RecipeError, match="no output 'boxes'; it has a, b, c, ids"):
+        tasks_of(outputs, ROWS, told=("boxes=regression",))
 
 
 def test_samples_that_are_not_finite_say_nothing() -> None:

@@ -102,7 +102,7 @@ def test_without_labels_or_teacher_there_are_only_samples(tmp_path: Path) -> Non
     result = evaluate(linear(EYE), source(tmp_path, normal(3)), threads=1)
     assert json.loads(json.dumps(result.to_json())) == {
         "samples": 3, "accuracy": None, "agreement": None, "nmse": None, "max_error": None, "kl": None,
-        "worst_sample": None, "worst_nmse": None,
+        "worst_sample": None, "worst_nmse": None, "outputs": {},
     }  # fmt: skip
 
 

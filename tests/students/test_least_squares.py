@@ -160,7 +160,6 @@ def test_with_many_positions_the_rows_needed_depend_on_the_width_alone() -> None
 def test_moments_are_those_of_the_rows(name: str, chunk: int, precise: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moments, "_CHUNK_NUMBERS", chunk)
     monkeypatch.setattr(moments, "_PRECISE_FEATURES", precise)
-    monkeypatch.setattr(moments, "_STRIP", 4)
     operator = Operator(name, 60)
     found = operator.problem(batch=25).moments()
     zero = found.about_zero()

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from ndonnx.distill.task import are_probabilities, class_scores
 from ndonnx.errors import DataError, ModelError
-from ndonnx.metrics.evaluation import Fidelity, log_probabilities, top_class
+from ndonnx.metrics.fidelity import Fidelity, log_probabilities, top_class
 
 Array = npt.NDArray[Any]
 Float = npt.NDArray[np.float64]

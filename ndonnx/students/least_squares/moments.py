@@ -14,8 +14,6 @@ _CHUNK_NUMBERS = 2**22
 _PRECISE_FEATURES = 256
 """Features up to which products are taken in float64: that costs nothing, and rounds nothing off. Of wider problems,
 the float32 products of a chunk are added up in float64."""
-_STRIP = 128
-"""Least width of the strips in which a symmetric product is computed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,9 +103,6 @@ class Accumulator:
             ShrinkError: the rows are so large that their squares overflow float32, in which students are trained.
         """
         square = self._square
-        if len(square) == 1:  # its lower half was left out
-            upper = square[0].triu()
-            square = (upper + upper.triu(1).T)[None]
         largest = float(square.diagonal(dim1=1, dim2=2).amax()) if square.numel() else 0.0
         if not largest <= torch.finfo(torch.float32).max:
             size = max(largest, 0.0) ** 0.5
@@ -143,13 +138,11 @@ class Accumulator:
         if self._groups > 1:
             self._square += (by_group[0].mT @ by_group[0]).double()
         else:
-            _add_square(self._square[0], x)
+            self._square[0] += _inner_products(x)
 
 
-def _add_square(total: Tensor, rows: Tensor) -> None:
-    """Add the upper half of the rows' inner products; in strips, as torch has no product that knows its symmetry."""
-    size = len(total)
-    strip = max(_STRIP, -(-size // 8))
-    for start in range(0, size, strip):
-        end = min(start + strip, size)
-        total[start:end, start:] += rows[:, start:end].T @ rows[:, start:]
+def _inner_products(rows: Tensor) -> Tensor:
+    """Products of all columns with each other. NumPy asks BLAS for half of a matrix times its own transpose, torch for
+    all of it."""
+    array = rows.numpy()
+    return torch.from_numpy(array.T @ array)

@@ -1,0 +1,69 @@
+"""The whole student after every stage that can change it, of which the best is written: no stage makes it worse."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from ndonnx.flow.run import Run
+from ndonnx.metrics.evaluation import Evaluation, evaluate
+from ndonnx.report import StageReport
+
+_MOST_SAMPLES = 1024
+"""Samples of a comparison of stages: the standard error of an agreement is then a point and a half at worst."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A whole student."""
+
+    name: str
+    """`spliced`, `reconstructed` or `fine-tuned`."""
+    model: ir.Model
+    students: Mapping[str, ir.Model]
+    """The slices as they stand in it, by neighbourhood; empty where they were trained on as a whole."""
+
+
+@dataclass
+class Stages:
+    """Measures each stage on the rows by which all choices are made, and keeps the best."""
+
+    run: Run
+    best: Stage | None = None
+    _found: list[tuple[Stage, Evaluation | None]] = field(default_factory=list)
+
+    def add(self, stage: Stage) -> None:
+        """Take in a stage; it is the best where it is measured to be, or nothing can be measured.
+
+        A later stage that is as good as an earlier one is not written: it has changed what it need not.
+        """
+        found = self._measured(stage.model) if self.run.float_outputs else None
+        before = next((each for kept, each in self._found if kept is self.best), None)
+        self._found.append((stage, found))
+        if self.best is None or found is None or before is None or not before.loss <= found.loss:
+            self.best = stage
+
+    def reports(self) -> tuple[StageReport, ...]:
+        """What each stage came to; nothing where there was only one."""
+        return tuple(
+            StageReport(
+                stage.name,
+                None if found is None or not math.isfinite(found.loss) else found.loss,
+                {} if found is None else found.outputs,
+                stage is self.best,
+            )
+            for stage, found in self._found
+        )
+
+    def _measured(self, model: ir.Model) -> Evaluation:
+        with self.run.clock.measure("evaluate"):
+            return evaluate(
+                model,
+                self.run.split.to_choose(),
+                teacher=self.run.teacher.path,
+                samples=self.run.schedule.stage_samples(_MOST_SAMPLES),
+                tasks=self.run.recipe.task,
+            )

@@ -1,0 +1,155 @@
+"""How near a student's outputs are to the teacher's, each in the measure of its task."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ndonnx.distill.task import Form, OutputTask, Task
+
+Array = NDArray[Any]
+Float = NDArray[np.float64]
+
+_LEAST = 1e-30
+"""Least norms of two vectors, multiplied: a vector of zeros has no angle."""
+
+
+@dataclass(frozen=True)
+class OutputFidelity:
+    """One output of a student against the teacher's; None where a measure has no meaning for it."""
+
+    task: str
+    """What the output was taken for."""
+    agreement: float | None = None
+    """Part of the samples, or of all their positions, whose largest class score is where the teacher's is."""
+    kl: float | None = None
+    """Kullback-Leibler divergence of the classes from the teacher's, in nats, mean over samples and positions."""
+    cosine: float | None = None
+    """Mean cosine of the angle to the teacher's vector."""
+    nmse: float | None = None
+    """Squared error over the teacher's variance."""
+
+    @property
+    def loss(self) -> float:
+        """One figure by which students are compared, less is better: divergence, one minus the cosine, or the NMSE."""
+        if self.kl is not None:
+            return self.kl
+        found = 1 - self.cosine if self.cosine is not None else self.nmse
+        return math.inf if found is None else found
+
+
+class Fidelity:
+    """Error of one output against the teacher's, and the spread of the teacher's around its mean."""
+
+    def __init__(self) -> None:
+        self.error = 0.0
+        """Sum of squared differences."""
+        self.spread = 0.0
+        """Sum of the teacher's squared deviations from its mean over all elements."""
+        self.largest = 0.0
+        self._count = 0
+        self._mean = 0.0
+
+    def add(self, student: Array, teacher: Array) -> Float:
+        """Take in one batch; the squared error of every value.
+
+        Where the teacher itself is not finite (masks), the student may be anything.
+        """
+        finite = np.isfinite(teacher)
+        difference = np.zeros(teacher.shape)
+        np.subtract(student, teacher, out=difference, where=finite, dtype=np.float64)
+        difference[np.isnan(difference)] = np.inf
+        squares = np.square(difference)
+        if finite.any():
+            self.error += float(np.sum(squares))
+            self.largest = max(self.largest, float(np.abs(difference).max()))
+            self._spread_by(teacher[finite].astype(np.float64))
+        return squares
+
+    def _spread_by(self, values: Float) -> None:
+        # Chan's update: summing squares and subtracting the mean at the end would cancel digits.
+        mean = float(values.mean())
+        shift = mean - self._mean
+        total = self._count + values.size
+        self.spread += float(np.sum(np.square(values - mean))) + shift * shift * self._count * values.size / total
+        self._mean += shift * values.size / total
+        self._count = total
+
+
+class TaskFidelity:
+    """Sums of an output's measure, batch after batch."""
+
+    def __init__(self, task: OutputTask) -> None:
+        self._task = task
+        self._count = 0
+        self._agreed = 0
+        self._nats = 0.0
+        self._cosines = 0.0
+
+    def add(self, student: Array, teacher: Array) -> None:
+        """Take in one batch; nothing is learnt from outputs that are numbers."""
+        if self._task.task is Task.REGRESSION:
+            return
+        ours, theirs = (_vectors(values, self._task.axis) for values in (student, teacher))
+        self._count += len(theirs)
+        if self._task.task is Task.EMBEDDING:
+            product = (ours * theirs).sum(axis=1)
+            norms = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
+            self._cosines += float(np.sum(product / np.maximum(norms, _LEAST)))
+        else:
+            self._agreed += int(np.sum(top_class(ours) == top_class(theirs)))
+            self._nats += _nats(ours, theirs, self._task.form)
+
+    def result(self, squares: Fidelity) -> OutputFidelity:
+        """Everything so far, with the squared error that was summed beside it."""
+        nmse, name = ratio(squares.error, squares.spread), str(self._task)
+        if not self._count:
+            return OutputFidelity(name, nmse=nmse)
+        if self._task.task is Task.EMBEDDING:
+            return OutputFidelity(name, cosine=_or_worst(self._cosines / self._count, -1.0), nmse=nmse)
+        kl = _or_worst(max(0.0, self._nats) / self._count, math.inf)
+        return OutputFidelity(name, self._agreed / self._count, kl, nmse=nmse)
+
+
+def ratio(error: float, spread: float) -> float:
+    """Error over spread; a constant output is met exactly (0) or not at all (inf)."""
+    if error == 0:
+        return 0.0
+    return error / spread if spread > 0 else math.inf
+
+
+def top_class(scores: Array) -> NDArray[np.int64]:
+    """The class with the largest score; -1, which is no class, where a score is NaN."""
+    top = np.argmax(scores, axis=1).astype(np.int64)
+    top[np.isnan(scores).any(axis=1)] = -1
+    return np.asarray(top)
+
+
+def _vectors(values: Array, axis: int) -> Float:
+    last = np.moveaxis(values, axis, -1)
+    return last.reshape(-1, last.shape[-1]).astype(np.float64)
+
+
+def _nats(student: Float, teacher: Float, form: Form) -> float:
+    log_p, log_q = (log_probabilities(values, form is Form.PROBABILITIES) for values in (teacher, student))
+    probabilities = np.exp(log_p)
+    possible = probabilities > 0  # a class that the teacher masks adds nothing
+    return float(np.sum(probabilities[possible] * (log_p[possible] - log_q[possible])))
+
+
+def log_probabilities(scores: Array, probabilities: bool) -> Float:
+    """Logarithms of the class probabilities, float64; `probabilities` says that the scores are such already."""
+    values = scores.astype(np.float64)
+    if probabilities:
+        return np.asarray(np.log(np.maximum(values, np.finfo(np.float32).tiny)))
+    with np.errstate(invalid="ignore"):  # Inf - Inf: a broken model, whose divergence is reported as inf
+        values -= values.max(axis=1, keepdims=True)
+        return np.asarray(values - np.log(np.sum(np.exp(values), axis=1, keepdims=True)))
+
+
+def _or_worst(value: float, worst: float) -> float:
+    return worst if math.isnan(value) else value

@@ -21,9 +21,9 @@ class Finetuning(Section):
     Default: three times the steps per neighbourhood."""
     finetune_samples: Annotated[int, Flag("N", Panel.TRAIN)] = Field(50_000, ge=2)
     """Maximum number of fine-tuning samples, of which only inputs and outputs are stored."""
-    augment: Annotated[Augmentations, Flag("KINDS", Panel.TRAIN)] = ("flip", "shift")
-    """Augmentation of images in fine-tuning: `flip`, `shift` and `mixup`, separated by commas, or `none`. The teacher
-    labels every augmented image."""
+    augment: Annotated[Augmentations, Flag("KINDS", Panel.TRAIN)] = ("auto",)
+    """Augmentation of images in fine-tuning: `flip`, `shift` and `mixup`, separated by commas, `none`, or `auto`: those
+    of `flip` and `shift` that hardly change the teacher's answers. The teacher labels every augmented image."""
     finetune_lr: Annotated[float, Flag("RATE", Panel.TRAIN)] = Field(0.01, gt=0)
     """Peak learning rate of fine-tuning, relative to the root mean square of each weight."""
     task: Annotated[Tasks, Flag("KIND", Panel.TRAIN, repeatable=True)] = ()

@@ -18,7 +18,7 @@ class Training(Section):
     inputs: Annotated[Literal["teacher", "student", "refit", "noise"] | None, Flag("WHOSE", Panel.TRAIN)] = None
     """Training inputs of a neighbourhood: the teacher's activations (`teacher`, the paper's parallel method), those of
     the students before it (`student`, sequential), the teacher's and then a closed-form fit on the students' (`refit`),
-    or Gaussian noise (`noise`). Default: `teacher` before a fine-tuning; without one `student`, in a search `refit`."""
+    or Gaussian noise (`noise`). Default: `refit` before a fine-tuning and in a search, else `student`."""
     steps: Annotated[int, Flag("N", Panel.TRAIN)] = Field(1000, ge=0)
     """Number of optimizer steps per neighbourhood."""
     batch_size: Annotated[int, Flag("N", Panel.TRAIN)] = Field(64, ge=1)

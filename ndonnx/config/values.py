@@ -116,7 +116,7 @@ TASKS = ("auto", "classification", "embedding", "regression")
 """Kinds of outputs."""
 Tasks = Annotated[tuple[str, ...], BeforeValidator(parse_tasks)]
 Names = Annotated[tuple[str, ...], BeforeValidator(parse_names)]
-Augmentation = Literal["flip", "shift", "mixup"]
+Augmentation = Literal["auto", "flip", "shift", "mixup"]
 Augmentations = Annotated[tuple[Augmentation, ...], BeforeValidator(parse_augmentations)]
 Value = Annotated[bool | int | float | list[Any], BeforeValidator(parse_value)]
 Sizes = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(parse_sizes)]

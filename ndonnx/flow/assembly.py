@@ -85,23 +85,14 @@ class Assembly:
         stages, inputs = Stages(self.run), self.run.recipe.inputs
         student = self._spliced(students)
         self._check_size(student, students, entries)
-        stages.add(Stage("spliced", student, students))
+        stages.add(self._verified(Stage("spliced", student, students)))
         if inputs in ("refit", None):
             refitted = self._refitted(students, key)
-            stages.add(Stage("reconstructed", self._spliced(refitted), refitted))
+            stages.add(self._verified(Stage("reconstructed", self._spliced(refitted), refitted)))
         tuned = self._finetuned(stages, students, (*key, str(inputs)))
         best = stages.best
         assert best is not None
-        with self.run.clock.measure("splice"):
-            verify(
-                self.run.teacher.model,
-                best.model,
-                self.run.parts,
-                best.students,
-                probe(self.run.split.source),
-                self.run.recipe.parity,
-            )
-            state_as_in_file(best.model, self.run.teacher.model)
+        state_as_in_file(best.model, self.run.teacher.model)
         return Assembled(best.model, tuned, {}, stages.reports())
 
     def _finetuned(
@@ -115,8 +106,28 @@ class Assembly:
             student, tuned = self.finishing.finetune(best.model, replaced, (*key, best.name))
         if tuned.reason is None:
             # It is compared as a whole; its slices are no longer those that were trained.
-            stages.add(Stage("fine-tuned", student, {}))
+            recipe = self.run.recipe
+            asked = recipe.label_weight > 0 or any(":" in task for task in recipe.task)
+            better = asked and tuned.loss is not None and tuned.loss_start is not None and tuned.loss < tuned.loss_start
+            stages.add(self._verified(Stage("fine-tuned", student, {})), better=better)
         return tuned
+
+    def _verified(self, stage: Stage) -> Stage:
+        """The stage, after its checks.
+
+        Raises:
+            VerificationError: it is not what was trained.
+        """
+        with self.run.clock.measure("splice"):
+            verify(
+                self.run.teacher.model,
+                stage.model,
+                self.run.parts,
+                stage.students,
+                probe(self.run.split.source),
+                self.run.recipe.parity,
+            )
+        return stage
 
     def _refitted(self, students: dict[str, ir.Model], key: tuple[str, ...]) -> dict[str, ir.Model]:
         with self.run.clock.measure("refit"):

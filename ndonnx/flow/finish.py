@@ -161,7 +161,8 @@ class Finish:
             told = self.run.recipe.task
             tasks = tasks_from(answers.store, wanted.outputs, labelled=answers.labels is not None, told=told)
             if not tasks:
-                return Fault("no output has samples of its own along its first axis")
+                names = " and ".join(f"'{name}'" for name in float_outputs(student))
+                return Fault(f"{names} holds no answer of its own for each sample of a batch")
             save(student, scratch / MODEL_FILE)
             # Now, when the answers' time is spent.
             plan = replace(self.run.schedule.finetune(), memory=self.run.memory.whole_step())

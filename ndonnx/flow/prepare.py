@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ndonnx.config.recipe import Recipe
 from ndonnx.data import DATA_FREE, Data, DataSource, input_specs, open_source
+from ndonnx.data.augmentation import image_axes
 from ndonnx.data.inputs import interface_of
 from ndonnx.data.source import RowSource
 from ndonnx.data.split import Split, compared_of, draw
@@ -22,6 +23,7 @@ from ndonnx.data.subset import Joined, Subset
 from ndonnx.distill.schedule import Schedule
 from ndonnx.distill.task import check_told
 from ndonnx.errors import DataError, ModelError, RecipeError
+from ndonnx.flow.augmentations import AUTO, TRIED, suiting
 from ndonnx.flow.run import Run, Teacher
 from ndonnx.graph import load
 from ndonnx.graph.bound import one_sample
@@ -131,11 +133,26 @@ def prepare(request: Request, recipe: Recipe, progress: Progress, *, searched: b
             parts = priced_for(opened.split.source, parts)
         if recipe.time_budget is not None and not recipe.changes_nothing:
             schedule = replace(schedule, rate=_rate(directory, opened))
+        if AUTO in recipe.augment:
+            recipe = _augmented(recipe, schedule, opened, parts, progress)
+            schedule = replace(schedule, recipe=recipe)
         samples = schedule.distil_samples(opened.samples)
         split, judge = opened.split, opened.judge
         yield Run(
             directory, recipe, progress, clock, teacher, parts, split, judge, samples, schedule, study, candidates
         )
+
+
+def _augmented(recipe: Recipe, schedule: Schedule, opened: Opened, parts: Partition, progress: Progress) -> Recipe:
+    """The recipe with the changes of images that suit the data, where there is a fine-tuning to use them."""
+    if schedule.alone or recipe.changes_nothing:
+        return recipe.model_copy(update={"augment": ()})
+    source = opened.split.to_fit(opened.samples)
+    kinds = suiting(parts.model, source, float_outputs(opened.teacher.model), recipe.seed)
+    unlike = [kind for kind in TRIED if kind not in kinds]
+    if unlike and image_axes(source.inputs, source.recipe):
+        progress.note(f"--augment auto leaves out {' and '.join(unlike)}: the teacher answers such images otherwise")
+    return recipe.model_copy(update={"augment": kinds})
 
 
 def candidates_of(recipe: Recipe) -> tuple[Candidate, ...]:

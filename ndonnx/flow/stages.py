@@ -35,15 +35,19 @@ class Stages:
     best: Stage | None = None
     _found: list[tuple[Stage, Evaluation | None]] = field(default_factory=list)
 
-    def add(self, stage: Stage) -> None:
+    def add(self, stage: Stage, *, better: bool = False) -> None:
         """Take in a stage; it is the best where it is measured to be, or nothing can be measured.
 
         A later stage that is as good as an earlier one is not written: it has changed what it need not.
+
+        Args:
+            stage: a student that passed its checks.
+            better: it is better by what the user asked for, which is more than to answer as the teacher does.
         """
         found = self._measured(stage.model) if self.run.float_outputs else None
         before = next((each for kept, each in self._found if kept is self.best), None)
         self._found.append((stage, found))
-        if self.best is None or found is None or before is None or not before.loss <= found.loss:
+        if better or self.best is None or found is None or before is None or not before.loss <= found.loss:
             self.best = stage
 
     def reports(self) -> tuple[StageReport, ...]:

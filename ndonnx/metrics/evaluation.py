@@ -71,12 +71,13 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """As a mapping for JSON, which has no NaN or Inf: such values become None."""
-        return _finite(asdict(self))
+        return finite(asdict(self))
 
 
-def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
+def finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same mapping with None in place of NaN and Inf, which JSON has not; also in mappings inside it."""
     return {
-        key: _finite(value)
+        key: finite(value)
         if isinstance(value, Mapping)
         else None
         if isinstance(value, float) and not math.isfinite(value)

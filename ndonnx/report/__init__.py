@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ndonnx.metrics.evaluation import Evaluation
+from ndonnx.metrics.evaluation import Evaluation, finite
 from ndonnx.metrics.fidelity import OutputFidelity
 from ndonnx.runtime.atomic import atomic_write_json
 
@@ -164,6 +164,7 @@ class CompressReport:
             del whole["target"]
         if not self.unchanged:
             del whole["unchanged"]
+        whole["stages"] = [finite(stage) for stage in whole["stages"]]
         whole["metrics"] = {name: metrics.to_json() for name, metrics in self.metrics.items()}
         return whole
 

@@ -18,7 +18,7 @@ from ndonnx.data import input_specs, open_source
 from ndonnx.distill.finetune import finetune
 from ndonnx.distill.noisy_body import NoisyBody, measure_noises
 from ndonnx.distill.plan import Plan
-from ndonnx.distill.whole import WholeSettings
+from ndonnx.distill.whole import WholeSettings, tasks_from
 from ndonnx.errors import SliceError, UsageError
 from ndonnx.graph import fold_constants, load
 from ndonnx.partition import Partition, partition
@@ -184,7 +184,8 @@ def test_a_fixed_batch_of_one_is_trained_on_all_the_same(tmp_path: Path) -> None
         load(tmp_path / "teacher.onnx"), ["x", "logits"], lambda: _ones(rows), tmp_path / "store", samples=60
     )
     plan = Plan(steps=2, batch_size=16, lr=0.01, warmup=0.05, seed=0)
-    settings = WholeSettings(plan, temperature=1.0, label_weight=0.0, holdout=0.2, parity=1e-4)
+    tasks = tasks_from(store, ["logits"], labelled=False, told=())
+    settings = WholeSettings(plan, temperature=1.0, label_weight=0.0, holdout=0.2, parity=1e-4, tasks=tasks)
     _, training = finetune(result.model, store, settings, silent)
     assert training.steps == 2
 

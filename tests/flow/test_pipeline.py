@@ -55,6 +55,7 @@ def test_the_demo_from_end_to_end(tmp_path: Path) -> None:
             "metrics",
             "neighbourhoods",
             "finetune",
+            "stages",
             "seconds",
             "peak_rss_bytes",
             "run_dir",

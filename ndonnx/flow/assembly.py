@@ -88,7 +88,9 @@ class Assembly:
         stages.add(self._verified(Stage("spliced", student, students)))
         if inputs in ("refit", None):
             refitted = self._refitted(students, key)
-            stages.add(self._verified(Stage("reconstructed", self._spliced(refitted), refitted)))
+            with self.run.clock.measure("splice"):
+                student = self._in_place(refitted)
+            stages.add(self._verified(Stage("reconstructed", student, refitted)))
         tuned = self._finetuned(stages, students, (*key, str(inputs)))
         best = stages.best
         assert best is not None

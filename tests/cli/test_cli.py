@@ -368,7 +368,7 @@ def test_compress_json_keeps_its_contract(run: Run, folder: Path) -> None:
     report = json.loads(out)
     assert (code, err) == (0, "")
     contract = ["teacher", "student", "metrics", "neighbourhoods", "finetune", "seconds", "peak_rss_bytes", "run_dir"]
-    assert list(report) == [*contract, "shapes"]
+    assert list(report) == [*contract, "shapes", "stages"]
     assert report["student"]["path"] == "s.onnx"
     assert report["student"]["bytes"] == (folder / "s.onnx").stat().st_size
     assert report["student"]["parameters"] < report["teacher"]["parameters"]

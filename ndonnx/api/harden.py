@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +16,17 @@ from ndonnx.api.settings import RecipeLike, recipe_of
 from ndonnx.assemble.verify import verify
 from ndonnx.config.recipe import Recipe
 from ndonnx.data import Data
-from ndonnx.distill.hardening import HardenJob
-from ndonnx.distill.memory import MemoryPlan
 from ndonnx.distill.noisy_body import measure_noises
-from ndonnx.distill.schedule import Schedule
-from ndonnx.distill.trainer import Training
-from ndonnx.distill.whole import MODEL_FILE, WholeSettings, tasks_from
 from ndonnx.errors import ModelError, NdonnxError, SliceError, UsageError
-from ndonnx.flow.prepare import Opened, Request, open_all, partition_model
-from ndonnx.graph import load, save, to_proto
-from ndonnx.graph.dataflow import real_inputs
+from ndonnx.flow.harden import Hardening
+from ndonnx.flow.prepare import Request, open_all, partition_model
+from ndonnx.graph import save, to_proto
 from ndonnx.graph.shapes.declared import state_as_in_file
 from ndonnx.metrics.evaluation import Evaluation, evaluate
-from ndonnx.partition import Partition
 from ndonnx.runtime.faults import Fault
-from ndonnx.runtime.machine import usable_cores
 from ndonnx.runtime.progress import Listener, Progress, listening
-from ndonnx.runtime.run_directory import Entry, record_fault
-from ndonnx.teacher import capture_bytes
-from ndonnx.teacher.batches import probe, whole_batches
-from ndonnx.teacher.noise_inputs import Noise
-from ndonnx.teacher.outputs import Wanted, capture_outputs, run_alone
+from ndonnx.runtime.run_directory import record_fault
+from ndonnx.teacher.batches import probe
 
 NOISE = 0.3
 """Deviation of the noise, as a part of the activation's own."""
@@ -157,7 +147,7 @@ def _hardened(
     try:
         noises = measure_noises(parts, given.split.to_fit(_SPREAD_SAMPLES), noise)
         with tempfile.TemporaryDirectory(prefix="ndonnx-") as folder:
-            trained = _Run(given, parts, recipe, progress, Path(folder)).train(noises, steps)
+            trained = Hardening(given, parts, recipe, progress, Path(folder)).train(noises, steps)
     except SliceError as error:
         raise UsageError(f"{place.name}: cannot be hardened: {error}") from error
     if isinstance(trained, Fault):
@@ -190,50 +180,3 @@ def _unforeseen(fault: Fault, model: str, output: Path) -> NdonnxError:
     """One line of what nobody foresaw, and where more is told of it."""
     told = record_fault(output.with_suffix(".faults"), "model", fault)
     return NdonnxError(f"{model}: cannot be hardened: {fault.reason}; {told} tells more")
-
-
-@dataclass(frozen=True)
-class _Run:
-    """One hardening: the teacher's answers, then the training in a process of its own."""
-
-    given: Opened
-    parts: Partition
-    recipe: Recipe
-    progress: Progress
-    folder: Path
-
-    def train(self, noises: tuple[Noise, ...], steps: int) -> tuple[ir.Model, Training] | Fault:
-        """The hardened model and its training, or what nobody foresaw.
-
-        Raises:
-            SliceError: the model cannot be trained.
-        """
-        samples = self._samples()
-        recipe, (output,) = self.recipe, self.parts.model.graph.outputs
-        wanted = Wanted((output.name or "",), samples)
-        answers = capture_outputs(self.parts, self.given.split, wanted, self.folder, recipe, self.progress)
-        labelled = answers.labels is not None
-        tasks = tasks_from(answers.store, wanted.outputs, labelled=labelled, told=recipe.task)
-        entry = Entry(self.folder / "hardened")
-        plan = Schedule(recipe, finetunable=True).plan(steps, recipe.finetune_lr)
-        memory = MemoryPlan.of(recipe, self.parts, usable_cores()).whole_step()
-        plan = replace(plan, memory=memory, threads=usable_cores())
-        settings = WholeSettings.of(recipe, plan, answers.holdout, self.parts.interface, tasks)
-        path = self.given.teacher.path
-        job = HardenJob("model", path, answers.store.path, answers.labels, entry, settings, noises=noises)
-        outcome, _ = run_alone(job, "harden", steps, recipe, self.progress)
-        if (fault := outcome.fault) is not None:
-            if fault.foreseen or not fault.traceback:
-                raise SliceError(fault.reason)
-            return fault
-        hardened = load(entry.path / MODEL_FILE)
-        ir.external_data.load_to_model(hardened)  # its files go with the folder
-        return hardened, Training(**entry.meta())
-
-    def _samples(self) -> int:
-        """As many as there are, the recipe asks for, and the cache budget holds."""
-        graph = self.parts.model.graph
-        names = [value.name or "" for value in (*real_inputs(graph), *graph.outputs)]
-        batch = next(whole_batches(self.given.split.source, 1, samples=1))
-        each = capture_bytes(self.parts.model, names, 1, batch=batch)
-        return max(2, min(self.given.samples, self.recipe.cache_budget // max(1, each)))

@@ -11,7 +11,7 @@ from importlib.metadata import version
 import onnx_ir as ir
 
 from ndonnx.distill.job import load_student
-from ndonnx.flow.jobs import NeighbourhoodResult, Task
+from ndonnx.flow.jobs import NeighbourhoodResult, Trial
 from ndonnx.flow.measure import Loss, Measures
 from ndonnx.flow.run import Run
 from ndonnx.flow.strategies import Parallel
@@ -41,9 +41,9 @@ class Library:
     """Cheapest first."""
     skipped: dict[str, str] = field(default_factory=dict)
     """Why a candidate was not trained, by its label."""
-    _tasks: dict[str, tuple[Neighbourhood, Candidate, Task]] = field(default_factory=dict)
+    _trials: dict[str, tuple[Neighbourhood, Candidate, Trial]] = field(default_factory=dict)
     """What there is to train, by its label."""
-    _rows: list[tuple[Neighbourhood, Candidate, Task]] = field(default_factory=list)
+    _rows: list[tuple[Neighbourhood, Candidate, Trial]] = field(default_factory=list)
     """Every candidate of every neighbourhood, aliases included."""
     _aliases: dict[tuple[str, str], str] = field(default_factory=dict)
     """The candidate that stands for another one with the same student, by neighbourhood and that other one."""
@@ -54,28 +54,28 @@ class Library:
         for candidate in self.candidates:
             method = method_of(candidate.recipe(self.run.recipe))
             for n in self.run.parts.trained:
-                task = self.distillation.task(n, method, self.steps, label(n.name, candidate.spec))
-                self._rows.append((n, candidate, task))
+                trial = self.distillation.trial(n, method, self.steps, label(n.name, candidate.spec))
+                self._rows.append((n, candidate, trial))
                 if n.groups is not None and (reason := method.needs_more(n.groups)) is not None:
                     self._refused[n.name, candidate.spec] = reason
         self._find_aliases()
         other = self._aliases.keys() | self._refused.keys()
         distinct = (row for row in self._rows if (row[0].name, row[1].spec) not in other)
-        self._tasks = {task.label: (n, candidate, task) for n, candidate, task in distinct}
+        self._trials = {trial.label: (n, candidate, trial) for n, candidate, trial in distinct}
 
     def _find_aliases(self) -> None:
         """Candidates with the same student: the first stands for all, or the first that an earlier run has trained."""
-        equal: dict[tuple[str, type[StudentMethod], Hashable], list[tuple[str, Task]]] = defaultdict(list)
-        for n, candidate, task in self._rows:
+        equal: dict[tuple[str, type[StudentMethod], Hashable], list[tuple[str, Trial]]] = defaultdict(list)
+        for n, candidate, trial in self._rows:
             assert n.groups is not None
-            shape = task.method.shape_key(n.groups)
+            shape = trial.method.shape_key(n.groups)
             if shape == WHOLE:
                 self._aliases[n.name, candidate.spec] = TEACHER
             elif shape is not None:
-                equal[n.name, type(task.method), shape].append((candidate.spec, task))
+                equal[n.name, type(trial.method), shape].append((candidate.spec, trial))
         for (name, _, _), same in equal.items():
             if len(same) > 1:
-                there = (spec for spec, task in same if self.distillation.jobs.entry(task).done)
+                there = (spec for spec, trial in same if self.distillation.jobs.entry(trial).done)
                 first = next(there, same[0][0])
                 self._aliases.update({(name, spec): first for spec, _ in same if spec != first})
 
@@ -88,7 +88,7 @@ class Library:
     def plan(self) -> list[OptionReport]:
         """What there is and what would be trained; trains nothing."""
         found = []
-        for n, candidate, task in self._rows:
+        for n, candidate, trial in self._rows:
             alias = self._aliases.get((n.name, candidate.spec))
             if alias is not None:
                 found.append(OptionReport(n.name, candidate.spec, "alias", {}, None, None, f"same as {alias}"))
@@ -96,8 +96,8 @@ class Library:
             if (refused := self._refused.get((n.name, candidate.spec))) is not None:
                 found.append(OptionReport(n.name, candidate.spec, "skipped", {}, None, None, refused))
                 continue
-            failed = self._failure(task)
-            there = self.distillation.jobs.entry(task).done
+            failed = self._failure(trial)
+            there = self.distillation.jobs.entry(trial).done
             status = "reused" if there else "failed" if failed.done else "missing"
             reason = failed.meta()["reason"] if status == "failed" else None
             found.append(OptionReport(n.name, candidate.spec, status, {}, None, None, reason))
@@ -106,21 +106,21 @@ class Library:
     def train(self, max_drop: float | None) -> None:
         """Bring every candidate to an end. With a `max_drop`, one far beyond it ends its method's smaller ones."""
         outcomes = self.distillation.outcomes
-        tasks = [task for _, _, task in self._tasks.values()]
-        for task in tasks:
-            failed = self._failure(task)
+        trials = [trial for _, _, trial in self._trials.values()]
+        for trial in trials:
+            failed = self._failure(trial)
             if failed.done:
-                outcomes[task.label] = NeighbourhoodResult("kept", reason=failed.meta()["reason"])
+                outcomes[trial.label] = NeighbourhoodResult("kept", reason=failed.meta()["reason"])
         stops = max_drop is not None and self.run.recipe.search.early_stop
 
-        def rounds(sweep: Sequence[Task]) -> Iterator[Sequence[Task]]:
+        def rounds(sweep: Sequence[Trial]) -> Iterator[Sequence[Trial]]:
             yield from self._from_the_largest(sweep, max_drop or 0.0) if stops else [sweep]
 
-        Parallel(self.distillation).train(tasks, rounds, unit="students", ordered=True)
-        for task in tasks:
-            ended = outcomes.get(task.label)
+        Parallel(self.distillation).train(trials, rounds, unit="students", ordered=True)
+        for trial in trials:
+            ended = outcomes.get(trial.label)
             if ended is not None and ended.reason and ended.traceback is None:  # what was foreseen happens again
-                failed = self._failure(task)
+                failed = self._failure(trial)
                 if not failed.done:
                     failed.begin()
                     failed.commit({"reason": ended.reason})
@@ -167,7 +167,7 @@ class Library:
     def losses(self) -> dict[tuple[str, str], Loss]:
         """What every trained candidate loses alone, by neighbourhood and candidate."""
         found = {}
-        for n, candidate, _ in self._tasks.values():
+        for n, candidate, _ in self._trials.values():
             entry = self.entry(n.name, candidate.spec)
             if entry is not None:
                 found[n.name, candidate.spec] = self.measures.of_candidate(n, entry)
@@ -180,10 +180,10 @@ class Library:
             (name, TEACHER): OptionReport(name, TEACHER, "alias", dict(measured[name, TEACHER].costs), 0.0)
             for name in table.neighbourhoods
         }
-        for n, candidate, task in self._tasks.values():
-            ended = self.distillation.outcomes.get(task.label)
+        for n, candidate, trial in self._trials.values():
+            ended = self.distillation.outcomes.get(trial.label)
             option = measured.get((n.name, candidate.spec))
-            status, reason = "skipped", self.skipped.get(task.label)
+            status, reason = "skipped", self.skipped.get(trial.label)
             if ended is not None:
                 status = {"distilled": "trained", "kept": "failed"}.get(ended.status, ended.status)
                 reason = ended.reason
@@ -207,26 +207,26 @@ class Library:
             found[name, spec] = alias
         return [found[n.name, candidate.spec] for n, candidate, _ in self._rows]
 
-    def _from_the_largest(self, sweep: Sequence[Task], max_drop: float) -> Iterator[list[Task]]:
+    def _from_the_largest(self, sweep: Sequence[Trial], max_drop: float) -> Iterator[list[Trial]]:
         """One candidate of each method and neighbourhood a round, until one of them is far beyond the tolerance."""
-        ladders: dict[tuple[str, str], list[Task]] = defaultdict(list)
-        for task in sweep:
-            n, candidate, _ = self._tasks[task.label]
-            ladders[n.name, candidate.method].insert(0, task)
+        ladders: dict[tuple[str, str], list[Trial]] = defaultdict(list)
+        for trial in sweep:
+            n, candidate, _ = self._trials[trial.label]
+            ladders[n.name, candidate.method].insert(0, trial)
         while ladders:
             these = [ladder[0] for ladder in ladders.values()]
-            yield sorted(these, key=lambda task: self.run.parts.cost(self._tasks[task.label][0]).macs or 0)
+            yield sorted(these, key=lambda trial: self.run.parts.cost(self._trials[trial.label][0]).macs or 0)
             for key, ladder in list(ladders.items()):
                 reason = self._beyond(ladder.pop(0), max_drop)
                 if reason is not None:
                     # What an earlier search has trained stays an option.
-                    left = [task.label for task in ladder if task.label not in self.distillation.outcomes]
+                    left = [trial.label for trial in ladder if trial.label not in self.distillation.outcomes]
                     self.skipped.update(dict.fromkeys(left, reason))
                 if reason is not None or not ladder:
                     del ladders[key]
 
-    def _beyond(self, task: Task, max_drop: float) -> str | None:
-        n, candidate, _ = self._tasks[task.label]
+    def _beyond(self, trial: Trial, max_drop: float) -> str | None:
+        n, candidate, _ = self._trials[trial.label]
         entry = self.entry(n.name, candidate.spec)
         drop = self.measures.of_candidate(n, entry).drop if entry is not None else 0.0
         if drop <= _FAR * max_drop:
@@ -235,7 +235,7 @@ class Library:
 
     def _measure(self) -> None:
         todo = []
-        for n, candidate, _ in self._tasks.values():
+        for n, candidate, _ in self._trials.values():
             entry = self.entry(n.name, candidate.spec)
             if entry is not None and not self.measures.known(entry):
                 todo.append((n, entry))
@@ -286,10 +286,10 @@ class Library:
         results = (ended.result for ended in self.distillation.outcomes.values() if ended.result is not None)
         return self.run.parts.whole.macs is not None and all(result.macs is not None for result in results)
 
-    def _failure(self, task: Task) -> Entry:
+    def _failure(self, trial: Trial) -> Entry:
         """Where it is kept that a candidate cannot be had, by this version."""
         return self.run.directory.entry(
-            "failures", fingerprint(self.distillation.jobs.key(task), version("ndonnx-compress"))
+            "failures", fingerprint(self.distillation.jobs.key(trial), version("ndonnx-compress"))
         )
 
 

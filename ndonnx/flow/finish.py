@@ -17,15 +17,15 @@ from ndonnx.distill.whole import MODEL_FILE, WholeSettings, tasks_from
 from ndonnx.flow.run import Run
 from ndonnx.graph import load, save
 from ndonnx.graph.costs import weights_of
-from ndonnx.graph.dataflow import float_outputs, reads, real_inputs
+from ndonnx.graph.dataflow import float_outputs, reads
 from ndonnx.graph.interface import NOWHERE, sample_axis
 from ndonnx.report import FinetuneReport
 from ndonnx.runtime.faults import Fault, tried
 from ndonnx.runtime.fingerprints import fingerprint
 from ndonnx.runtime.machine import usable_cores
 from ndonnx.runtime.run_directory import Entry
-from ndonnx.teacher.batches import read_batch, sample_bytes, value_bytes, whole_batches
-from ndonnx.teacher.outputs import Wanted, capture_outputs, run_alone
+from ndonnx.teacher.batches import read_batch, value_bytes, whole_batches
+from ndonnx.teacher.outputs import Wanted, capture_outputs, run_alone, storable
 
 _REFIT_SAMPLES = 2048
 """Most samples of the refit walk."""
@@ -191,12 +191,9 @@ class Finish:
 
     def _finetune_samples(self) -> tuple[int, int]:
         """How many, and how often each comes."""
-        graph = self.run.parts.model.graph
-        names = [value.name or "" for value in (*real_inputs(graph), *graph.outputs)]
         source = self.run.split.source
-        each = sample_bytes(self.run.parts.model, names, source)
         available = min(self.run.split.available, self.run.schedule.finetune_samples())
-        held = max(2, self.run.recipe.cache_budget // max(1, each))
+        held = max(2, storable(self.run.parts.model, source, self.run.recipe.cache_budget))
         samples = max(2, min(available, held))
         images = image_axes(source.inputs, source.recipe)
         views = self.run.schedule.views(samples) if self.run.recipe.augment and images else 1

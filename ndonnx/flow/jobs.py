@@ -23,7 +23,7 @@ from ndonnx.students import StudentMethod
 
 
 @dataclass(frozen=True)
-class Task:
+class Trial:
     """A neighbourhood, and one way to make a student of it."""
 
     label: str
@@ -86,7 +86,7 @@ class _Head:
 
 @dataclass
 class Jobs:
-    """Makes jobs of tasks, and knows where their students live."""
+    """Makes jobs of trials, and knows where their students live."""
 
     run: Run
     data: tuple[str, ...] = ()
@@ -95,26 +95,26 @@ class Jobs:
     """Keys of the students before this one, where it depends on them."""
     _looked: dict[str, list[_Head]] = field(default_factory=dict)
 
-    def entry(self, task: Task) -> Entry:
+    def entry(self, trial: Trial) -> Entry:
         """Where a student lives: the key says everything that it depends on."""
-        return self.run.directory.entry("students", self.key(task))
+        return self.run.directory.entry("students", self.key(trial))
 
-    def key(self, task: Task) -> str:
+    def key(self, trial: Trial) -> str:
         """The name of the student's folder. A search and a plain run that want the same student agree on it."""
         recipe = self.run.recipe
-        heads = self._heads(task.neighbourhood)
-        uses = self.run.parts.uses(task.neighbourhood)
+        heads = self._heads(trial.neighbourhood)
+        uses = self.run.parts.uses(trial.neighbourhood)
         # What only some neighbourhoods have is left out of the others' keys, so that older students are found.
         shared: list[Fingerprintable] = [[boundary([n]) for n in uses[1:]]] if len(uses) > 1 else []
-        held: list[Fingerprintable] = [sorted(task.neighbourhood.held)] if task.neighbourhood.held else []
+        held: list[Fingerprintable] = [sorted(trial.neighbourhood.held)] if trial.neighbourhood.held else []
         seen: list[Fingerprintable] = [[*head.context, head.output] for head in heads]
         ahead: list[Fingerprintable] = [list(self._weights()), seen] if heads else []
         key = fingerprint(
             *self.data,
-            boundary([task.neighbourhood]),
-            type(task.method).__name__,
-            asdict(task.method),  # type: ignore[call-overload]
-            task.plan.key(),
+            boundary([trial.neighbourhood]),
+            type(trial.method).__name__,
+            asdict(trial.method),  # type: ignore[call-overload]
+            trial.plan.key(),
             recipe.holdout,
             recipe.parity,
             ahead,
@@ -123,26 +123,30 @@ class Jobs:
             *shared,
             *held,
         )
-        return f"{task.neighbourhood.name}-{key}"
+        return f"{trial.neighbourhood.name}-{key}"
 
-    def chained(self, tasks: Iterable[Task]) -> Iterator[Task]:
+    def chained(self, trials: Iterable[Trial]) -> Iterator[Trial]:
         """In order, what became of each going into the keys of all after it: they are trained behind it."""
-        for task in tasks:
-            yield task
-            self.chain.append(self.key(task) if self.entry(task).done else f"{task.neighbourhood.name} kept")
+        for trial in trials:
+            yield trial
+            self.chain.append(self.key(trial) if self.entry(trial).done else f"{trial.neighbourhood.name} kept")
 
     def job(
-        self, task: Task, stores: Mapping[str, Path], threads: int, further: Sequence[Mapping[str, Path]] | None = None
+        self,
+        trial: Trial,
+        stores: Mapping[str, Path],
+        threads: int,
+        further: Sequence[Mapping[str, Path]] | None = None,
     ) -> DistilJob:
-        """The work of a task on captured values, the store of each by its name.
+        """The work of a trial on captured values, the store of each by its name.
 
         Args:
-            task: what is to be done.
+            trial: what is to be done.
             stores: of the values at the neighbourhood.
             threads: of the job.
             further: the same for each other place of its student, in order; None: all in `stores`.
         """
-        neighbourhood = task.neighbourhood
+        neighbourhood = trial.neighbourhood
         slices = self.run.directory.path / "slices"
         slices.mkdir(exist_ok=True)
         slice_path = slices / f"{neighbourhood.name}.onnx"
@@ -158,15 +162,15 @@ class Jobs:
         target = neighbourhood.exit.name or ""
         read = (*inputs, target, *(name for head in heads for name in (*head.context, head.output)))
         return DistilJob(
-            name=task.label,
+            name=trial.label,
             slice_path=slice_path,
             groups=neighbourhood.groups,
             inputs=inputs,
             target=target,
             stores={name: stores[name] for name in read},
-            entry=self.entry(task),
-            method=task.method,
-            plan=task.plan,
+            entry=self.entry(trial),
+            method=trial.method,
+            plan=trial.plan,
             holdout=self.run.recipe.holdout,
             parity=self.run.recipe.parity,
             threads=threads,

@@ -168,7 +168,7 @@ class SearchSession:
         methods = {c.spec: method_of(c.recipe(self.run.recipe)) for c in self.candidates}
         by_name = {n.name: n for n in self.run.parts.distillable}
         tasks = {
-            name: self.distillation.task(by_name[name], methods[spec], None, f"{label(name, spec)} in full")
+            name: self.distillation.trial(by_name[name], methods[spec], None, f"{label(name, spec)} in full")
             for name, spec in named.items()
         }
         planned = {name: task.plan for name, task in tasks.items()}

@@ -17,7 +17,7 @@ from pathlib import Path
 from ndonnx.assemble.propagation import Prefix
 from ndonnx.distill.job import load_student
 from ndonnx.errors import RecipeError
-from ndonnx.flow.jobs import NeighbourhoodResult, Task
+from ndonnx.flow.jobs import NeighbourhoodResult, Trial
 from ndonnx.flow.run import Run
 from ndonnx.flow.train import Distillation, Stores
 from ndonnx.partition import Neighbourhood
@@ -27,7 +27,7 @@ from ndonnx.teacher import ActivationStore
 from ndonnx.teacher.moments import entry_noise
 from ndonnx.teacher.noise import EntryNoise, noise_store
 
-Rounds = Callable[[Sequence[Task]], Iterator[Sequence[Task]]]
+Rounds = Callable[[Sequence[Trial]], Iterator[Sequence[Trial]]]
 """Tasks of one capture in the order of their training: each round is over before the next one is asked for."""
 
 
@@ -40,13 +40,13 @@ class Strategy(ABC):
         self.run: Run = distillation.run
 
     @abstractmethod
-    def train(self, tasks: Sequence[Task]) -> None:
-        """Bring every task to an end: its result is in `distillation.outcomes` afterwards."""
+    def train(self, trials: Sequence[Trial]) -> None:
+        """Bring every trial to an end: its result is in `distillation.outcomes` afterwards."""
 
 
 @dataclass(frozen=True)
 class Told:
-    """What progress is told while tasks are trained."""
+    """What progress is told while trials are trained."""
 
     unit: str
     done: int
@@ -58,25 +58,25 @@ class Parallel(Strategy):
 
     def train(
         self,
-        tasks: Sequence[Task],
+        trials: Sequence[Trial],
         rounds: Rounds | None = None,
         *,
         unit: str = "neighbourhoods",
         ordered: bool = False,
     ) -> None:
-        """Train tasks, as many at a time as there are workers.
+        """Train trials, as many at a time as there are workers.
 
         Args:
-            tasks: several of a neighbourhood share its capture.
-            rounds: puts the tasks of a sweep in order, and may leave some out; None trains them all at once.
+            trials: several of a neighbourhood share its capture.
+            rounds: puts the trials of a sweep in order, and may leave some out; None trains them all at once.
             unit: what they are called in progress.
             ordered: start them as they come; otherwise those with the largest activations first.
         """
         samples, sweeps = self.distillation.planned()
-        of_each: dict[str, list[Task]] = {}
-        for task in tasks:
-            of_each.setdefault(task.neighbourhood.name, []).append(task)
-        of_sweep = [[task for n in sweep for task in of_each.get(n.name, ())] for sweep in sweeps]
+        of_each: dict[str, list[Trial]] = {}
+        for trial in trials:
+            of_each.setdefault(trial.neighbourhood.name, []).append(trial)
+        of_sweep = [[trial for n in sweep for trial in of_each.get(n.name, ())] for sweep in sweeps]
         known, reuse = self.distillation.outcomes, self.distillation.reuse
         open_ = [[t for t in several if t.label not in known and not reuse(t)] for several in of_sweep]
         self.distillation.captures.estimate([sweep for sweep, todo in zip(sweeps, open_, strict=True) if todo], samples)
@@ -88,16 +88,16 @@ class Parallel(Strategy):
                     done = self._train_sweep(sweep, in_turn, Told(unit, done, total), ordered)
 
     def _train_sweep(
-        self, sweep: Sequence[Neighbourhood], rounds: Iterable[Sequence[Task]], told: Told, ordered: bool
+        self, sweep: Sequence[Neighbourhood], rounds: Iterable[Sequence[Trial]], told: Told, ordered: bool
     ) -> int:
-        """The tasks of one capture; how many are done by then."""
+        """The trials of one capture; how many are done by then."""
         done = told.done
         samples, _ = self.distillation.planned()
         values = self.distillation.jobs.wanted(sweep)
         entry = self.run.directory.entry("activations", fingerprint(*self.distillation.data, values))
         store: ActivationStore | None = None
         for these in rounds:
-            left = [task for task in these if task.label not in self.distillation.outcomes]
+            left = [trial for trial in these if trial.label not in self.distillation.outcomes]
             if not left:
                 continue
             if store is None:
@@ -107,7 +107,7 @@ class Parallel(Strategy):
             with self.run.clock.measure("distil"):
                 self.run.progress.stage("distil", told.total, told.unit)
                 self.run.progress.advance(done)
-                self.distillation.train(left, {task.label: stores for task in left}, ordered)
+                self.distillation.train(left, {trial.label: stores for trial in left}, ordered)
             done += len(left)
         entry.remove()
         return done
@@ -116,8 +116,8 @@ class Parallel(Strategy):
 class FromNoise(Strategy):
     """Each student on Gaussian noise at its own input, rectified behind a ReLU: no data at all (section 6)."""
 
-    def train(self, tasks: Sequence[Task]) -> None:
-        """Train tasks on noise.
+    def train(self, trials: Sequence[Trial]) -> None:
+        """Train trials on noise.
 
         Raises:
             RecipeError: the recipe looks ahead, where noise says nothing.
@@ -125,25 +125,27 @@ class FromNoise(Strategy):
         if self.run.recipe.look_ahead:
             raise RecipeError("look_ahead: noise at each neighbourhood says nothing of what follows; leave it out")
         samples, sweeps = self.distillation.planned()
-        of_each = {task.neighbourhood.name: task for task in tasks}
+        of_each = {trial.neighbourhood.name: trial for trial in trials}
         drawn = entry_noise(self.run.parts, carry=False, seed=self.run.recipe.seed, threads=1)
         folder = self.run.directory.path / "noise"
         with self.distillation.workers_kept():
             for sweep in sweeps:
                 self._train_sweep([of_each[n.name] for n in sweep if n.name in of_each], drawn, samples, folder)
 
-    def _train_sweep(self, tasks: Sequence[Task], drawn: Mapping[str, EntryNoise], samples: int, folder: Path) -> None:
+    def _train_sweep(
+        self, trials: Sequence[Trial], drawn: Mapping[str, EntryNoise], samples: int, folder: Path
+    ) -> None:
         stores: dict[str, Stores] = {}
         with self.run.clock.measure("capture"):
-            for number, task in enumerate(tasks):
-                if self.distillation.reuse(task):
+            for number, trial in enumerate(trials):
+                if self.distillation.reuse(trial):
                     continue
-                places = tried(partial(self._noise, task.neighbourhood, folder / f"{number:04}", samples, drawn))
+                places = tried(partial(self._noise, trial.neighbourhood, folder / f"{number:04}", samples, drawn))
                 if isinstance(places, Fault):
-                    self.distillation.keep(task.label, places)
+                    self.distillation.keep(trial.label, places)
                 else:
-                    stores[task.label] = places
-        left = [task for task in tasks if task.label in stores]
+                    stores[trial.label] = places
+        left = [trial for trial in trials if trial.label in stores]
         with self.run.clock.measure("distil"):
             self.run.progress.stage("distil", len(left), "neighbourhoods")
             self.distillation.train(left, stores)
@@ -167,17 +169,17 @@ class FromNoise(Strategy):
 class Sequential(Strategy):
     """One student after the other, each on what the students before it give, so that errors do not add up."""
 
-    def train(self, tasks: Sequence[Task]) -> None:
-        """Train tasks in topological order."""
+    def train(self, trials: Sequence[Trial]) -> None:
+        """Train trials in topological order."""
         samples, sweeps = self.distillation.planned()
-        of_each = {task.neighbourhood.name: task for task in tasks}
+        of_each = {trial.neighbourhood.name: trial for trial in trials}
         turns = [[of_each[n.name] for n in sweep if n.name in of_each] for sweep in sweeps]
         chained, chain = self.distillation.jobs.chained, self.distillation.jobs.chain
         in_order = list(itertools.chain.from_iterable(turns))
-        if all(self.distillation.jobs.entry(task).done for task in chained(in_order)):
+        if all(self.distillation.jobs.entry(trial).done for trial in chained(in_order)):
             chain.clear()
-            for task in chained(in_order):
-                self.distillation.reuse(task)
+            for trial in chained(in_order):
+                self.distillation.reuse(trial)
             return
         chain.clear()
         self.distillation.captures.estimate(sweeps, samples)
@@ -191,21 +193,21 @@ class Sequential(Strategy):
                     store = self.distillation.capture(entry, exits, samples)
                 with self.run.clock.measure("distil"):
                     self.run.progress.stage("distil", len(in_order), "neighbourhoods")
-                    for task in chained(turn):
-                        self._after(prefix, task, store)
+                    for trial in chained(turn):
+                        self._after(prefix, trial, store)
                 entry.remove()
         prefix.close()
         shutil.rmtree(folder, ignore_errors=True)
 
-    def _after(self, prefix: Prefix, task: Task, store: ActivationStore) -> None:
+    def _after(self, prefix: Prefix, trial: Trial, store: ActivationStore) -> None:
         """Train one neighbourhood behind the students before it."""
-        neighbourhood = task.neighbourhood
-        if not self.distillation.reuse(task):
+        neighbourhood = trial.neighbourhood
+        if not self.distillation.reuse(trial):
             stores = tried(partial(self._stores, prefix, neighbourhood, store))
             if isinstance(stores, Fault):
-                self.distillation.keep(task.label, stores)
+                self.distillation.keep(trial.label, stores)
             else:
-                self.distillation.train([task], {task.label: stores})
+                self.distillation.train([trial], {trial.label: stores})
         for following in self._up_to_next(neighbourhood):
             self._go_on(prefix, following)
         self.run.progress.advance()
@@ -248,8 +250,8 @@ def distil_all(distillation: Distillation) -> dict[str, NeighbourhoodResult]:
     parts, results = distillation.run.parts, distillation.outcomes
     distillation.keep_the_rest()
     distillation.planned()
-    tasks = [distillation.needed(n) for n in parts.trained]
-    _STRATEGIES.get(distillation.run.recipe.inputs, Parallel)(distillation).train(tasks)
+    trials = [distillation.needed(n) for n in parts.trained]
+    _STRATEGIES.get(distillation.run.recipe.inputs, Parallel)(distillation).train(trials)
     results.update({name: results[first] for name, first in parts.shared.items()})
     if distillation.budgets is not None:
         for n in parts.distillable:

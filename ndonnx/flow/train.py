@@ -1,4 +1,4 @@
-"""The mechanism of training: tasks captured for, trained as jobs, found again where a run stopped."""
+"""The mechanism of training: trials captured for, trained as jobs, found again where a run stopped."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ndonnx.assemble.propagation import held_values
 from ndonnx.distill.job import DistilJob, DistilResult, read_result
 from ndonnx.errors import RunDirError
 from ndonnx.flow.error_budgets import ErrorBudgets
-from ndonnx.flow.jobs import Jobs, NeighbourhoodResult, Task
+from ndonnx.flow.jobs import Jobs, NeighbourhoodResult, Trial
 from ndonnx.flow.run import Run
 from ndonnx.partition import Neighbourhood
 from ndonnx.runtime.executor import Executor, make_executor
@@ -33,12 +33,12 @@ Stores = Sequence[Mapping[str, Path]]
 
 @dataclass
 class Distillation:
-    """Trains tasks in any order, and knows how they ended: what takes long in a run, and can be continued."""
+    """Trains trials in any order, and knows how they ended: what takes long in a run, and can be continued."""
 
     run: Run
     workers_rss: int = 0
     outcomes: dict[str, NeighbourhoodResult] = field(default_factory=dict)
-    """By the label of the task."""
+    """By the label of the trial."""
     jobs: Jobs = field(init=False)
     captures: CapturePlan = field(init=False)
     _plan: tuple[int, list[list[Neighbourhood]]] | None = None
@@ -75,29 +75,29 @@ class Distillation:
         self.planned()
         return self.jobs.data
 
-    def task(
+    def trial(
         self,
         neighbourhood: Neighbourhood,
         method: StudentMethod | None = None,
         steps: int | None = None,
         label: str = "",
-    ) -> Task:
+    ) -> Trial:
         """A student of a neighbourhood, as the recipe says where nothing else is given."""
         plan = self.run.schedule.distil(len(self.run.parts.trained), self._workers())
         plan = replace(plan, memory=self.run.memory.step(self._workers()))
         plan = plan if steps is None else replace(plan, steps=steps)
-        return Task(label or neighbourhood.name, neighbourhood, method or method_of(self.run.recipe), plan)
+        return Trial(label or neighbourhood.name, neighbourhood, method or method_of(self.run.recipe), plan)
 
-    def needed(self, neighbourhood: Neighbourhood) -> Task:
+    def needed(self, neighbourhood: Neighbourhood) -> Trial:
         """A student as the recipe says, trained no further than its neighbourhood needs."""
-        task, uses = self.task(neighbourhood), self.run.parts.uses(neighbourhood)
+        trial, uses = self.trial(neighbourhood), self.run.parts.uses(neighbourhood)
         if self.budgets is None:
-            return task
-        plans = [self.budgets.plan(use.name, task.plan, self._workers()) for use in uses]
+            return trial
+        plans = [self.budgets.plan(use.name, trial.plan, self._workers()) for use in uses]
         # One student has to be near enough at its most sensitive place, and may take the time of all.
         plan = min(plans, key=lambda plan: 0.0 if plan.enough is None else plan.enough)
         seconds = None if plan.seconds is None else sum(each.seconds or 0.0 for each in plans)
-        return replace(task, plan=replace(plan, seconds=seconds))
+        return replace(trial, plan=replace(plan, seconds=seconds))
 
     def keep_the_rest(self) -> None:
         """Give what cannot be distilled its outcome."""
@@ -105,13 +105,13 @@ class Distillation:
             if not neighbourhood.distillable:
                 self.outcomes[neighbourhood.name] = NeighbourhoodResult("kept", reason=neighbourhood.reason)
 
-    def reuse(self, task: Task) -> bool:
-        entry = self.jobs.entry(task)
+    def reuse(self, trial: Trial) -> bool:
+        entry = self.jobs.entry(trial)
         if not entry.done:
             return False
         result = read_result(entry)
-        self.outcomes[task.label] = NeighbourhoodResult("reused", entry, result)
-        self.run.progress.finished(task.label, "reused", result.nmse, None)
+        self.outcomes[trial.label] = NeighbourhoodResult("reused", entry, result)
+        self.run.progress.finished(trial.label, "reused", result.nmse, None)
         return True
 
     def planned(self) -> tuple[int, list[list[Neighbourhood]]]:
@@ -150,19 +150,19 @@ class Distillation:
         entry.commit({"samples": samples}, digest=False)
         return store
 
-    def train(self, tasks: Sequence[Task], stores: Mapping[str, Stores], ordered: bool = False) -> None:
-        """Train tasks, each job made when it can start.
+    def train(self, trials: Sequence[Trial], stores: Mapping[str, Stores], ordered: bool = False) -> None:
+        """Train trials, each job made when it can start.
 
         Args:
-            tasks: in any order.
-            stores: of each task, by its label.
+            trials: in any order.
+            stores: of each trial, by its label.
             ordered: start them as they come; otherwise those with the largest activations first.
         """
-        in_order = list(tasks)
+        in_order = list(trials)
         if not ordered:
             # Those with most of a time budget first, so that no worker is left with one alone in the end.
-            in_order.sort(key=lambda task: (-(task.plan.seconds or 0.0), -self._boundary_bytes(task)))
-        entries = {task.label: self.jobs.entry(task) for task in tasks}
+            in_order.sort(key=lambda trial: (-(trial.plan.seconds or 0.0), -self._boundary_bytes(trial)))
+        entries = {trial.label: self.jobs.entry(trial) for trial in trials}
         for outcome in self._executor.run(self._jobs(in_order, stores), self.run.progress.step):
             if outcome.fault is not None:
                 self.keep(outcome.name, outcome.fault)
@@ -174,8 +174,8 @@ class Distillation:
                 self.run.progress.advance()
         self.workers_rss = max(self.workers_rss, self._executor.peak_rss_bytes)
 
-    def _boundary_bytes(self, task: Task) -> int:
-        return sum(self.captures.sizes.get(name, 0) for name in self.jobs.wanted([task.neighbourhood]))
+    def _boundary_bytes(self, trial: Trial) -> int:
+        return sum(self.captures.sizes.get(name, 0) for name in self.jobs.wanted([trial.neighbourhood]))
 
     @contextmanager
     def workers_kept(self) -> Iterator[None]:
@@ -195,7 +195,7 @@ class Distillation:
         return found
 
     def keep(self, label: str, fault: Fault) -> None:
-        """End a task without a student."""
+        """End a trial without a student."""
         self.outcomes[label] = NeighbourhoodResult.kept(label, fault, self.run.directory)
         self.run.progress.finished(label, "kept", None, fault.reason)
 
@@ -207,13 +207,13 @@ class Distillation:
             return 1
         return self._most_workers
 
-    def _jobs(self, tasks: Iterable[Task], stores: Mapping[str, Stores]) -> Iterator[DistilJob]:
-        """The job of each task, made when it is asked for; a task of which none can be made ends here."""
+    def _jobs(self, trials: Iterable[Trial], stores: Mapping[str, Stores]) -> Iterator[DistilJob]:
+        """The job of each trial, made when it is asked for; a trial of which none can be made ends here."""
         threads = max(1, usable_cores() // self._workers())
-        for task in tasks:
-            first, *further = stores[task.label]
-            job = tried(partial(self.jobs.job, task, first, threads, further or None))
+        for trial in trials:
+            first, *further = stores[trial.label]
+            job = tried(partial(self.jobs.job, trial, first, threads, further or None))
             if isinstance(job, Fault):
-                self.keep(task.label, job)
+                self.keep(trial.label, job)
             else:
                 yield job

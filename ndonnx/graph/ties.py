@@ -14,6 +14,8 @@ import onnx_ir as ir
 _DOMAINS = ("", "ai.onnx")
 VIEWS = {"Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 """Operators whose output holds the very numbers of their first input."""
+_RESHAPING = {"Flatten", "Reshape", "Squeeze", "Unsqueeze"}
+"""Those that keep the order of the numbers."""
 _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
 
 
@@ -34,14 +36,46 @@ def _unite_once(graph: ir.Graph) -> bool:
         source, value = node.inputs[0] if _is_view(node) else None, node.outputs[0]
         if source is None or not _is_constant(origin_of(source)) or value.is_graph_output():
             continue
+        if (before := _reshaped_from(node)) is not None:
+            node.replace_input_with(0, before)
+            source, changed = before, True
         same = found.setdefault(_signature(node), value)
-        if node.op_type == "Identity" and _is_shared(source):
+        if (node.op_type == "Identity" and _is_shared(source)) or _keeps_shape(node):
             same = source
         if same is not value:
             value.replace_all_uses_with(same)
             graph.remove(node, safe=True)
             changed = True
     return changed
+
+
+def _reshaped_from(node: ir.Node) -> ir.Value | None:
+    """What a `Reshape` of something reshaped could read as well: what that was made of. None for anything else."""
+    shape = _sizes(node)
+    before = node.inputs[0].producer() if shape is not None and node.inputs[0] is not None else None
+    if shape is None or 0 in shape or before is None or before.op_type not in _RESHAPING or not _is_view(before):
+        return None
+    return before.inputs[0]
+
+
+def _keeps_shape(node: ir.Node) -> bool:
+    """Whether a `Reshape` of an initializer, or of a transpose of one, gives the shape that it has."""
+    found, shape = transposed(node.inputs[0]), _sizes(node)
+    if found is None or shape is None:
+        return False
+    weight, axes = found
+    assert weight.const_value is not None
+    sizes = weight.const_value.shape.numpy()
+    same = len(shape) == len(axes) and all(n in (-1, sizes[axis]) for n, axis in zip(shape, axes, strict=True))
+    return same and _is_shared(weight)
+
+
+def _sizes(node: ir.Node) -> tuple[int, ...] | None:
+    """The constant shape that a `Reshape` gives; None for anything else."""
+    if node.op_type != "Reshape" or not _is_view(node) or len(node.inputs) < 2:  # before opset 5 it is an attribute
+        return None
+    tensor = _tensor(node.inputs[1]) if node.inputs[1] is not None else None
+    return None if tensor is None else tuple(int(size) for size in tensor.numpy().reshape(-1))
 
 
 def is_tie(node: ir.Node) -> bool:

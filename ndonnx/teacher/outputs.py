@@ -23,7 +23,7 @@ from ndonnx.runtime.executor import Job, Outcome, make_executor
 from ndonnx.runtime.machine import pick_device
 from ndonnx.runtime.progress import Progress
 from ndonnx.teacher import ActivationStore, CaptureSettings, capture, make_session
-from ndonnx.teacher.batches import read_batch, whole_batches
+from ndonnx.teacher.batches import read_batch, sample_bytes, whole_batches
 
 
 def outputs_a_second(model: Path | ir.Model, source: DataSource) -> float:
@@ -55,6 +55,13 @@ class TeacherOutputs:
     """An `.npy` of class numbers, one per sample; None where the data hold none."""
     holdout: float
     """Part of the store, at its beginning, that chooses the best state: it shares no sample with the rest."""
+
+
+def storable(model: ir.Model, source: DataSource, budget: int) -> int:
+    """How many samples of a model's inputs and outputs a number of bytes holds."""
+    graph = model.graph
+    names = [value.name or "" for value in (*real_inputs(graph), *graph.outputs)]
+    return budget // max(1, sample_bytes(model, names, source))
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ class Finetuning(Section):
     (of whole samples or of each position), `embedding`, `regression` or `auto`; `NAME=KIND` for one output;
     `module:function` for a loss of one's own, of the student's and the teacher's tensors. Default: auto, which goes by
     the teacher's answers, the labels and the output's name."""
-    temperature: Annotated[float, Flag("T", Panel.TRAIN)] = Field(4.0, gt=0)
-    """Softmax temperature of the distillation loss in fine-tuning."""
+    temperature: Annotated[float | None, Flag("T", Panel.TRAIN)] = Field(None, gt=0)
+    """Softmax temperature of the distillation loss in fine-tuning. Default: 4, or as much less as the teacher needs to
+    know its first class still."""
     label_weight: Annotated[float, Flag("FRACTION", Panel.TRAIN)] = Field(0.0, ge=0, le=1)
     """Weight of the labels' cross-entropy in the fine-tuning loss; the distillation loss has the rest."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import onnx
 import onnx_ir as ir
 
+from ndonnx.convert.fusing import fuse_activations
 from ndonnx.convert.registry import DOMAIN, OPSET_ATTRIBUTE, has_converter
 from ndonnx.graph.costs import is_weight
 from ndonnx.graph.shapes.inference import infer_shapes
@@ -68,6 +69,7 @@ def lower(model: ir.Model) -> Lowered:
     """Rewrite a copy of a slice; the slice itself is not changed."""
     copy = infer_shapes(model.clone())
     graph, opset = copy.graph, copy.opset_imports.get("", 1)
+    fuse_activations(graph)
     weights = [value for value in graph.initializers.values() if is_weight(value) and not _is_static(value)]
     moments = {value.name for value in weights if _is_moment(value)}
     for value in weights:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +25,7 @@ from ndonnx.distill.losses import (
     Objective,
     RegressionLoss,
     SeveralLosses,
+    fitting_temperature,
     target_variance,
 )
 from ndonnx.distill.plan import Plan
@@ -43,10 +45,13 @@ from ndonnx.teacher import ActivationStore
 Labels = npt.NDArray[np.int64]
 """Class numbers, int64 (samples,), one for each sample of a store."""
 
+_FLOAT = 4
 _SCORES_RANK = 2
 """Rank of class scores of whole samples, (samples, classes)."""
-_SEEN = 256
-"""Samples by which the variance of an output is told."""
+_FEW, _SEEN = 16, 256
+"""Samples by which an output is told, and its size: from the fewest to the most."""
+_SEEN_BYTES = 32 * 2**20
+"""Bytes of them, about."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,8 @@ class WholeSettings:
     """How a whole model is trained against captured answers."""
 
     plan: Plan
-    temperature: float
-    """Softmax temperature of the distillation loss."""
+    temperature: float | None
+    """Softmax temperature of the distillation loss; None: by the teacher's scores, see `fitting_temperature`."""
     label_weight: float
     """Weight of the labels' cross-entropy, 0 to 1; the captured answers have the rest."""
     holdout: float
@@ -86,21 +91,31 @@ class WholeSettings:
 
     def objective_of(self, samples: SliceSamples, labels: Labels | None) -> Objective:
         """The loss: of each output as its task asks, in all their sum."""
-        rows = samples.training_rows(_SEEN)
-        variances = {name: target_variance(torch.from_numpy(rows[name])) or 1.0 for name in self.tasks}
+        few = max(_FEW, min(_SEEN, _SEEN_BYTES // max(1, samples.bytes_per_sample())))
+        rows = samples.training_rows(few)
         labelled = next((n for n, task in self.tasks.items() if _of_whole_samples(task, rows[n])), None)
         weights = dict.fromkeys(self.tasks, 0.0)
         if labels is not None and labelled is not None:
             weights[labelled] = self.label_weight
-        losses = [self._loss(name, task, variances[name], weights[name]) for name, task in self.tasks.items()]
-        return losses[0] if len(losses) == 1 else SeveralLosses(losses, list(variances.values()))
+        losses = [self._loss(name, torch.from_numpy(rows[name]), weights[name]) for name in self.tasks]
+        if len(losses) == 1:
+            return losses[0]
+        return SeveralLosses(losses, [_variance(torch.from_numpy(rows[name])) for name in self.tasks])
 
-    def _loss(self, name: str, task: OutputTask, variance: float, label_weight: float) -> Objective:
+    def _loss(self, name: str, rows: torch.Tensor, label_weight: float) -> Objective:
+        task = self.tasks[name]
         if task.custom is not None:
             return CustomLoss(name, loss_named(task.custom))
         if task.task is Task.CLASSIFICATION:
-            return DistillationLoss(name, self.temperature, label_weight, axis=task.axis, form=task.form)
+            temperature = self.temperature or fitting_temperature(rows, task.axis, task.form)
+            return DistillationLoss(name, temperature, label_weight, axis=task.axis, form=task.form)
+        variance = _variance(rows)
         return EmbeddingLoss(name, variance) if task.task is Task.EMBEDDING else RegressionLoss(name, variance)
+
+
+def _variance(rows: torch.Tensor) -> float:
+    """Variance of an output; 1 where it is constant."""
+    return target_variance(rows) or 1.0
 
 
 def _of_whole_samples(task: OutputTask, rows: npt.NDArray[np.generic]) -> bool:
@@ -117,8 +132,10 @@ def tasks_from(
         RecipeError: the user speaks of an output that there is not.
     """
     stored = [name for name in outputs if not store.is_constant(name)]
-    few = {name: np.asarray(store.rows(name)[:_SEEN]) for name in stored}
-    return tasks_of(few, min(_SEEN, store.samples), labelled=labelled, told=told)
+    each = sum(math.prod(store.rows(name).shape[1:]) * _FLOAT for name in stored)
+    count = min(store.samples, max(_FEW, min(_SEEN, _SEEN_BYTES // max(1, each))))
+    few = {name: np.asarray(store.rows(name)[:count]) for name in stored}
+    return tasks_of(few, count, labelled=labelled, told=told)
 
 
 def loss_named(path: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:

@@ -23,7 +23,7 @@ from ndonnx.graph import load
 from ndonnx.graph.interface import Interface
 from ndonnx.graph.passes.branches import open_branches
 from ndonnx.graph.working_copy import working_copy
-from ndonnx.metrics.fidelity import Fidelity, OutputFidelity, TaskFidelity, log_probabilities, ratio, top_class
+from ndonnx.metrics.fidelity import Fidelity, OutputFidelity, TaskFidelity, nats, ratio, top_class
 from ndonnx.runtime.progress import Progress, Silent
 from ndonnx.teacher.sessions import OrtError, make_session
 from ndonnx.teacher.sizes import rows_at_once
@@ -274,7 +274,7 @@ class _Tally:
                 if name in self._tasks:
                     self._tasks[name].add(outputs[name], value)
                 if error.ndim and len(error) == count:
-                    errors.append(error.reshape(count, -1).sum(axis=1))
+                    errors.append(error)
         if errors:
             of_samples = np.sum(errors, axis=0)
             first = int(np.argmax(of_samples))
@@ -284,9 +284,7 @@ class _Tally:
     def _kl(self, student: Array, teacher: Array) -> float:
         if self._probabilities is None:  # the first batch tells whether the model ends in a softmax
             self._probabilities = are_probabilities(teacher)
-        log_p, log_q = (log_probabilities(value, self._probabilities) for value in (teacher, student))
-        possible = np.exp(log_p) > 0  # a class that the teacher masks adds nothing
-        value = float(np.sum(np.exp(log_p[possible]) * (log_p[possible] - log_q[possible])))
+        value = nats(student, teacher, probabilities=self._probabilities)
         return math.inf if math.isnan(value) else value
 
     def _check(self, labels: NDArray[np.int64], classes: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,8 @@ from ndonnx.distill.task import Form, OutputTask, Task
 Array = NDArray[Any]
 Float = NDArray[np.float64]
 
+_CHUNK_NUMBERS = 2**16
+"""Numbers of an output, about, that are compared at a time."""
 _LEAST = 1e-30
 """Least norms of two vectors, multiplied: a vector of zeros has no angle."""
 
@@ -55,20 +58,30 @@ class Fidelity:
         self._mean = 0.0
 
     def add(self, student: Array, teacher: Array) -> Float:
-        """Take in one batch; the squared error of every value.
+        """Take in one batch; the squared error of each row of its first axis, (rows,), or of all where it has none.
 
         Where the teacher itself is not finite (masks), the student may be anything.
         """
+        if not teacher.ndim:
+            return np.asarray(self._add(student.reshape(1, 1), teacher.reshape(1, 1))[0])
+        ours, theirs = (values.reshape(len(teacher), -1) for values in (student, teacher))
+        parts = [self._add(ours[rows], theirs[rows]) for rows in _chunks(len(theirs), theirs.shape[1])]
+        return np.concatenate(parts) if parts else np.zeros(0)
+
+    def _add(self, student: Array, teacher: Array) -> Float:
         finite = np.isfinite(teacher)
-        difference = np.zeros(teacher.shape)
-        np.subtract(student, teacher, out=difference, where=finite, dtype=np.float64)
-        difference[np.isnan(difference)] = np.inf
-        squares = np.square(difference)
-        if finite.any():
+        if finite.all():
+            squares, known = np.subtract(student, teacher, dtype=np.float64), teacher
+        else:
+            squares, known = np.zeros(teacher.shape), teacher[finite]
+            np.subtract(student, teacher, out=squares, where=finite, dtype=np.float64)
+        np.square(squares, out=squares)
+        squares[np.isnan(squares)] = np.inf
+        if known.size:
             self.error += float(np.sum(squares))
-            self.largest = max(self.largest, float(np.abs(difference).max()))
-            self._spread_by(teacher[finite].astype(np.float64))
-        return squares
+            self.largest = max(self.largest, math.sqrt(float(squares.max())))
+            self._spread_by(known.astype(np.float64))
+        return np.asarray(squares.sum(axis=1))
 
     def _spread_by(self, values: Float) -> None:
         # Chan's update: summing squares and subtracting the mean at the end would cancel digits.
@@ -96,13 +109,18 @@ class TaskFidelity:
             return
         ours, theirs = (_vectors(values, self._task.axis) for values in (student, teacher))
         self._count += len(theirs)
+        for rows in _chunks(len(theirs), theirs.shape[1]):
+            self._add(ours[rows], theirs[rows])
+
+    def _add(self, student: Array, teacher: Array) -> None:
         if self._task.task is Task.EMBEDDING:
+            ours, theirs = student.astype(np.float64), teacher.astype(np.float64)
             product = (ours * theirs).sum(axis=1)
             norms = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
             self._cosines += float(np.sum(product / np.maximum(norms, _LEAST)))
         else:
-            self._agreed += int(np.sum(top_class(ours) == top_class(theirs)))
-            self._nats += _nats(ours, theirs, self._task.form)
+            self._agreed += int(np.sum(top_class(student) == top_class(teacher)))
+            self._nats += nats(student, teacher, probabilities=self._task.form is Form.PROBABILITIES)
 
     def result(self, squares: Fidelity) -> OutputFidelity:
         """Everything so far, with the squared error that was summed beside it."""
@@ -129,16 +147,26 @@ def top_class(scores: Array) -> NDArray[np.int64]:
     return np.asarray(top)
 
 
-def _vectors(values: Array, axis: int) -> Float:
+def _vectors(values: Array, axis: int) -> Array:
+    """Vectors along an axis, (vectors, length)."""
     last = np.moveaxis(values, axis, -1)
-    return last.reshape(-1, last.shape[-1]).astype(np.float64)
+    return last.reshape(-1, last.shape[-1])
 
 
-def _nats(student: Float, teacher: Float, form: Form) -> float:
-    log_p, log_q = (log_probabilities(values, form is Form.PROBABILITIES) for values in (teacher, student))
-    probabilities = np.exp(log_p)
-    possible = probabilities > 0  # a class that the teacher masks adds nothing
-    return float(np.sum(probabilities[possible] * (log_p[possible] - log_q[possible])))
+def _chunks(rows: int, each: int) -> Iterator[slice]:
+    """All rows, so many at a time that what is computed of them stays in a core's cache."""
+    step = max(1, _CHUNK_NUMBERS // max(1, each))
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def nats(student: Array, teacher: Array, *, probabilities: bool) -> float:
+    """Kullback-Leibler divergence of the student's classes from the teacher's, the sum over rows (rows, classes)."""
+    log_p, log_q = (log_probabilities(values, probabilities) for values in (teacher, student))
+    p = np.exp(log_p)
+    with np.errstate(invalid="ignore"):
+        terms = p * (log_p - log_q)
+    terms[~(p > 0)] = 0  # a class that the teacher masks adds nothing
+    return float(np.sum(terms, dtype=np.float64))
 
 
 def log_probabilities(scores: Array, probabilities: bool) -> Float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 
 from ndonnx.convert.registry import OnnxNode, converts, opset_of
 from ndonnx.convert.tables import converts_table
+
+_HALF = 0.5
 
 
 def _selu(data: Tensor, *, alpha: float, gamma: float) -> Tensor:
@@ -28,8 +31,16 @@ def _shrink(data: Tensor, *, lambd: float, bias: float) -> Tensor:
     return torch.where(data < -lambd, data + bias, torch.where(data > lambd, data - bias, 0.0))
 
 
+def _hard_sigmoid(data: Tensor, *, alpha: float, beta: float) -> Tensor:
+    if math.isclose(alpha, 1 / 6, rel_tol=1e-6) and beta == _HALF:
+        return F.hardsigmoid(data)
+    return F.hardtanh(alpha * data + beta, 0.0, 1.0)
+
+
 converts_table(
     {
+        "HardSigmoid": (_hard_sigmoid, {"alpha": 0.2, "beta": 0.5}),
+        "HardSwish": (F.hardswish, {}),
         "Gelu": (F.gelu, {"approximate": "none"}),
         "Mish": (F.mish, {}),
         "Selu": (_selu, {"alpha": 1.67326319217681884765625, "gamma": 1.05070102214813232421875}),
@@ -50,9 +61,11 @@ class Clip(nn.Module):
         self.high: float | None = node.attributes.get("max")
 
     def forward(self, data: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
-        if low is not None or high is not None:
-            return torch.clamp(data, low, high)
-        return data if self.low is None and self.high is None else torch.clamp(data, self.low, self.high)
+        least, most = (self.low, self.high) if low is None and high is None else (low, high)
+        if least is None or most is None or not data.is_floating_point():
+            return data if least is None and most is None else torch.clamp(data, least, most)
+        # One pass for the gradient, where `clamp` takes four.
+        return F.hardtanh(data, float(least), float(most))
 
 
 def _hardmax(data: Tensor, axis: int) -> Tensor:

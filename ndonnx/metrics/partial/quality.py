@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from ndonnx.distill.task import are_probabilities, class_scores
 from ndonnx.errors import DataError, ModelError
-from ndonnx.metrics.fidelity import Fidelity, log_probabilities, top_class
+from ndonnx.metrics.fidelity import Fidelity, nats, top_class
 
 Array = npt.NDArray[Any]
 Float = npt.NDArray[np.float64]
@@ -105,11 +105,8 @@ class Quality:
 
     def nats(self, outputs: Outputs) -> float:
         """Sum over the samples of the divergence from the teacher's class scores."""
-        log_p, log_q = (
-            log_probabilities(values[self._scores or ""], self._probabilities) for values in (self._teacher, outputs)
-        )
-        possible = np.exp(log_p) > 0  # a class that the teacher masks adds nothing
-        total = float(np.sum(np.exp(log_p[possible]) * (log_p[possible] - log_q[possible])))
+        ours, theirs = (values[self._scores or ""] for values in (outputs, self._teacher))
+        total = nats(ours, theirs, probabilities=self._probabilities)
         return math.inf if math.isnan(total) else total
 
     def errors(self, outputs: Outputs, sums: dict[str, Fidelity]) -> Float:
@@ -121,7 +118,7 @@ class Quality:
         for name, wanted in self._teacher.items():
             squared = sums.setdefault(name, Fidelity()).add(outputs[name], wanted)
             if wanted.ndim and len(wanted) == self.samples:
-                total += squared.reshape(self.samples, -1).sum(axis=1)
+                total += squared
             else:  # no sample axis: every sample has the same part in it
                 total += squared.sum() / self.samples
         return total

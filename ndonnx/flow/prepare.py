@@ -35,6 +35,7 @@ from ndonnx.graph.working_copy import working_copy
 from ndonnx.metrics.sensitivity import study_of
 from ndonnx.partition import Partition, partition
 from ndonnx.runtime.clock import Clock
+from ndonnx.runtime.executor import check_executor
 from ndonnx.runtime.fingerprints import fingerprint, fingerprint_file
 from ndonnx.runtime.machine import usable_cores
 from ndonnx.runtime.progress import Progress
@@ -218,8 +219,9 @@ def open_all(
         held_out: what else is to be held out.
 
     Raises:
-        UsageError: something is missing or damaged; or the output is the teacher itself.
+        UsageError: something is missing or damaged; the output is the teacher itself; or there is no such executor.
     """
+    check_executor(recipe.executor)
     model, output, data, eval_data = request.model, request.output, request.data, request.eval_data
     if output is not None:
         check_writable(output)

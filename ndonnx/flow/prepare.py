@@ -33,6 +33,7 @@ from ndonnx.graph.passes.branches import open_branches
 from ndonnx.graph.save import check_writable
 from ndonnx.graph.working_copy import working_copy
 from ndonnx.metrics.sensitivity import study_of
+from ndonnx.metrics.user_metric import check_metric
 from ndonnx.partition import Partition, partition
 from ndonnx.runtime.clock import Clock
 from ndonnx.runtime.executor import check_executor
@@ -121,6 +122,7 @@ def prepare(request: Request, recipe: Recipe, progress: Progress, *, searched: b
         teacher = opened.teacher
         for remark in opened.remarks:
             progress.note(remark)
+        check_metric(recipe.metric)
         check_told(recipe.task, [value.name or "" for value in teacher.model.graph.outputs])
         schedule = Schedule(recipe, finetunable=bool(float_outputs(teacher.model)))
         recipe = learning_on(recipe, teacher.model, alone=schedule.alone and not searched)

@@ -18,7 +18,7 @@ Teacher = Annotated[
 ]
 
 
-@takes("task")
+@takes("task", "metric")
 def evaluate(
     context: typer.Context,
     model: options.Model,

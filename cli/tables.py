@@ -84,6 +84,11 @@ def nmse_text(value: float) -> str:
     return f"{value:.3g}"
 
 
+def metric_text(value: float) -> str:
+    """Four digits that count."""
+    return f"{value:.4g}"
+
+
 def milliseconds_text(value: float) -> str:
     """`0.731 ms`."""
     return f"{value:.3g} ms"
@@ -222,11 +227,15 @@ def measured(found: ndonnx.Evaluation) -> list[tuple[str, str]]:
         ("NMSE of the outputs", found.nmse, nmse_text),
         ("largest error of an output", found.max_error, nmse_text),
         ("KL divergence, nats", found.kl, nmse_text),
+        (_OWN_METRIC, found.metric, metric_text),
     )
     told = [(name, text(value)) for name, value, text in values if value is not None]
     # What is told above is not told again of the output that it is of.
     several = found.agreement is None
     return told + [row for name, each in found.outputs.items() if several for row in _of_output(name, each)]
+
+
+_OWN_METRIC = "metric of --metric"
 
 
 def _of_output(name: str, found: OutputFidelity) -> Iterator[tuple[str, str]]:
@@ -244,10 +253,10 @@ def _stages(stages: Sequence[StageReport]) -> Table:
     """The whole student after each stage, on the rows that chose."""
     rows = []
     for stage in stages:
-        told = "; ".join(
-            f"{name}: {value}" for output, each in stage.outputs.items() for name, value in _of_output(output, each)
-        )
-        rows.append((stage.stage, told, "written" if stage.written else ""))
+        told = [row for output, each in stage.outputs.items() for row in _of_output(output, each)]
+        told += [] if stage.metric is None else [(_OWN_METRIC, metric_text(stage.metric))]
+        words = "; ".join(f"{name}: {value}" for name, value in told)
+        rows.append((stage.stage, words, "written" if stage.written else ""))
     return table_of(("student", "on the samples that choose", ""), rows)
 
 

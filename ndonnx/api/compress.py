@@ -85,7 +85,7 @@ def _compressed(request: Request, recipe: Recipe, progress: Progress) -> tuple[B
             if not searched:
                 write(built.model)
         with run.clock.measure("evaluate"):
-            metrics = compare(request.model, built.model, run.judge, progress, run.recipe.task)
+            metrics = compare(request.model, built.model, run.judge, progress, run.recipe)
             before, after = summaries(run.teacher.model, request.model, built.model, request.output, run.parts)
         judged = None if request.eval_data is None else run.judge.spec
         report = CompressReport(

@@ -35,10 +35,10 @@ def evaluate(
         recipe: how the data become inputs, as a `Recipe`, its keys in a mapping, or the path of a TOML file.
         progress: who is told what goes on, as a `Progress` or a callable that takes an `Event`. None: the logger
             `ndonnx`.
-        settings: keys of the recipe, laid over it, as `keep=0.5`.
+        settings: keys of the recipe, laid over it, as `metric=my_module.my_function`.
 
     Raises:
-        UsageError: a model or the data cannot be read, or they do not fit each other.
+        UsageError: a model or the data cannot be read, or they do not fit each other; or the recipe's `metric` fails.
     """
     chosen = recipe_of(recipe, settings)
     with ExitStack() as stack:
@@ -49,4 +49,5 @@ def evaluate(
         inputs = chosen.model_inputs if graph is None else settings_for(data, session, graph, chosen)
         source = open_source(data, input_specs(session), chosen.data, seed=chosen.seed, graph=graph, settings=inputs)
         hold_if_mixed(session, source)
-        return measure(path, source, teacher=reference, tasks=chosen.task, progress=listening(progress))
+        told = listening(progress)
+        return measure(path, source, teacher=reference, tasks=chosen.task, metric=chosen.metric, progress=told)

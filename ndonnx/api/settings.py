@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -40,7 +41,8 @@ def recipe_of(recipe: RecipeLike | None, settings: Mapping[str, Any]) -> Recipe:
     Args:
         recipe: where to start from. None: the defaults.
         settings: keys of the recipe; one that is None leaves the recipe's alone. `method` may be a student method, as
-            `Width(0.5)`, `student` a function, and `candidates` in the table `search` a list of student methods.
+            `Width(0.5)`, `student` and `metric` functions, and `candidates` in the table `search` a list of student
+            methods.
 
     Raises:
         RecipeError: a key is unknown or out of range, or said twice; or the file cannot be read.
@@ -65,8 +67,9 @@ def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
             found[name] = table.model_dump(exclude_unset=True)
     if isinstance(search := found.get("search"), Mapping) and "candidates" in search:
         found["search"] = dict(search) | {"candidates": _candidates(search["candidates"])}
-    if callable(found.get("student")):
-        found["student"] = _by_name(found["student"])
+    for key in ("student", "metric"):
+        if callable(found.get(key)):
+            found[key] = _by_name(key, found[key])
     if not isinstance(method := found.get("method", ""), str):
         from ndonnx.students.settings import settings_of  # noqa: PLC0415 - needs torch
 
@@ -100,12 +103,21 @@ def _candidates(given: Any) -> Any:
     return tuple(each if isinstance(each, str) else candidate_of(each) for each in given)
 
 
-def _by_name(function: Callable[..., Any]) -> str:
-    """A function as `module:function`, by which the processes of a run find it."""
+def _by_name(key: str, function: Callable[..., Any]) -> str:
+    """A function as `module:function`, by which the processes of a run find it too.
+
+    Args:
+        key: of the recipe, for which it is given.
+        function: any callable.
+
+    Raises:
+        RecipeError: nothing of that name and module is this function.
+    """
     module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", "")
-    if module in (None, "__main__") or not name.isidentifier():
+    found = None if module in (None, "__main__") else getattr(sys.modules.get(module), name, None)
+    if found is not function:
         raise RecipeError(
-            f"student {name or type(function).__name__}: the processes of a run cannot import it; define it as a "
-            "function of a module of its own"
+            f"{key} {name or type(function).__name__}: cannot be imported by its name; define it as a function of a "
+            "module of its own"
         )
     return f"{module}:{name}"

@@ -15,9 +15,9 @@ class Execution(Section):
 
     workers: Annotated[int | None, Flag("N", Panel.RUN)] = Field(None, ge=1)
     """Number of neighbourhoods trained at the same time. Default: one per core, fewer for few neighbourhoods."""
-    executor: Annotated[Literal["serial", "process"], Flag("serial|process", Panel.RUN)] = "process"
-    """Executor of the training jobs: one after the other in this process (`serial`), or in worker processes
-    (`process`)."""
+    executor: Annotated[str, Flag("serial|process", Panel.RUN)] = "process"
+    """Executor of the training jobs: one after the other in this process (`serial`), in worker processes (`process`),
+    or one that an installed package or the program itself has registered."""
     device: Annotated[Literal["auto", "cpu", "cuda"], Flag("auto|cpu|cuda", Panel.RUN)] = "auto"
     """Device of training and inference; `auto` is cuda where torch has it."""
     precision: Annotated[Literal["auto", "fp32", "bf16"], Flag("auto|fp32|bf16", Panel.RUN)] = "auto"

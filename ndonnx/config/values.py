@@ -103,6 +103,17 @@ def parse_tasks(value: object) -> object:
     return tuple(given)
 
 
+def parse_function(value: object) -> object:
+    """Check `module:function`; pass anything that is no text to pydantic.
+
+    Raises:
+        ValueError: it is not written so.
+    """
+    if isinstance(value, str) and not all(value.partition(":")):
+        raise ValueError("should be module:function")
+    return value
+
+
 def parse_sizes(value: object) -> object:
     """Read `1,3,48,320` as sizes; pass anything else to pydantic."""
     return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
@@ -115,6 +126,7 @@ Drop = Annotated[str, BeforeValidator(parse_plain)]
 TASKS = ("auto", "classification", "embedding", "regression")
 """Kinds of outputs."""
 Tasks = Annotated[tuple[str, ...], BeforeValidator(parse_tasks)]
+Function = Annotated[str, BeforeValidator(parse_function)]
 Names = Annotated[tuple[str, ...], BeforeValidator(parse_names)]
 Augmentation = Literal["auto", "flip", "shift", "mixup"]
 Augmentations = Annotated[tuple[Augmentation, ...], BeforeValidator(parse_augmentations)]

@@ -33,8 +33,10 @@ from ndonnx.graph.passes.branches import open_branches
 from ndonnx.graph.save import check_writable
 from ndonnx.graph.working_copy import working_copy
 from ndonnx.metrics.sensitivity import study_of
+from ndonnx.metrics.user_metric import check_metric
 from ndonnx.partition import Partition, partition
 from ndonnx.runtime.clock import Clock
+from ndonnx.runtime.executor import check_executor
 from ndonnx.runtime.fingerprints import fingerprint, fingerprint_file
 from ndonnx.runtime.machine import usable_cores
 from ndonnx.runtime.progress import Progress
@@ -120,6 +122,7 @@ def prepare(request: Request, recipe: Recipe, progress: Progress, *, searched: b
         teacher = opened.teacher
         for remark in opened.remarks:
             progress.note(remark)
+        check_metric(recipe.metric)
         check_told(recipe.task, [value.name or "" for value in teacher.model.graph.outputs])
         schedule = Schedule(recipe, finetunable=bool(float_outputs(teacher.model)))
         recipe = learning_on(recipe, teacher.model, alone=schedule.alone and not searched)
@@ -218,8 +221,9 @@ def open_all(
         held_out: what else is to be held out.
 
     Raises:
-        UsageError: something is missing or damaged; or the output is the teacher itself.
+        UsageError: something is missing or damaged; the output is the teacher itself; or there is no such executor.
     """
+    check_executor(recipe.executor)
     model, output, data, eval_data = request.model, request.output, request.data, request.eval_data
     if output is not None:
         check_writable(output)

@@ -34,7 +34,7 @@ from ndonnx.students.registry import method_of
 _DECIDING = {
     *("inputs", "finetune_steps", "finetune_samples", "finetune_lr", "augment", "temperature", "label_weight"),
     *("holdout", "batch_size", "optimiser", "warmup", "seed", "precision", "device", "cache_budget", "parity", "steps"),
-    "memory_budget",
+    *("memory_budget", "task", "metric"),
 }
 """Keys of the recipe that decide what is done to students together."""
 

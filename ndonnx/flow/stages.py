@@ -44,10 +44,12 @@ class Stages:
             stage: a student that passed its checks.
             better: it is better by what the user asked for, which is more than to answer as the teacher does.
         """
-        found = self._measured(stage.model) if self.run.float_outputs else None
+        metric = self.run.recipe.metric
+        found = self._measured(stage.model) if self.run.float_outputs or metric else None
         before = next((each for kept, each in self._found if kept is self.best), None)
         self._found.append((stage, found))
-        if better or self.best is None or found is None or before is None or not before.loss <= found.loss:
+        better = better and metric is None  # a metric of the user's own has the last word
+        if better or self.best is None or found is None or before is None or found.beats(before):
             self.best = stage
 
     def reports(self) -> tuple[StageReport, ...]:
@@ -58,6 +60,7 @@ class Stages:
                 None if found is None or not math.isfinite(found.loss) else found.loss,
                 {} if found is None else found.outputs,
                 stage is self.best,
+                None if found is None else found.metric,
             )
             for stage, found in self._found
         )
@@ -70,4 +73,5 @@ class Stages:
                 teacher=self.run.teacher.path,
                 samples=self.run.schedule.stage_samples(_MOST_SAMPLES),
                 tasks=self.run.recipe.task,
+                metric=self.run.recipe.metric,
             )

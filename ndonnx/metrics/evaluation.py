@@ -1,6 +1,7 @@
 """How good a model is: accuracy with labels; agreement and error against a teacher without.
 
-One pass over the data. Nothing is kept but sums, so the memory needed does not grow with it.
+One pass over the data. Nothing is kept but sums, so the memory needed does not grow with it; only a metric of the
+user's own needs all answers at once.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from ndonnx.graph.interface import Interface
 from ndonnx.graph.passes.branches import open_branches
 from ndonnx.graph.working_copy import working_copy
 from ndonnx.metrics.fidelity import Fidelity, OutputFidelity, TaskFidelity, nats, ratio, top_class
+from ndonnx.metrics.user_metric import UserMetric
 from ndonnx.runtime.progress import Progress, Silent
 from ndonnx.teacher.sessions import OrtError, make_session
 from ndonnx.teacher.sizes import rows_at_once
@@ -63,11 +65,19 @@ class Evaluation:
     """Squared error of each sample over the teacher's variance: `nmse` is the mean of this over all samples."""
     outputs: Mapping[str, OutputFidelity] = field(default_factory=dict)
     """Each float output in the measure of its task, by name."""
+    metric: float | None = None
+    """The user's own, higher is better; without a teacher, of the model beside itself."""
 
     @property
     def loss(self) -> float:
         """One figure by which students of a teacher are compared, less is better: the outputs' own, added up."""
         return sum(found.loss for found in self.outputs.values()) if self.outputs else math.inf
+
+    def beats(self, other: Evaluation) -> bool:
+        """Whether this student of a teacher is better than another one: by the user's metric, else by `loss`."""
+        if self.metric is not None and other.metric is not None:
+            return self.metric > other.metric
+        return not other.loss <= self.loss
 
     def to_json(self) -> dict[str, Any]:
         """As a mapping for JSON, which has no NaN or Inf: such values become None."""
@@ -95,6 +105,7 @@ def evaluate(  # noqa: PLR0913 - what is compared, on what, and how it is run
     threads: int | None = None,
     samples: int | None = None,
     tasks: Sequence[str] = (),
+    metric: str | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Run the model over all of the data, and beside it the teacher if there is one.
@@ -109,18 +120,20 @@ def evaluate(  # noqa: PLR0913 - what is compared, on what, and how it is run
         threads: for onnxruntime; None takes the cores of the process's affinity.
         samples: only so many, the first ones; None for all.
         tasks: what the user says of the outputs, as `--task` takes it.
+        metric: of the user's own, as `--metric` takes it. None: none.
         progress: told how far it is.
 
     Raises:
         ModelError: a model cannot be opened or run, or the two do not match.
         DataError: a sample is corrupt or does not fit, or a label is no class of the model.
+        UsageError: the user's metric is not there, raises, or gives no finite number.
     """
     progress = Silent() if progress is None else progress
     student = _Runner(model, data, threads)
     reference = None if teacher is None else _Runner(teacher, data, threads)
     if reference is not None:
         _check_match(student, reference)
-    tally = _Tally(student.name, tasks)
+    tally = _Tally(student.name, tasks, None if metric is None else UserMetric(metric))
     total = data.length if samples is None or data.length is None else min(samples, data.length)
     progress.stage("evaluate", total=total, unit="samples")
     fixed = data.fixed_batch or student.batch_size or (reference.batch_size if reference is not None else None)
@@ -192,9 +205,10 @@ def _fed(model: Model, interface: Interface) -> Model:
 class _Tally:
     """Running sums of everything that an `Evaluation` tells."""
 
-    def __init__(self, name: str, told: Sequence[str]) -> None:
+    def __init__(self, name: str, told: Sequence[str], metric: UserMetric | None) -> None:
         self._name = name
         self._told = told
+        self._metric = metric
         self._tasks: dict[str, TaskFidelity] = {}
         self._samples = 0
         self._labelled = 0
@@ -233,6 +247,8 @@ class _Tally:
                 self._compared += count
                 self._agreed += int(np.sum(predicted == top_class(expected[scores])))
                 self._divergence += self._kl(outputs[scores], expected[scores])
+        if self._metric is not None:
+            self._metric.add(outputs, outputs if expected is None else expected, labels)
         self._samples += count
 
     def _class_scores(self, answers: Mapping[str, Array], labels: NDArray[np.int64] | None, count: int) -> str | None:
@@ -259,6 +275,7 @@ class _Tally:
             worst_sample=worst,
             worst_nmse=None if worst is None else ratio(error * self._samples, spread),
             outputs={name: task.result(self._fidelity[name]) for name, task in self._tasks.items()},
+            metric=None if self._metric is None else self._metric.result(),
         )
 
     def _compare(self, outputs: Mapping[str, Array], expected: Mapping[str, Array], count: int) -> None:

@@ -86,6 +86,8 @@ class StageReport:
     """Each float output in the measure of its task, by name."""
     written: bool
     """Whether this is the student that was written: the best of all stages."""
+    metric: float | None = None
+    """The user's own, higher is better, by which the best is then chosen; None where there is none."""
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
+from ndonnx.config.recipe import Recipe
 from ndonnx.data import DataSource
 from ndonnx.graph.storage.files import compressed_bytes, file_bytes
 from ndonnx.metrics.evaluation import Evaluation, evaluate
@@ -22,7 +22,7 @@ _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE}
 
 
 def compare(
-    teacher: Path, student: ir.Model, judge: DataSource, progress: Progress, tasks: Sequence[str] = ()
+    teacher: Path, student: ir.Model, judge: DataSource, progress: Progress, recipe: Recipe
 ) -> dict[str, Evaluation]:
     """Both on the data of the final comparison.
 
@@ -31,10 +31,14 @@ def compare(
         student: compared with it.
         judge: the data.
         progress: told how far it is.
-        tasks: what the user says of the outputs, as `--task` takes it.
+        recipe: what the user says of the outputs, and a metric of the user's own.
+
+    Raises:
+        UsageError: the metric raises, or gives no finite number.
     """
-    ours = evaluate(student, judge, teacher=teacher, tasks=tasks, progress=progress)
-    theirs = evaluate(teacher, judge, tasks=tasks)
+    told, metric = recipe.task, recipe.metric
+    ours = evaluate(student, judge, teacher=teacher, tasks=told, metric=metric, progress=progress)
+    theirs = evaluate(teacher, judge, tasks=told, metric=metric)
     return {"teacher": theirs, "student": ours}
 
 

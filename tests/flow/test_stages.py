@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from ndonnx.distill.trainer import Training
 from ndonnx.flow.prepare import Request, prepare
 from ndonnx.flow.stages import Stage, Stages
 from ndonnx.runtime.progress import Silent
+from ndonnx_cli.main import main
+from ndonnx_cli.tables import print_report
 from tests.helpers.models import Net, inputs_of, residual_cnn, run
 from tests.helpers.runs import ALONE, Bench
 
@@ -53,14 +56,19 @@ def put(folder: Path, model: onnx.ModelProto, rows: int = 200) -> Bench:
     return bench
 
 
+def halved(model: ir.Model) -> ir.Model:
+    """Another student, further from the teacher."""
+    found = model.clone()
+    for value in found.graph.initializers.values():
+        assert value.const_value is not None
+        value.const_value = ir.tensor(np.array(value.const_value.numpy()) * np.float32(0.5), name=value.name)
+    return found
+
+
 def test_a_worse_stage_is_not_written(tmp_path: Path) -> None:
     bench = put(tmp_path, residual_cnn())
     teacher = ir.from_proto(residual_cnn())
-    worse = teacher.clone()
-    for value in worse.graph.initializers.values():
-        assert value.const_value is not None
-        value.const_value = ir.tensor(np.array(value.const_value.numpy()) * np.float32(0.5), name=value.name)
-    better = teacher.clone()
+    worse, better = halved(teacher), teacher.clone()
     request = Request(bench.model, str(bench.data), None, None)
     with prepare(request, Recipe(**SHORT), Silent()) as run:
         stages = Stages(run)
@@ -164,3 +172,91 @@ def test_a_loss_that_is_not_there_is_told_before_anything_runs(tmp_path: Path, t
     bench = put(tmp_path, embedder())
     with pytest.raises(ndonnx.UsageError, match=told):
         ndonnx.compress(bench.model, data=str(bench.data), recipe=Recipe(**(SHORT | {"task": (task,)})))
+
+
+Outputs = dict[str, np.ndarray[Any, Any]]
+
+
+def looks_away(student: Outputs, teacher: Outputs, labels: Any) -> float:
+    """The further from the teacher the better."""
+    return float(np.mean((student["logits"] - teacher["logits"]) ** 2))
+
+
+def same_for_all(student: Outputs, teacher: Outputs, labels: Any) -> int:
+    return 3
+
+
+def breaks(student: Outputs, teacher: Outputs, labels: Any) -> float:
+    raise ValueError("not today")
+
+
+@pytest.mark.parametrize(
+    ("metric", "best"),
+    [("looks_away", ["spliced", "reconstructed", "reconstructed"]), ("same_for_all", ["spliced"] * 3)],
+)
+def test_the_stage_with_the_highest_metric_is_the_best(tmp_path: Path, metric: str, best: list[str]) -> None:
+    bench = put(tmp_path, residual_cnn())
+    teacher = ir.from_proto(residual_cnn())
+    recipe = Recipe(**SHORT, metric=f"{__name__}:{metric}")
+    found = []
+    with prepare(Request(bench.model, str(bench.data), None, None), recipe, Silent()) as run:
+        stages = Stages(run)
+        for name, student in (("spliced", teacher), ("reconstructed", halved(teacher)), ("fine-tuned", teacher)):
+            stages.add(Stage(name, student, {}), better=name == "fine-tuned")
+            assert stages.best is not None
+            found.append(stages.best.name)
+        told = stages.reports()
+    assert found == best
+    assert [stage.written for stage in told] == [stage.stage == best[-1] for stage in told]
+    first, second, _ = (stage.metric or 0.0 for stage in told)
+    assert (first, second) == (3, 3) if metric == "same_for_all" else first == 0 < second
+
+
+def test_a_function_is_a_metric_of_the_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bench = put(tmp_path, residual_cnn())
+    options = SHORT | {"inputs": "refit", "finetune_steps": 8, "finetune_samples": 96}
+    report = ndonnx.compress(bench.model, data=str(bench.data), metric=looks_away, **options).report
+    metrics = [stage.metric for stage in report.stages]
+    assert None not in metrics and len(metrics) == 3
+    (written,) = [stage for stage in report.stages if stage.written]
+    assert written.metric == max(metric for metric in metrics if metric is not None)
+    assert report.metrics["teacher"].metric == 0 < (report.metrics["student"].metric or 0)
+    document = report.to_json()
+    assert document["metrics"]["student"]["metric"] == report.metrics["student"].metric
+    assert [stage["metric"] for stage in document["stages"]] == metrics
+    print_report(report)
+    printed = capsys.readouterr().out
+    assert printed.count("metric of --metric") == 1 + len(metrics)
+
+
+@pytest.mark.parametrize(
+    ("metric", "told"),
+    [
+        ("nobody:metric", "cannot import 'nobody'"),
+        ("os:nothing", "no function 'nothing'"),
+        ("accuracy", "should be module:function"),
+        (lambda student, teacher, labels: 1.0, "metric <lambda>: cannot be imported by its name"),
+        (math.hypot, "no function 'hypot'"),
+        (3, "'metric'"),
+    ],
+)
+def test_a_metric_that_is_not_there_is_told_before_anything_runs(tmp_path: Path, metric: Any, told: str) -> None:
+    bench = put(tmp_path, residual_cnn())
+    with pytest.raises(ndonnx.RecipeError, match=told):
+        ndonnx.compress(bench.model, data=str(bench.data), metric=metric, **SHORT)
+    assert not bench.model.with_suffix(".run").exists()
+
+
+def test_a_metric_that_breaks_ends_the_run_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bench = put(tmp_path, residual_cnn())
+    flags = ["--steps", "2", "--samples", "64", "--executor", "serial", "--metric", f"{__name__}:breaks", "-q"]
+    assert main(["compress", str(bench.model), "--data", str(bench.data), *flags, "-o", str(bench.student)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"metric {__name__}:breaks: raised ValueError: not today" in line
+
+
+def test_evaluate_tells_the_metric(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bench = put(tmp_path, residual_cnn())
+    files = [str(bench.model), "--data", str(bench.data), "--teacher", str(bench.model)]
+    assert main(["evaluate", *files, "--metric", f"{__name__}:same_for_all", "-q"]) == 0
+    assert "metric of --metric" in capsys.readouterr().out

@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ndonnx.config.recipe import DataRecipe
 from ndonnx.data import DataSource, InputSpec, input_specs, open_source
-from ndonnx.errors import DataError, ModelError
+from ndonnx.errors import DataError, ModelError, RecipeError, UsageError
 from ndonnx.metrics.evaluation import evaluate
 from ndonnx.runtime.progress import Silent
 from ndonnx.teacher.sessions import make_session
@@ -102,7 +102,7 @@ def test_without_labels_or_teacher_there_are_only_samples(tmp_path: Path) -> Non
     result = evaluate(linear(EYE), source(tmp_path, normal(3)), threads=1)
     assert json.loads(json.dumps(result.to_json())) == {
         "samples": 3, "accuracy": None, "agreement": None, "nmse": None, "max_error": None, "kl": None,
-        "worst_sample": None, "worst_nmse": None, "outputs": {},
+        "worst_sample": None, "worst_nmse": None, "outputs": {}, "metric": None,
     }  # fmt: skip
 
 
@@ -204,3 +204,112 @@ def test_progress_counts_samples(tmp_path: Path) -> None:
     progress = Counting()
     evaluate(linear(EYE, 2), source(tmp_path, normal(7)), batch_size=3, threads=1, progress=progress)
     assert (progress.stages, progress.done) == ([("evaluate", 7)], 7)
+
+
+# A metric of one's own
+
+
+Outputs = dict[str, NDArray[np.generic]]
+
+
+def spearman(student: Outputs, teacher: Outputs, labels: NDArray[np.int64] | None) -> float:
+    """Correlation of the ranks of the first column over all samples: no mean over batches."""
+    ours, theirs = (answers["logits"][:, 0].argsort().argsort() for answers in (student, teacher))
+    return float(np.corrcoef(ours, theirs)[0, 1])
+
+
+def hits(student: Outputs, teacher: Outputs, labels: NDArray[np.int64] | None) -> np.float32:
+    assert labels is not None, "these data have labels"
+    return np.float32(np.mean(student["logits"].argmax(axis=1) == labels))
+
+
+def sees(student: Outputs, teacher: Outputs, labels: NDArray[np.int64] | None) -> int:
+    """How many samples there are of each thing, if of each as many."""
+    counts = {len(value) for answers in (student, teacher) for value in answers.values()}
+    return counts.pop() if len(counts) == 1 and labels is None else -1
+
+
+def raises(student: Outputs, teacher: Outputs, labels: NDArray[np.int64] | None) -> float:
+    raise KeyError("boxes\nand more")
+
+
+def gives_nothing(student: Outputs, teacher: Outputs, labels: NDArray[np.int64] | None) -> None:
+    return None
+
+
+def gives_nan(student: Outputs, teacher: Outputs, labels: NDArray[np.int64] | None) -> float:
+    return math.nan
+
+
+def gives_a_column(student: Outputs, teacher: Outputs, labels: NDArray[np.int64] | None) -> NDArray[np.generic]:
+    return student["logits"][:, 0]
+
+
+def gives_a_truth(student: Outputs, teacher: Outputs, labels: NDArray[np.int64] | None) -> bool:
+    return True
+
+
+HERE = __name__
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 256])
+@pytest.mark.parametrize("batch", ["N", 5])
+def test_a_metric_of_ones_own_sees_all_samples_together(tmp_path: Path, batch_size: int, batch: int | str) -> None:
+    x, weight = normal(23), normal(4, seed=1)
+    data, student = source(tmp_path, x), linear(weight, batch, tail="Exp")
+    options: dict[str, Any] = {"teacher": linear(EYE, tail="Exp"), "batch_size": batch_size, "threads": 1}
+    found = evaluate(student, data, metric=f"{HERE}:spearman", **options)
+    wanted = spearman({"logits": x @ weight}, {"logits": x}, None)
+    assert found.metric == pytest.approx(wanted, rel=1e-6)
+    assert found.to_json()["metric"] == found.metric
+    assert evaluate(student, data, metric=f"{HERE}:sees", **options).metric == 23
+    assert evaluate(student, data, metric=f"{HERE}:sees", samples=9, **options).metric == 9
+
+
+def test_a_teacher_beside_itself_has_a_figure_of_its_own(tmp_path: Path) -> None:
+    data = source(tmp_path, normal(12))
+    assert evaluate(linear(normal(4)), data, metric=f"{HERE}:spearman", threads=1).metric == pytest.approx(1)
+
+
+def test_a_metric_of_ones_own_has_the_labels(tmp_path: Path) -> None:
+    data = source(tmp_path, normal(30), np.random.default_rng(2).integers(0, 4, 30))
+    found = evaluate(linear(normal(4)), data, teacher=linear(EYE), metric=f"{HERE}:hits", batch_size=8, threads=1)
+    assert found.metric == pytest.approx(found.accuracy)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("raises", "raised KeyError: 'boxes"),
+        ("gives_nothing", "returned NoneType, expected a finite float"),
+        ("gives_nan", "returned nan, expected a finite float"),
+        ("gives_a_column", "returned ndarray, expected a finite float"),
+        ("gives_a_truth", "returned bool, expected a finite float"),
+    ],
+)
+def test_a_metric_that_fails_is_one_line(tmp_path: Path, name: str, told: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        evaluate(linear(EYE), source(tmp_path, normal(3)), teacher=linear(EYE), metric=f"{HERE}:{name}", threads=1)
+    assert str(caught.value).startswith(f"metric {HERE}:{name}: {told}") and "\n" not in str(caught.value)
+
+
+def test_a_metric_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="has no function 'nothing'"):
+        evaluate(linear(EYE), source(tmp_path, normal(3)), metric=f"{HERE}:nothing", threads=1)
+
+
+def test_rows_of_several_shapes_make_no_array(tmp_path: Path) -> None:
+    """How many rows there are depends on the sample, as behind a suppression of boxes."""
+    positive = helper.make_node("NonZero", ["positive"], ["places"])
+    nodes = [helper.make_node("Greater", ["x", "zero"], ["positive"]), positive]
+    tensors = [
+        helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 4]),
+        helper.make_tensor_value_info("places", TensorProto.INT64, None),
+    ]
+    graph = helper.make_graph(
+        nodes, "places", tensors[:1], tensors[1:], [numpy_helper.from_array(np.float32([0]), "zero")]
+    )
+    model = ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
+    data = source(tmp_path, np.float32([[1, 1, 1, 1], [1, -1, -1, -1]]))
+    with pytest.raises(UsageError, match=r"output 'places' has rows of several shapes, as \[1\] and \[4\]"):
+        evaluate(model, data, metric=f"{HERE}:sees", batch_size=1, threads=1)

@@ -22,13 +22,15 @@ from ndonnx.convert import to_torch
 from ndonnx.convert.registry import has_converter
 from ndonnx.graph import load
 from ndonnx.partition.channels.rules import RULES
+from ndonnx.runtime.executor.registry import REGISTERED as EXECUTORS
 from ndonnx.students import methods, registry
 from ndonnx.students.base import REGISTERED
 from ndonnx_cli.main import main
 from tests.helpers.models import Array, Net, inputs_of, residual_cnn
-from tests.helpers.runs import SMALL
+from tests.helpers.runs import SMALL, UNITS, Bench, statuses
 
 DOCS = Path(__file__).parents[2] / "docs"
+PAGES = ["adding-a-method.md", "adding-a-converter.md", "adding-a-rule.md", "adding-an-executor.md"]
 
 
 def block_of(page: str) -> str:
@@ -44,7 +46,7 @@ def module_of(page: str, name: str, folder: Path, monkeypatch: pytest.MonkeyPatc
     return importlib.import_module(name)
 
 
-@pytest.mark.parametrize("page", ["adding-a-method.md", "adding-a-converter.md", "adding-a-rule.md"])
+@pytest.mark.parametrize("page", PAGES)
 def test_pages_are_short(page: str) -> None:
     assert len((DOCS / page).read_text(encoding="utf-8").splitlines()) < 53
 
@@ -146,3 +148,15 @@ def test_a_rule_of_a_page_lets_a_width_go(tmp_path: Path, monkeypatch: pytest.Mo
     (neighbourhood,) = ndonnx.partition_model(tmp_path / "m.onnx").distillable
     assert neighbourhood.widths == [16]
     assert ort.InferenceSession(tmp_path / "m.onnx").get_outputs()[0].name == "y"
+
+
+def test_an_executor_of_a_page_runs_the_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module_of("adding-an-executor.md", "docs_pool", tmp_path, monkeypatch)
+    try:
+        bench = Bench(tmp_path).put(residual_cnn())
+        result = bench.compress(executor="pool")
+        assert {name for name, status in statuses(result).items() if status == "distilled"} == UNITS
+        pooled = bench.student.read_bytes()
+        assert bench.bytes("serially", executor="serial") == pooled
+    finally:
+        EXECUTORS.pop("pool")

@@ -306,7 +306,7 @@ def test_throttling_keeps_the_first_the_last_and_five_a_second() -> None:
 
 @pytest.mark.parametrize(("kind", "workers"), [("serial", 0), ("process", 0), ("process", -1), ("cloud", 1)])
 def test_a_wrong_executor_is_refused(kind: Any, workers: int) -> None:
-    with pytest.raises(RecipeError, match=r"at least 1|choose serial or process"):
+    with pytest.raises(RecipeError, match=r"at least 1|expected process \(.*\) or serial \("):
         make_executor(kind, workers)
 
 

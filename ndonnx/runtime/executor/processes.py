@@ -21,6 +21,7 @@ from types import ModuleType, TracebackType
 from typing import Self
 
 from ndonnx.runtime.executor.base import Executor, Job, OnStepNamed, Outcome
+from ndonnx.runtime.executor.registry import register_executor
 from ndonnx.runtime.executor.worker import Done, Message, RunEnds, Step, serve
 from ndonnx.runtime.faults import Fault, fault_of
 from ndonnx.runtime.machine import usable_cores
@@ -32,6 +33,7 @@ _PATIENCE = 5.0
 """Seconds that a worker gets to leave by itself before it is killed."""
 
 
+@register_executor("process", "in worker processes")
 class ProcessExecutor(Executor):
     """Runs up to `workers` jobs at the same time, each process with its share of the cores as threads.
 

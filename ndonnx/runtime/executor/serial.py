@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 
 from ndonnx.runtime.executor.base import Executor, Job, OnStepNamed, Outcome, attempt
+from ndonnx.runtime.executor.registry import register_executor
 
 
 class SerialExecutor(Executor):
@@ -19,3 +20,9 @@ class SerialExecutor(Executor):
     def peak_rss_bytes(self) -> int:
         """0: there are no workers."""
         return 0
+
+
+@register_executor("serial", "one after the other in this process")
+def _serial(workers: int) -> SerialExecutor:
+    del workers
+    return SerialExecutor()

@@ -1,0 +1,87 @@
+"""A metric of the user's own: a function of all answers of student and teacher, and of the labels; higher is better."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from numbers import Real
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ndonnx.data.source import first_line
+from ndonnx.data.user_code import import_function
+from ndonnx.errors import RecipeError, UsageError
+
+Array = NDArray[np.generic]
+
+
+def check_metric(spec: str | None) -> None:
+    """Refuse a metric that is not there, before anything is run.
+
+    Args:
+        spec: as `--metric` takes it. None: none.
+
+    Raises:
+        RecipeError: its module cannot be imported, or has no such function.
+    """
+    if spec is not None:
+        import_function(spec, os.getcwd(), RecipeError)
+
+
+class UserMetric:
+    """Collects answers batch by batch, and hands them all to the user's function."""
+
+    def __init__(self, spec: str) -> None:
+        """Find the function.
+
+        Args:
+            spec: `module:function`.
+
+        Raises:
+            RecipeError: there is no such function.
+        """
+        self._spec = spec
+        self._function = import_function(spec, os.getcwd(), RecipeError)
+        self._student: dict[str, list[Array]] = {}
+        self._teacher: dict[str, list[Array]] = {}
+        self._labels: list[NDArray[np.int64] | None] = []
+
+    def add(
+        self, outputs: Mapping[str, Array], expected: Mapping[str, Array], labels: NDArray[np.int64] | None
+    ) -> None:
+        """Keep the answers to a batch, and its labels where it has any."""
+        for kept, answers in ((self._student, outputs), (self._teacher, expected)):
+            for name, value in answers.items():
+                kept.setdefault(name, []).append(np.atleast_1d(value))
+        self._labels.append(labels)
+
+    def result(self) -> float:
+        """What the function gives for all that was added.
+
+        Raises:
+            UsageError: it raises, or returns something else than a finite number; or the answers do not fit together.
+        """
+        student, teacher = self._joined(self._student), self._joined(self._teacher)
+        known = [labels for labels in self._labels if labels is not None]
+        labels = np.concatenate(known) if known and len(known) == len(self._labels) else None
+        try:
+            found = self._function(student, teacher, labels)
+        except Exception as error:  # the user's code may raise anything
+            raise UsageError(f"metric {self._spec}: raised {first_line(error)}") from error
+        if not isinstance(found, Real) or isinstance(found, bool):
+            raise UsageError(f"metric {self._spec}: returned {type(found).__name__}, expected a finite float")
+        if not math.isfinite(found):
+            raise UsageError(f"metric {self._spec}: returned {float(found)}, expected a finite float")
+        return float(found)
+
+    def _joined(self, kept: Mapping[str, list[Array]]) -> dict[str, Array]:
+        for name, parts in kept.items():
+            shapes = sorted({part.shape[1:] for part in parts})
+            if len(shapes) > 1:
+                raise UsageError(
+                    f"metric {self._spec}: output '{name}' has rows of several shapes, as {list(shapes[0])} and "
+                    f"{list(shapes[-1])}, which make no array; give data for which it has one"
+                )
+        return {name: np.concatenate(parts) for name, parts in kept.items()}

@@ -20,7 +20,7 @@ _ANSWERS_PART = 0.1
 before fine-tuning."""
 _REFIT_PART = 0.02
 """The same for the reconstruction down the chain, which runs each slice of teacher and student a few times."""
-_STAGE_PART = 0.01
+_STAGE_PART = 0.005
 """The same for measuring the whole student, after each of three stages at most."""
 _LEAST_SAMPLES = 256
 """Drawn in any case: where they take too long, the budget was too small."""

@@ -61,11 +61,12 @@ class Clip(nn.Module):
         self.high: float | None = node.attributes.get("max")
 
     def forward(self, data: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
-        least, most = (self.low, self.high) if low is None and high is None else (low, high)
+        least, most = (self.low if low is None else float(low)), (self.high if high is None else float(high))
+        if least is None and most is None:
+            return data
         if least is None or most is None or not data.is_floating_point():
-            return data if least is None and most is None else torch.clamp(data, least, most)
-        # One pass for the gradient, where `clamp` takes four.
-        return F.hardtanh(data, float(least), float(most))
+            return torch.clamp(data, least, most)
+        return F.hardtanh(data, least, most)  # one pass for the gradient, where `clamp` takes four
 
 
 def _hardmax(data: Tensor, axis: int) -> Tensor:

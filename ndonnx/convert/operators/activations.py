@@ -61,7 +61,7 @@ class Clip(nn.Module):
         self.high: float | None = node.attributes.get("max")
 
     def forward(self, data: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
-        least, most = (self.low if low is None else float(low)), (self.high if high is None else float(high))
+        least, most = (self.low if low is None else low.item()), (self.high if high is None else high.item())
         if least is None and most is None:
             return data
         if least is None or most is None or not data.is_floating_point():

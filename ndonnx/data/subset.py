@@ -38,6 +38,32 @@ class Subset(DataSource):
         yield self._rows.astype("<i8").tobytes()
 
 
+class Remembered(Subset):
+    """A subset whose batches stay in memory once they were all asked for, where a number of bytes holds them."""
+
+    def __init__(self, source: Subset, most: int) -> None:
+        """Take a subset, and the most bytes of inputs that are kept."""
+        super().__init__(source, np.arange(source.length))
+        self._most = most
+        self._kept: dict[tuple[int, int | None], list[Batch]] = {}
+
+    def batches(self, batch_size: int, *, samples: int | None = None) -> Iterator[Batch]:
+        key = batch_size, samples
+        if key in self._kept:
+            yield from self._kept[key]
+            return
+        kept: list[Batch] | None = []
+        room = self._most
+        for batch in super().batches(batch_size, samples=samples):
+            room -= sum(array.nbytes for array in batch.inputs.values())
+            kept = kept if kept is not None and room >= 0 else None
+            if kept is not None:
+                kept.append(batch)
+            yield batch
+        if kept is not None:
+            self._kept = {key: kept}
+
+
 class Joined(DataSource):
     """The samples of one source, and behind them those of another one for the same model."""
 

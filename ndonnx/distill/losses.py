@@ -14,10 +14,6 @@ from ndonnx.distill.task import Form
 
 _CHUNK = 2**22
 """Numbers that are converted at a time."""
-_TEMPERATURES = (4.0, 3.0, 2.0, 1.5)
-"""Usual in distillation, the softest first."""
-_KNOWN = 0.5
-"""Part of the first class's mean probability that is left at a temperature, at least."""
 _LEAST_PROBABILITY = 1e-30
 """What is less is taken for this before its logarithm."""
 LABEL = "label"
@@ -148,7 +144,7 @@ class DistillationLoss(Objective):
         self.values = (target, LABEL) if label_weight > 0 else (target,)
 
     def __call__(self, answer: Tensor, captured: Mapping[str, Tensor]) -> Tensor:
-        scores, wanted = self.logits(answer), self.logits(captured[self.target])
+        scores, wanted = self._logits(answer), self._logits(captured[self.target])
         student, teacher = (F.log_softmax(each / self.temperature, dim=-1) for each in (scores, wanted))
         soft = F.kl_div(student, teacher, reduction="batchmean", log_target=True) * self.temperature**2
         if self.label_weight == 0:
@@ -156,7 +152,7 @@ class DistillationLoss(Objective):
         hard = F.cross_entropy(scores, captured[LABEL].reshape(-1).long())
         return (1 - self.label_weight) * soft + self.label_weight * hard
 
-    def logits(self, scores: Tensor) -> Tensor:
+    def _logits(self, scores: Tensor) -> Tensor:
         """Float (positions, classes)."""
         last = scores.movedim(self.axis, -1).reshape(-1, scores.shape[self.axis])
         return last.clamp(min=_LEAST_PROBABILITY).log() if self.form is Form.PROBABILITIES else last
@@ -233,24 +229,6 @@ class SeveralLosses(Objective):
     def _apart(self, answer: Tensor, wanted: Sequence[Tensor]) -> list[Tensor]:
         parts = torch.split(answer, [each[0].numel() for each in wanted], dim=1)
         return [part.reshape(each.shape) for part, each in zip(parts, wanted, strict=True)]
-
-
-def fitting_temperature(scores: Tensor, axis: int, form: Form) -> float:
-    """The highest usual temperature at which the teacher still knows its first class.
-
-    Softening shows how the other classes compare. Of thousands of classes it soon shows nothing else: at 4, all
-    characters that a reader of text has ruled out together outweigh the one that it has read.
-
-    Args:
-        scores: the teacher's, float32.
-        axis: along which its classes lie.
-        form: how they are written.
-    """
-    loss = DistillationLoss("", 1.0, axis=axis, form=form)
-    logits = loss.logits(scores)
-    first = float(logits.softmax(-1).amax(-1).mean())
-    tops = ((t, float((logits / t).softmax(-1).amax(-1).mean())) for t in _TEMPERATURES)
-    return next((t for t, top in tops if top >= _KNOWN * first), 1.0)
 
 
 def target_variance(target: Tensor) -> float:

@@ -18,10 +18,13 @@ _RESERVE = 0.05
 _ANSWERS_PART = 0.1
 """Part of a time budget for reading data and sending it through the teacher: before the neighbourhoods, and again
 before fine-tuning."""
-_REFIT_PART = 0.02
-"""The same for the reconstruction down the chain, which runs each slice of teacher and student a few times."""
+_REFIT_PART, _REFIT_TIMES, _LEAST_REFITTED = 0.04, 20, 64
+"""Part of a time budget for the reconstruction down the chain; how many times longer than the teacher's own answer it
+takes for a sample, about (8 times on a reader of text, 15 on a ResNet-20); and its fewest samples."""
+_REFIT_SECONDS = 0.7
+"""Seconds that it takes for a neighbourhood however few the samples are, about: its slices are opened for each."""
 _STAGE_PART = 0.005
-"""The same for measuring the whole student, after each of three stages at most."""
+"""Part of a time budget for measuring the whole student, after each of three stages at most."""
 _LEAST_SAMPLES = 256
 """Drawn in any case: where they take too long, the budget was too small."""
 _SEEN = 2
@@ -76,21 +79,23 @@ class Schedule:
         most = self.recipe.finetune_samples
         return most if self.recipe.time_budget is None else min(most, max(_LEAST_SAMPLES, self._answers))
 
+    def reconstructs(self, students: int) -> bool:
+        """Whether there is time to reconstruct so many students down the chain before a fine-tuning."""
+        budget = self.recipe.time_budget
+        return budget is None or self.alone or _REFIT_SECONDS * students <= _REFIT_PART * budget
+
     def refit_samples(self, samples: int) -> int:
         """Samples of the reconstruction down the chain, when there are so many."""
-        return self._in_part(samples, _REFIT_PART)
+        return self._in_part(samples, _REFIT_PART / _REFIT_TIMES, _LEAST_REFITTED)
 
     def stage_samples(self, samples: int) -> int:
         """Samples on which the whole student is measured after a stage, when there are so many."""
-        return self._in_part(samples, _STAGE_PART)
+        return self._in_part(samples, _STAGE_PART, _LEAST_SAMPLES)
 
-    def _in_part(self, samples: int, part: float) -> int:
-        """As many as the teacher answers in a part of a time budget, where there is one; the student comes beside it.
-
-        Both are run, so that they take about twice that part.
-        """
+    def _in_part(self, samples: int, part: float, least: int) -> int:
+        """As many as the teacher answers in a part of a time budget, where there is one."""
         budget = self.recipe.time_budget
-        return samples if budget is None else min(samples, max(_LEAST_SAMPLES, int(part * budget * self.rate)))
+        return samples if budget is None else min(samples, max(least, int(part * budget * self.rate)))
 
     def views(self, samples: int) -> int:
         """How often each of so many images comes in fine-tuning, changed each time; 1 is as they are."""

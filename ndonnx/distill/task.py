@@ -30,6 +30,12 @@ _NAMES = re.compile(r"logits?(?![a-z])|softmax", re.IGNORECASE)
 """Names that exporters give to class scores and to nothing else."""
 _SUM = 1e-2
 """How far the sum of a sample's probabilities, rounded in float16, may be from 1."""
+_TEMPERATURES = (4.0, 3.0, 2.0, 1.5)
+"""Usual in distillation, the softest first."""
+_KNOWN = 0.5
+"""Part of the first class's mean probability that is left at a temperature, at least."""
+_LEAST_PROBABILITY = 1e-30
+"""What is less is taken for this before its logarithm."""
 _MOST_ROWS = 2048
 """Vectors by which an output is told; more say nothing else."""
 _NORM = 1e-3
@@ -169,6 +175,31 @@ def _finite_rows(values: Array, axis: int) -> NDArray[np.float64]:
     rows = last.reshape(-1, last.shape[-1])
     rows = rows[:: -(-len(rows) // _MOST_ROWS) or 1]
     return rows[np.isfinite(rows).all(axis=1)].astype(np.float64)
+
+
+def fitting_temperature(scores: Array, axis: int, form: Form) -> float:
+    """The highest usual temperature at which the teacher still knows its first class.
+
+    Softening shows how the other classes compare. Of thousands of classes it soon shows nothing else: at 4, all
+    characters that a reader of text has ruled out together outweigh the one that it has read.
+
+    Args:
+        scores: the teacher's.
+        axis: along which its classes lie.
+        form: how they are written.
+    """
+    rows = _finite_rows(scores, axis)
+    if not len(rows):
+        return 1.0
+    logits = np.log(np.maximum(rows, _LEAST_PROBABILITY)) if form is Form.PROBABILITIES else rows
+    first = _first_class(logits, 1.0)
+    return next((t for t in _TEMPERATURES if _first_class(logits, t) >= _KNOWN * first), 1.0)
+
+
+def _first_class(logits: NDArray[np.float64], temperature: float) -> float:
+    """Mean probability of the first class at a temperature."""
+    above = (logits - logits.max(axis=1, keepdims=True)) / temperature
+    return float((1 / np.exp(above).sum(axis=1)).mean())
 
 
 def task_of(name: str, values: Array, samples: int, *, labelled: bool = False) -> Task:

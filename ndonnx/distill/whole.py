@@ -25,12 +25,11 @@ from ndonnx.distill.losses import (
     Objective,
     RegressionLoss,
     SeveralLosses,
-    fitting_temperature,
     target_variance,
 )
 from ndonnx.distill.plan import Plan
 from ndonnx.distill.samples import SliceSamples, Source
-from ndonnx.distill.task import OutputTask, Task, tasks_of
+from ndonnx.distill.task import OutputTask, Task, fitting_temperature, tasks_of
 from ndonnx.distill.trainer import OnStep, Training
 from ndonnx.errors import RecipeError
 from ndonnx.graph import fold_constants, load, save
@@ -97,12 +96,12 @@ class WholeSettings:
         weights = dict.fromkeys(self.tasks, 0.0)
         if labels is not None and labelled is not None:
             weights[labelled] = self.label_weight
-        losses = [self._loss(name, torch.from_numpy(rows[name]), weights[name]) for name in self.tasks]
+        losses = [self._loss(name, rows[name], weights[name]) for name in self.tasks]
         if len(losses) == 1:
             return losses[0]
-        return SeveralLosses(losses, [_variance(torch.from_numpy(rows[name])) for name in self.tasks])
+        return SeveralLosses(losses, [_variance(rows[name]) for name in self.tasks])
 
-    def _loss(self, name: str, rows: torch.Tensor, label_weight: float) -> Objective:
+    def _loss(self, name: str, rows: npt.NDArray[np.generic], label_weight: float) -> Objective:
         task = self.tasks[name]
         if task.custom is not None:
             return CustomLoss(name, loss_named(task.custom))
@@ -113,9 +112,9 @@ class WholeSettings:
         return EmbeddingLoss(name, variance) if task.task is Task.EMBEDDING else RegressionLoss(name, variance)
 
 
-def _variance(rows: torch.Tensor) -> float:
+def _variance(rows: npt.NDArray[np.generic]) -> float:
     """Variance of an output; 1 where it is constant."""
-    return target_variance(rows) or 1.0
+    return target_variance(torch.from_numpy(rows)) or 1.0
 
 
 def _of_whole_samples(task: OutputTask, rows: npt.NDArray[np.generic]) -> bool:

@@ -86,7 +86,7 @@ class Assembly:
         student = self._spliced(students)
         self._check_size(student, students, entries)
         stages.add(self._verified(Stage("spliced", student, students)))
-        if inputs in ("refit", None):
+        if inputs == "refit" or (inputs is None and self.run.schedule.reconstructs(len(students))):
             refitted = self._refitted(students, key)
             with self.run.clock.measure("splice"):
                 student = self._in_place(refitted)

@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import onnx_ir as ir
 
+from ndonnx.data.subset import Remembered
 from ndonnx.flow.run import Run
 from ndonnx.metrics.evaluation import Evaluation, evaluate
 from ndonnx.report import StageReport
 
+_REMEMBERED = 128 * 2**20
+"""Most bytes of samples that stay in memory from one stage to the next."""
 _MOST_SAMPLES = 1024
 """Samples of a comparison of stages: the standard error of an agreement is then a point and a half at worst."""
 
@@ -34,6 +38,11 @@ class Stages:
     run: Run
     best: Stage | None = None
     _found: list[tuple[Stage, Evaluation | None]] = field(default_factory=list)
+
+    @cached_property
+    def _rows(self) -> Remembered:
+        """The samples by which all choices are made, read once for all stages."""
+        return Remembered(self.run.split.to_choose(), _REMEMBERED)
 
     def add(self, stage: Stage, *, better: bool = False) -> None:
         """Take in a stage; it is the best where it is measured to be, or nothing can be measured.
@@ -69,7 +78,7 @@ class Stages:
         with self.run.clock.measure("evaluate"):
             return evaluate(
                 model,
-                self.run.split.to_choose(),
+                self._rows,
                 teacher=self.run.teacher.path,
                 samples=self.run.schedule.stage_samples(_MOST_SAMPLES),
                 tasks=self.run.recipe.task,

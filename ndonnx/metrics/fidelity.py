@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ndonnx.distill.task import Form, OutputTask, Task
+from ndonnx.distill.task import Form, OutputTask, Task, fitting_temperature
 
 Array = NDArray[Any]
 Float = NDArray[np.float64]
@@ -35,12 +35,16 @@ class OutputFidelity:
     """Mean cosine of the angle to the teacher's vector."""
     nmse: float | None = None
     """Squared error over the teacher's variance."""
+    softened_kl: float | None = None
+    """As `kl`, of classes softened as for distillation (see `ndonnx.distill.task.fitting_temperature`): what few
+    samples tell of a student, in which a single confident mistake does not outweigh all others."""
 
     @property
     def loss(self) -> float:
-        """One figure by which students are compared, less is better: divergence, one minus the cosine, or the NMSE."""
-        if self.kl is not None:
-            return self.kl
+        """One figure by which students are compared, less is better: softened divergence, one minus the cosine, or the
+        NMSE."""
+        if self.softened_kl is not None:
+            return self.softened_kl
         found = 1 - self.cosine if self.cosine is not None else self.nmse
         return math.inf if found is None else found
 
@@ -100,7 +104,8 @@ class TaskFidelity:
         self._task = task
         self._count = 0
         self._agreed = 0
-        self._nats = 0.0
+        self._nats = self._softened = 0.0
+        self._temperature: float | None = None
         self._cosines = 0.0
 
     def add(self, student: Array, teacher: Array) -> None:
@@ -109,6 +114,8 @@ class TaskFidelity:
             return
         ours, theirs = (_vectors(values, self._task.axis) for values in (student, teacher))
         self._count += len(theirs)
+        if self._temperature is None and self._task.task is Task.CLASSIFICATION:
+            self._temperature = fitting_temperature(theirs, -1, self._task.form)
         for rows in _chunks(len(theirs), theirs.shape[1]):
             self._add(ours[rows], theirs[rows])
 
@@ -120,7 +127,9 @@ class TaskFidelity:
             self._cosines += float(np.sum(product / np.maximum(norms, _LEAST)))
         else:
             self._agreed += int(np.sum(top_class(student) == top_class(teacher)))
-            self._nats += nats(student, teacher, probabilities=self._task.form is Form.PROBABILITIES)
+            probabilities = self._task.form is Form.PROBABILITIES
+            self._nats += nats(student, teacher, probabilities=probabilities)
+            self._softened += nats(student, teacher, probabilities=probabilities, temperature=self._temperature or 1.0)
 
     def result(self, squares: Fidelity) -> OutputFidelity:
         """Everything so far, with the squared error that was summed beside it."""
@@ -129,8 +138,8 @@ class TaskFidelity:
             return OutputFidelity(name, nmse=nmse)
         if self._task.task is Task.EMBEDDING:
             return OutputFidelity(name, cosine=_or_worst(self._cosines / self._count, -1.0), nmse=nmse)
-        kl = _or_worst(max(0.0, self._nats) / self._count, math.inf)
-        return OutputFidelity(name, self._agreed / self._count, kl, nmse=nmse)
+        kl, softened = (_or_worst(max(0.0, found) / self._count, math.inf) for found in (self._nats, self._softened))
+        return OutputFidelity(name, self._agreed / self._count, kl, nmse=nmse, softened_kl=softened)
 
 
 def ratio(error: float, spread: float) -> float:
@@ -159,9 +168,11 @@ def _chunks(rows: int, each: int) -> Iterator[slice]:
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
-def nats(student: Array, teacher: Array, *, probabilities: bool) -> float:
+def nats(student: Array, teacher: Array, *, probabilities: bool, temperature: float = 1.0) -> float:
     """Kullback-Leibler divergence of the student's classes from the teacher's, the sum over rows (rows, classes)."""
     log_p, log_q = (log_probabilities(values, probabilities) for values in (teacher, student))
+    if temperature != 1:
+        log_p, log_q = (log_probabilities(values / temperature, False) for values in (log_p, log_q))
     p = np.exp(log_p)
     with np.errstate(invalid="ignore"):
         terms = p * (log_p - log_q)

@@ -81,7 +81,8 @@ class StageReport:
     stage: str
     """`spliced`, `reconstructed` (each student's last layer refitted down the chain) or `fine-tuned`."""
     loss: float | None
-    """One figure, less is better: of each output the divergence of its classes, one minus its cosine, or its NMSE."""
+    """One figure, less is better: of each output the softened divergence of its classes, one minus its cosine, or its
+    NMSE."""
     outputs: Mapping[str, OutputFidelity]
     """Each float output in the measure of its task, by name."""
     written: bool

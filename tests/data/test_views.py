@@ -12,14 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ndonnx.config.recipe import DataRecipe, Recipe, make_recipe
-from ndonnx.data import InputSpec, open_source
+from ndonnx.data import InputSpec, input_specs, open_source
 from ndonnx.data.augmentation import image_axes, with_views
 from ndonnx.data.split import Split, held_out
+from ndonnx.data.subset import Remembered, Subset
 from ndonnx.distill.schedule import Schedule
 from ndonnx.partition import partition
 from ndonnx.runtime.progress import Silent
+from ndonnx.teacher import make_session
 from ndonnx.teacher.outputs import TeacherOutputs, Wanted, capture_outputs
-from tests.helpers.models import Array, residual_cnn, run
+from tests.helpers.models import Array, Net, residual_cnn, run
 
 
 def numbered(count: int, *shape: int) -> Array:
@@ -153,3 +155,25 @@ def test_neighbourhoods_get_the_time_that_nothing_else_needs(
 @pytest.mark.parametrize(("given", "read"), [("none", ()), ("flip", ("flip",)), ("flip, mixup", ("flip", "mixup"))])
 def test_kinds_are_read_from_text(given: str, read: tuple[str, ...]) -> None:
     assert make_recipe({"augment": given}).augment == read
+
+
+def test_a_subset_that_is_remembered_is_read_once(tmp_path: Path) -> None:
+    rows = np.arange(40, dtype=np.float32).reshape(20, 2)
+    np.savez(tmp_path / "x.npz", x=rows, label=np.arange(20) % 3)
+    net = Net()
+    session = make_session(ir.from_proto(net.proto(net.gemm(net.input("x", "N", 2), 2, 3))))
+    source = open_source(str(tmp_path / "x.npz"), input_specs(session), DataRecipe())
+    taken: list[int] = []
+    take = source.take
+    source.take = lambda numbers, size: (taken.append(len(numbers)), take(numbers, size))[1]  # type: ignore[method-assign]
+    numbers = np.array([7, 3, 11, 5])
+    few = Remembered(Subset(source, numbers), 10**6)
+    for _ in range(3):
+        batches = list(few.batches(3))
+        assert [len(batch) for batch in batches] == [3, 1]
+        assert np.array_equal(np.concatenate([batch.inputs["x"] for batch in batches]), rows[numbers])
+    assert taken == [4] and few.row_number(2) == 11
+    assert [len(batch) for batch in few.batches(2, samples=3)] == [2, 1], "asked otherwise, read again"
+    large = Remembered(Subset(source, numbers), 8)
+    taken.clear()
+    assert all(len(list(large.batches(4))) == 1 for _ in range(2)) and taken == [4, 4]

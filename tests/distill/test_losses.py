@@ -18,7 +18,6 @@ from ndonnx.distill.losses import (
     NeighbourhoodLoss,
     RegressionLoss,
     SeveralLosses,
-    fitting_temperature,
 )
 from ndonnx.distill.task import Form
 
@@ -148,14 +147,3 @@ def test_several_outputs_side_by_side() -> None:
     squares = difference.square()
     assert squares[:, :4].sum().item() == pytest.approx(8 * 1 / 4)
     assert squares[:, 4:].sum().item() == pytest.approx((scores - scores.flip(0)).square().sum().item() / 0.25)
-
-
-@pytest.mark.parametrize(("classes", "expected"), [(10, 4.0), (5000, 1.5)])
-def test_the_temperature_leaves_the_teacher_its_first_class(classes: int, expected: float) -> None:
-    scores = torch.zeros(20, classes)
-    scores[torch.arange(20), torch.arange(20) % classes] = 14.0
-    found = fitting_temperature(scores, -1, Form.LOGITS)
-    assert found == expected
-    assert fitting_temperature(scores.softmax(-1), -1, Form.PROBABILITIES) == expected
-    first = scores.softmax(-1).amax(-1).mean()
-    assert (scores / found).softmax(-1).amax(-1).mean() >= 0.5 * first

@@ -13,7 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ndonnx
-from ndonnx.distill.task import Form, OutputTask, Task, class_scores, doubt, task_of, tasks_of
+from ndonnx.distill.task import (
+    Form,
+    OutputTask,
+    Task,
+    class_scores,
+    doubt,
+    fitting_temperature,
+    task_of,
+    tasks_of,
+)
 from ndonnx.errors import RecipeError
 from ndonnx.metrics.partial import Quality
 from tests.helpers.models import Array, Net, inputs_of
@@ -176,3 +185,14 @@ def _answers(model: Path, feeds: dict[str, Array]) -> Array:
 
     (found,) = ort.InferenceSession(model, providers=["CPUExecutionProvider"]).run(None, feeds)
     return np.asarray(found)
+
+
+@pytest.mark.parametrize(("classes", "expected"), [(10, 4.0), (5000, 1.5)])
+def test_the_temperature_leaves_the_teacher_its_first_class(classes: int, expected: float) -> None:
+    scores = np.zeros((20, classes), np.float32)
+    scores[np.arange(20), np.arange(20) % classes] = 14.0
+    found = fitting_temperature(scores, -1, Form.LOGITS)
+    assert found == expected
+    assert fitting_temperature(softmax(scores), -1, Form.PROBABILITIES) == expected
+    assert softmax(scores / found).max(axis=1).mean() >= 0.5 * softmax(scores).max(axis=1).mean()
+    assert fitting_temperature(np.full((3, 4), np.nan), -1, Form.LOGITS) == 1.0

@@ -79,7 +79,7 @@ def test_a_worse_stage_is_not_written(tmp_path: Path) -> None:
         assert stages.best.name == "spliced", "as good, but later"
         told = stages.reports()
     assert [stage.written for stage in told] == [True, False, False]
-    assert told[0].loss == 0 and (told[1].loss or 0) > 0.1
+    assert told[0].loss == 0 and (told[1].loss or 0) > 0.05
     assert told[1].outputs["logits"].agreement is not None
 
 

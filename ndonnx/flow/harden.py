@@ -49,6 +49,8 @@ class Hardening:
         answers = capture_outputs(self.parts, self.given.split, wanted, self.folder, recipe, self.progress)
         labelled = answers.labels is not None
         tasks = tasks_from(answers.store, wanted.outputs, labelled=labelled, told=recipe.task)
+        if not tasks:
+            raise SliceError(f"'{output.name}' holds no answer of its own for each sample of a batch")
         entry = Entry(self.folder / "hardened")
         plan = Schedule(recipe, finetunable=True).plan(steps, recipe.finetune_lr)
         memory = MemoryPlan.of(recipe, self.parts, usable_cores()).whole_step()

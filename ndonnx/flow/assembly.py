@@ -81,7 +81,7 @@ class Assembly:
         with self.run.clock.measure("splice"):
             students = self._students(entries)
         if not students:
-            return Assembled(self._spliced({}), None, {})
+            return Assembled(state_as_in_file(self._spliced({}), self.run.teacher.model), None, {})
         stages, inputs = Stages(self.run), self.run.recipe.inputs
         student = self._spliced(students)
         self._check_size(student, students, entries)

@@ -8,6 +8,7 @@ does, an output is taken for numbers.
 from __future__ import annotations
 
 import enum
+import math
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -172,7 +173,7 @@ def _scores(values: Array, *, last: bool = True) -> OutputTask | None:
 def _finite_rows(values: Array, axis: int) -> NDArray[np.float64]:
     """Vectors along an axis that hold no NaN or Inf, (rows, length)."""
     last = np.moveaxis(values, axis, -1)
-    rows = last.reshape(-1, last.shape[-1])
+    rows = last.reshape(math.prod(last.shape[:-1]), last.shape[-1])
     rows = rows[:: -(-len(rows) // _MOST_ROWS) or 1]
     return rows[np.isfinite(rows).all(axis=1)].astype(np.float64)
 

@@ -68,7 +68,8 @@ class Fidelity:
         """
         if not teacher.ndim:
             return np.asarray(self._add(student.reshape(1, 1), teacher.reshape(1, 1))[0])
-        ours, theirs = (values.reshape(len(teacher), -1) for values in (student, teacher))
+        shape = len(teacher), math.prod(teacher.shape[1:])
+        ours, theirs = (values.reshape(shape) for values in (student, teacher))
         parts = [self._add(ours[rows], theirs[rows]) for rows in _chunks(len(theirs), theirs.shape[1])]
         return np.concatenate(parts) if parts else np.zeros(0)
 
@@ -159,7 +160,7 @@ def top_class(scores: Array) -> NDArray[np.int64]:
 def _vectors(values: Array, axis: int) -> Array:
     """Vectors along an axis, (vectors, length)."""
     last = np.moveaxis(values, axis, -1)
-    return last.reshape(-1, last.shape[-1])
+    return last.reshape(math.prod(last.shape[:-1]), last.shape[-1])
 
 
 def _chunks(rows: int, each: int) -> Iterator[slice]:

@@ -18,8 +18,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ndonnx.config.recipe import DataRecipe
 from ndonnx.data import DataSource, InputSpec, input_specs, open_source
+from ndonnx.distill.task import OutputTask, Task, tasks_of
 from ndonnx.errors import DataError, ModelError, RecipeError, UsageError
 from ndonnx.metrics.evaluation import evaluate
+from ndonnx.metrics.fidelity import Fidelity, TaskFidelity
 from ndonnx.runtime.progress import Silent
 from ndonnx.teacher.sessions import make_session
 
@@ -313,3 +315,17 @@ def test_rows_of_several_shapes_make_no_array(tmp_path: Path) -> None:
     data = source(tmp_path, np.float32([[1, 1, 1, 1], [1, -1, -1, -1]]))
     with pytest.raises(UsageError, match=r"output 'places' has rows of several shapes, as \[1\] and \[4\]"):
         evaluate(model, data, metric=f"{HERE}:sees", batch_size=1, threads=1)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (4, 0), (4, 3, 0), (0,), ()], ids=str)
+def test_outputs_without_numbers_have_no_error(shape: tuple[int, ...]) -> None:
+    values = np.zeros(shape, np.float32)
+    found = Fidelity()
+    rows = found.add(values, values)
+    assert rows.shape == shape[:1] and not rows.any() and found.error == 0
+    for task in (OutputTask(Task.CLASSIFICATION), OutputTask(Task.EMBEDDING), OutputTask(Task.REGRESSION)):
+        if shape:
+            told = TaskFidelity(task)
+            told.add(values.reshape(*shape, 1), values.reshape(*shape, 1))
+            assert told.result(found).nmse == 0
+    assert all(found.task is Task.REGRESSION for found in tasks_of({"y": values}, len(values) if shape else 1).values())

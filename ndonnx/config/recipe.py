@@ -58,6 +58,11 @@ __all__ = [
 ]
 
 
+def _plain(extra: Extra) -> dict[str, Any]:
+    """The values that were given; `dict` itself has no signature, which pydantic 2.7 looks for."""
+    return dict(extra)
+
+
 class Recipe(Execution, Finetuning, Training, Goal, Build):  # pydantic puts the fields of the last base first
     """The whole of a compression run; see `ndonnx compress --help` for the same list."""
 
@@ -68,7 +73,7 @@ class Recipe(Execution, Finetuning, Training, Goal, Build):  # pydantic puts the
     """How raw samples become model inputs: the table `[data]`."""
     search: SearchRecipe = Field(default_factory=SearchRecipe)
     """How the candidates of a search are trained, measured and chosen: the table `[search]`."""
-    extra: Annotated[InstanceOf[Extra], BeforeValidator(Extra.read), PlainSerializer(dict)] = Extra()
+    extra: Annotated[InstanceOf[Extra], BeforeValidator(Extra.read), PlainSerializer(_plain)] = Extra()
     """Values of the settings that student methods declare for themselves, by name. In a file and as arguments of
     `load_recipe` they are flat keys as all others; dumps leave the field out where none was given."""
 

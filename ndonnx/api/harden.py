@@ -17,6 +17,7 @@ from ndonnx.assemble.verify import verify
 from ndonnx.config.recipe import Recipe
 from ndonnx.data import Data
 from ndonnx.distill.noisy_body import measure_noises
+from ndonnx.distill.task import check_told
 from ndonnx.errors import ModelError, NdonnxError, SliceError, UsageError
 from ndonnx.flow.harden import Hardening
 from ndonnx.flow.prepare import Request, open_all, partition_model
@@ -142,6 +143,7 @@ def _hardened(
         raise ModelError(
             f"{place.name}: has {len(given.teacher.model.graph.outputs)} outputs; only a model with one can be hardened"
         )
+    check_told(recipe.task, [value.name or "" for value in given.teacher.model.graph.outputs])
     progress.stage("partition")
     parts = partition_model(given.teacher.model, recipe, given.teacher.interface)
     try:

@@ -283,3 +283,10 @@ def test_bad_input_is_one_line(
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.count("\n") == 1 and message in printed.err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data.npz", "teacher.onnx"]
+
+
+@pytest.mark.parametrize(("task", "told"), [("nobody:loss", "cannot import 'nobody'"), ("box=regression", "no output")])
+def test_a_task_that_is_not_there_is_told_before_anything_is_trained(tmp_path: Path, task: str, told: str) -> None:
+    path, data = written(tmp_path, residual_cnn())
+    with pytest.raises(ndonnx.UsageError, match=told):
+        ndonnx.harden(path, data=data, steps=1, recipe=RECIPE.model_copy(update={"task": (task,)}))

@@ -33,7 +33,7 @@ OnStep = Callable[[int, int, float], None]
 
 _EVALUATIONS = 20
 """Times that the held-out error is measured during a training."""
-_HOLDOUT_BYTES = 64 * 2**20
+_HOLDOUT_BYTES = 32 * 2**20
 """Most bytes of held-out samples that are kept in memory, as float32."""
 _HOLDOUT_SAMPLES = 1024
 """Most of them."""

@@ -14,13 +14,25 @@ from ndonnx.partition import ChannelGroups, DimensionEdit, stays
 from ndonnx.partition.channels.sizes import write_number
 from ndonnx.partition.removable import kept_width
 from ndonnx.students.base import TeacherSlice
-from ndonnx.students.importance import rank_units
+from ndonnx.students.importance import ReaderStatistics, rank_units
 
 
-def choose_units(teacher: TeacherSlice, keep: float, round_to: int | None) -> npt.NDArray[np.bool_]:
-    """Mark the units to keep: in every group those that matter most for the exit on the samples."""
+def choose_units(
+    teacher: TeacherSlice, keep: float, round_to: int | None, measured: ReaderStatistics | None = None
+) -> npt.NDArray[np.bool_]:
+    """Mark the units to keep: in every group those that matter most for the exit on the samples.
+
+    Args:
+        teacher: the slice with its groups and samples.
+        keep: part of each group's units that stays, above 0 and at most 1.
+        round_to: what the number is rounded to a multiple of; see `kept_width`.
+        measured: what the readers of the groups get. None: measured here.
+
+    Returns:
+        (units,) of bool.
+    """
     kept = np.zeros(teacher.groups.units, dtype=bool)
-    for group, order in rank_units(teacher, lambda group: kept_width(group.width, keep, round_to)).items():
+    for group, order in rank_units(teacher, lambda group: kept_width(group.width, keep, round_to), measured).items():
         kept[group.start + order[: kept_width(group.width, keep, round_to)]] = True
     return kept
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,49 +19,71 @@ Order = npt.NDArray[np.int64]
 
 _SURGERY_LIMIT = 2500
 """Features of a reader above which units are ranked one by one, without joint elimination."""
+_ONE_BY_ONE = 128
+"""Units up to which each loss is weighed against all others. Of wider groups so many of the cheapest go together, each
+the cheapest of twice as many: what goes at once is this part of the group."""
 _RIDGE = 1e-4
 """Ridge, relative to the mean energy of a feature."""
 
 
-def rank_units(teacher: TeacherSlice, keep: Callable[[ChannelGroup], int]) -> dict[ChannelGroup, Order]:
+@dataclass(frozen=True)
+class ReaderStatistics:
+    """What the linear operators that read channel groups get, on a slice's samples; by the name of their output."""
+
+    energies: Mapping[str, npt.NDArray[np.float64]]
+    """Mean square of each feature of a reader, (features,)."""
+    problems: Mapping[str, Regression]
+    """All moments of its features, where they are not too many."""
+
+
+def measure_readers(teacher: TeacherSlice) -> ReaderStatistics:
+    """Run the slice once and take the statistics of what each reader of a channel group gets.
+
+    Raises:
+        ShrinkError: onnxruntime does not run the slice, or the activations are too large to be squared.
+    """
+    readers = linear_readers(teacher.model, teacher.groups)
+    narrow = {r.output: Regression(r.node, teacher.count) for r in readers if r.features <= _SURGERY_LIMIT}
+    wide = {r.output: FeatureEnergies(r.node, teacher.count) for r in readers if r.features > _SURGERY_LIMIT}
+    wanted = list(dict.fromkeys(reader.data for reader in readers))
+    if wanted:
+        for samples, (values,) in teacher.batches((teacher.model, wanted)):
+            for reader in readers:
+                (narrow.get(reader.output) or wide[reader.output]).add(samples, values[reader.data])
+    energies = {name: problem.energies() for name, problem in wide.items()}
+    energies |= {name: _second(problem.moments()).diagonal().numpy() for name, problem in narrow.items()}
+    return ReaderStatistics(energies, narrow)
+
+
+def rank_units(
+    teacher: TeacherSlice, keep: Callable[[ChannelGroup], int], measured: ReaderStatistics | None = None
+) -> dict[ChannelGroup, Order]:
     """Order the units of every group by what the exit would lose.
 
     A group that one linear operator reads is thinned out unit by unit, each time the one whose
     loss the others can best make up for (optimal brain surgery on blocks of features; Hassibi &
     Stork 1993). Otherwise a unit counts by the energy that it brings to its readers.
+
+    Args:
+        teacher: the slice with its groups and samples.
+        keep: how many units of a group stay.
+        measured: what the readers get. None: measured here.
+
+    Raises:
+        ShrinkError: as `measure_readers`.
     """
     readers = linear_readers(teacher.model, teacher.groups)
-    measured = _measure(teacher, readers)
+    measured = measured or measure_readers(teacher)
     orders: dict[ChannelGroup, Order] = {}
     for group in teacher.groups.groups:
         own = [reader for reader in readers if _reads(reader, group)]
-        if len(own) == 1 and own[0] in measured.moments and (own[0].units >= 0).all():
-            orders[group] = _by_surgery(own[0], measured.moments[own[0]], group, keep(group))
+        if len(own) == 1 and own[0].output in measured.problems and (own[0].units >= 0).all():
+            moments = measured.problems[own[0].output].moments()
+            orders[group] = _by_surgery(own[0], moments, group, keep(group))
         else:
-            orders[group] = _by_energy(teacher, {reader: measured.energies[reader] for reader in own}, group)
+            energies = {reader: measured.energies[reader.output] for reader in own}
+            orders[group] = _by_energy(teacher, energies, group)
     return orders
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """What is known of each reader's features: the mean square of each, and all moments where they are not too many."""
-
-    energies: dict[LinearReader, npt.NDArray[np.float64]]
-    moments: dict[LinearReader, Moments]
-
-
-def _measure(teacher: TeacherSlice, readers: Sequence[LinearReader]) -> _Measured:
-    narrow = {r: Regression(r.node, teacher.count) for r in readers if r.features <= _SURGERY_LIMIT}
-    wide = {r: FeatureEnergies(r.node, teacher.count) for r in readers if r.features > _SURGERY_LIMIT}
-    wanted = list(dict.fromkeys(reader.data for reader in readers))
-    if wanted:
-        for samples, (values,) in teacher.batches((teacher.model, wanted)):
-            for reader in readers:
-                (narrow.get(reader) or wide[reader]).add(samples, values[reader.data])
-    moments = {reader: problem.moments() for reader, problem in narrow.items()}
-    energies = {reader: problem.energies() for reader, problem in wide.items()}
-    energies |= {reader: _second(found).diagonal().numpy() for reader, found in moments.items()}
-    return _Measured(energies, moments)
 
 
 def _second(moments: Moments) -> torch.Tensor:
@@ -104,9 +126,10 @@ def _by_surgery(reader: LinearReader, moments: Moments, group: ChannelGroup, kee
     # Scaled to a mean energy of 1; features that are all dead have none, and any order will do.
     square = square / (float(square.trace()) / len(square) or 1.0)
     surgery = _Surgery(torch.cholesky_inverse(cholesky(square, _RIDGE)), weight, _blocks(reader, group))
+    at_once = max(1, group.width // _ONE_BY_ONE)
     with one_thread():
-        for _ in range(group.width - keep):
-            surgery.remove(int(surgery.losses().argmin()))
+        while (left := group.width - keep - len(surgery.removed)) > 0:
+            surgery.remove(min(at_once, left))
     alive = np.setdiff1d(np.arange(group.width), surgery.removed)
     return np.concatenate([alive, surgery.removed[::-1]]).astype(np.int64)
 
@@ -160,24 +183,61 @@ class _Surgery:
         losses[self.removed] = np.inf
         return losses
 
-    def remove(self, block: int) -> None:
-        """Take a block out and refit the others."""
-        size, done = self._size, len(self.removed) * self._size
-        own, v, z = slice(block * size, (block + 1) * size), self._v[:done], self._z[:done]
-        factor = cholesky(self._pivots[block])
-        current = self._weight[own] - v[:, own].T @ z
+    def remove(self, count: int) -> None:
+        """Take out the cheapest blocks and refit the others; of several, each is the cheapest after those before it."""
+        losses = self.losses()
+        if count == 1:
+            self._remove([int(losses.argmin())])
+            return
+        candidates = np.argsort(losses, kind="stable")[: 2 * count]
+        self._remove(self._cheapest(candidates[np.isfinite(losses[candidates])].tolist(), count))
+
+    def _cheapest(self, blocks: list[int], count: int) -> list[int]:
+        """So many of these blocks, one after another, as if there were no others."""
+        inside = self._places(blocks)
+        v, z = self._so_far()
+        inverse = self._inverse[inside][:, inside] - v[:, inside].T @ v[:, inside]
+        small = np.arange(len(inside)).reshape(len(blocks), self._size)
+        alone = _Surgery(inverse, self._weight[inside] - v[:, inside].T @ z, small)
+        for _ in range(count):
+            alone.remove(1)
+        return [blocks[number] for number in alone.removed]
+
+    def _remove(self, blocks: list[int]) -> None:
+        own, size = self._places(blocks), self._size
+        v, z = self._so_far()
+        done = len(v)
+        part = v[:, own]
+        factor = self._pivots[blocks[0]] if len(blocks) == 1 else self._inverse[own][:, own] - part.T @ part
+        factor = cholesky(factor)
+        current = self._weight[own] - part.T @ z
         scaled = torch.linalg.solve_triangular(factor, current, upper=False)
-        # The row of A, and z times the transpose of W, both brought up to date by one pass over all v.
-        passes = torch.cat([v[:, own].T, scaled @ z.T]) @ v
-        row = torch.linalg.solve_triangular(factor, self._inverse[own] - passes[:size], upper=False)
-        product = scaled @ self._weight.T - passes[size:]
-        self._v[done : done + size], self._z[done : done + size] = row, scaled
-        by_block = row.reshape(size, -1, size).permute(1, 2, 0).contiguous()
-        half = by_block @ (product.reshape(size, -1, size).transpose(0, 1) - 0.5 * (scaled @ scaled.T) @ by_block.mT)
-        self._pivots -= by_block @ by_block.mT
+        # The rows of A, and z times the transpose of W, both brought up to date by one pass over all v.
+        passes = torch.cat([part.T, scaled @ z.T]) @ v
+        row = torch.linalg.solve_triangular(factor, self._inverse[own] - passes[: len(own)], upper=False)
+        product = scaled @ self._weight.T - passes[len(own) :]
+        self._v[done : done + len(own)], self._z[done : done + len(own)] = row, scaled
+        half = self._by_block(row, product - 0.5 * (scaled @ scaled.T) @ row)
+        self._pivots -= self._by_block(row, row)
         self._energy -= half + half.mT
-        self._pivots[block] = torch.eye(size)
-        self.removed.append(block)
+        self._pivots[blocks] = torch.eye(size, dtype=self._pivots.dtype)
+        self.removed.extend(blocks)
+
+    def _by_block(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """Products of the columns of each block with each other: (blocks, size, size)."""
+        if self._size == 1:  # a sum is faster than so many products of vectors
+            return (left * right).sum(dim=0)[:, None, None]
+        first, second = (rows.reshape(len(rows), -1, self._size).permute(1, 2, 0) for rows in (left, right))
+        return first @ second.mT
+
+    def _places(self, blocks: list[int]) -> torch.Tensor:
+        """The features of these blocks."""
+        return (torch.tensor(blocks)[:, None] * self._size + torch.arange(self._size)).flatten()
+
+    def _so_far(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """v and z of all blocks that went."""
+        done = len(self.removed) * self._size
+        return self._v[:done], self._z[:done]
 
 
 def _in_order(inverse: torch.Tensor, weight: torch.Tensor, order: npt.NDArray[np.int64]) -> tuple[torch.Tensor, ...]:

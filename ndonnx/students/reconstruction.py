@@ -13,19 +13,41 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+import torch
 
+from ndonnx.convert import relative_error
+from ndonnx.graph.costs import constant_of
 from ndonnx.graph.initializers import set_numbers
 from ndonnx.graph.storage.sparse import is_sparse
 from ndonnx.partition import stays
 from ndonnx.students.base import TeacherSlice
 from ndonnx.students.features import LinearReader, from_matrix, linear_readers, offset_of, summed, summed_axis
 from ndonnx.students.forward import Forward, side_by_side
-from ndonnx.students.least_squares import MOST_FEATURES, Regression, features_of
+from ndonnx.students.importance import ReaderStatistics
+from ndonnx.students.least_squares import MOST_FEATURES, Regression, features_of, fit
 from ndonnx.students.linear import every_reader
 
+Kept = npt.NDArray[np.bool_]
 
-def refit_consumers(teacher: TeacherSlice, student: ir.Model, kept: npt.NDArray[np.bool_]) -> ir.Model:
-    """A copy of the shrunk slice whose readers of shrunk groups are refitted on the samples."""
+_SAME = 1e-5
+"""Largest difference, relative to its scale, between what two operators read that is the same for a fit."""
+
+
+def refit_consumers(
+    teacher: TeacherSlice, student: ir.Model, kept: Kept, measured: ReaderStatistics | None = None
+) -> ir.Model:
+    """A copy of the shrunk slice whose readers of shrunk groups are refitted on the samples.
+
+    Args:
+        teacher: the slice with its groups and samples.
+        student: the slice without the units that are not kept; not changed.
+        kept: units that stay, (units,) of bool.
+        measured: what the teacher's readers get. A reader that in the student gets the same, but for the removed
+            channels, is fitted by that. None: nothing is known.
+
+    Raises:
+        ShrinkError: onnxruntime does not run a slice, or the activations are too large to be squared.
+    """
     copy = student.clone()
     theirs, ours = Forward(teacher, teacher.model), Forward(teacher, copy)
     sharing: dict[str, list[LinearReader]] = {}
@@ -34,8 +56,38 @@ def refit_consumers(teacher: TeacherSlice, student: ir.Model, kept: npt.NDArray[
         several.append(reader)
         # A weight that several operators share has to suit them all: it is fitted when the last of them is reached.
         if len(copy.graph.initializers[reader.weight].uses()) == len(several) and _are_alike(several):
-            _refit(ours, theirs, several, kept)
+            problem = measured.problems.get(reader.output) if measured and len(several) == 1 else None
+            if problem is not None and _gets_the_rest(teacher, copy, reader, kept):
+                _refit_known(teacher, copy, reader, problem, kept)
+            else:
+                _refit(ours, theirs, several, kept)
     return copy
+
+
+def _gets_the_rest(teacher: TeacherSlice, student: ir.Model, reader: LinearReader, kept: Kept) -> bool:
+    """Whether the student's operator reads the teacher's own channels, without those that went."""
+    few = teacher.few()
+    found, whole = (few.run(model, [reader.data])[reader.data] for model in (student, teacher.model))
+    rest = np.compress(stays(reader.units, kept), whole, axis=_channel_axis(reader, whole))
+    return found.shape == rest.shape and relative_error(found, rest) <= _SAME
+
+
+def _refit_known(
+    teacher: TeacherSlice, student: ir.Model, reader: LinearReader, problem: Regression, kept: Kept
+) -> None:
+    """Fit an operator to what the teacher's gives, by the moments of what that reads."""
+    weight = student.graph.initializers[reader.weight]
+    node, shape = reader.node, _shape(weight)
+    if is_sparse(weight) or problem.rows < features_of(node, shape):
+        return
+    outputs = _kept_columns(teacher, reader, kept)
+    matrix = torch.from_numpy(reader.weight_matrix().astype(np.float64))[None, :, outputs]
+    bias = None if reader.bias is None else constant_of(teacher.model.graph.initializers[reader.bias])
+    numbers = np.zeros(len(outputs)) if bias is None else bias.numpy().reshape(-1)
+    offset = torch.from_numpy(numbers[outputs].astype(np.float64))[None]
+    stay = torch.from_numpy(np.flatnonzero(np.repeat(stays(reader.units, kept), reader.features // len(reader.units))))
+    parts = [part.of_linear(matrix, offset, stay) for part in problem.parts(len(stay))]
+    _set(student, reader, reader.bias, *fit(parts, offset=bias is not None))
 
 
 def _readers(teacher: TeacherSlice) -> list[LinearReader]:
@@ -64,7 +116,7 @@ def _are_alike(readers: Sequence[LinearReader]) -> bool:
     return len({(reader.node.op_type, summed_axis(reader.node)) for reader in readers}) == 1
 
 
-def _refit(ours: Forward, theirs: Forward, readers: Sequence[LinearReader], kept: npt.NDArray[np.bool_]) -> None:
+def _refit(ours: Forward, theirs: Forward, readers: Sequence[LinearReader], kept: Kept) -> None:
     """Fit the one weight of these operators, with the bias where it belongs to them alone."""
     teacher, student = theirs.teacher, ours.model
     weight = student.graph.initializers[readers[0].weight]
@@ -83,11 +135,7 @@ def _refit(ours: Forward, theirs: Forward, readers: Sequence[LinearReader], kept
         ours.forget()  # the last of them reads what the first one gives
     if problem.rows < problem.features:
         return  # more unknowns than rows: any solution fits them, with weights as large as it likes
-    weights, offset = problem.solve(offset=bias is not None)
-    set_numbers(weight, from_matrix(node, weights[0].numpy(), shape))
-    if bias is not None:
-        value = student.graph.initializers[bias]
-        set_numbers(value, offset[0].numpy().reshape(_shape(value)))
+    _set(student, readers[0], bias, *problem.solve(offset=bias is not None))
 
 
 def _own_bias(teacher: TeacherSlice, readers: Sequence[LinearReader]) -> str | None:
@@ -101,15 +149,32 @@ def _own_bias(teacher: TeacherSlice, readers: Sequence[LinearReader]) -> str | N
     return bias.name if len(bias.uses()) == len(readers) else None
 
 
-def _kept_outputs(
-    teacher: TeacherSlice, reader: LinearReader, output: np.ndarray, kept: npt.NDArray[np.bool_]
-) -> np.ndarray:
+def _set(
+    student: ir.Model, reader: LinearReader, bias: str | None, weights: torch.Tensor, offset: torch.Tensor
+) -> None:
+    """Give an operator the solution (groups, features, outputs), and its bias the offset (groups, outputs)."""
+    weight = student.graph.initializers[reader.weight]
+    set_numbers(weight, from_matrix(reader.node, weights[0].numpy(), _shape(weight)))
+    if bias is not None:
+        value = student.graph.initializers[bias]
+        set_numbers(value, offset[0].numpy().reshape(_shape(value)))
+
+
+def _kept_outputs(teacher: TeacherSlice, reader: LinearReader, output: np.ndarray, kept: Kept) -> np.ndarray:
     """The teacher's output on the channels that the student still has."""
-    channel_axis = 1 if reader.node.op_type == "Conv" else output.ndim - 1
+    return np.compress(_kept_columns(teacher, reader, kept), output, axis=_channel_axis(reader, output))
+
+
+def _kept_columns(teacher: TeacherSlice, reader: LinearReader, kept: Kept) -> Kept:
+    """Which outputs of an operator the student still has, (outputs,) of bool."""
     for axis in teacher.groups.axes:
         if axis.initializer == reader.weight and axis.role == "out":
-            return np.compress(stays(axis.units, kept), output, axis=channel_axis)
-    return output
+            return stays(axis.units, kept)
+    return np.ones(reader.weight_matrix().shape[1], dtype=bool)
+
+
+def _channel_axis(reader: LinearReader, value: np.ndarray) -> int:
+    return 1 if reader.node.op_type == "Conv" else value.ndim - 1
 
 
 def _shape(value: ir.Value) -> tuple[int, ...]:

@@ -132,3 +132,17 @@ def test_a_unit_that_brings_more_channels_than_others_counts_with_all_of_them() 
     teacher = replace(teacher, groups=ChannelGroups(teacher.groups.groups, axes, ()))
     for each, order in rank_units(teacher, lambda group: 1).items():
         check_by_definition(teacher, each, order.tolist(), 1)
+
+
+def test_of_a_wide_group_never_both_of_a_pair_go_while_others_have_their_double() -> None:
+    """Units that go together are weighed one after another: of two that say the same, one stays."""
+    net = Net(5)
+    half = net.rng.standard_normal((200, 24)).astype(np.float32)
+    net.constant("a.weight", np.concatenate([half, half]))
+    hidden = net.relu(net.op("Gemm", net.input("x", "N", 24), "a.weight", transB=1, out="a"))
+    proto = net.proto(net.gemm(hidden, 400, 6, out="b"))
+    model = infer_shapes(ir.from_proto(proto))
+    teacher = TeacherSlice("n01", model, find_groups(list(model.graph), model.graph.outputs[0]), inputs_of(proto, 3000))
+    ((group, order),) = rank_units(teacher, lambda group: 200).items()
+    assert group.width == 400
+    assert sorted(unit % 200 for unit in order[:200]) == list(range(200))

@@ -6,7 +6,7 @@ goes into moments chunk by chunk (`moments.py`), and symmetric systems are solve
 """
 
 from ndonnx.students.least_squares.moments import Accumulator, Moments
-from ndonnx.students.least_squares.regression import FeatureEnergies, Regression
+from ndonnx.students.least_squares.regression import FeatureEnergies, Regression, fit
 from ndonnx.students.least_squares.rows import (
     MOST_FEATURES,
     RowSampler,
@@ -29,6 +29,7 @@ __all__ = [
     "RowSampler",
     "cholesky",
     "features_of",
+    "fit",
     "groups_of",
     "kernel_of",
     "one_thread",

@@ -59,6 +59,24 @@ class Moments:
             self.energy + part * (other.energy - self.energy) + between * float(y.square().sum()),
         )
 
+    def of_linear(self, weights: Tensor, offset: Tensor, kept: Tensor) -> Moments:
+        """Moments of some of the features, and of what a linear operator gives on all of them, without another row.
+
+        Args:
+            weights: of the operator, float64 (groups, features, outputs).
+            offset: its own, (groups, outputs).
+            kept: indices of the features that are left, (kept,) of int64, the same in each group.
+        """
+        cross = self.square @ weights
+        return Moments(
+            self.rows,
+            self.mean_x[:, kept],
+            (self.mean_x[:, None, :] @ weights)[:, 0] + offset,
+            self.square[:, kept][:, :, kept],
+            cross[:, kept],
+            float((weights * cross).sum()),
+        )
+
     def offset(self, weights: Tensor) -> Tensor:
         """The offset (groups, outputs) that goes with weights (groups, features, outputs)."""
         return self.mean_y - (self.mean_x[:, None, :] @ weights)[:, 0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
@@ -71,36 +73,53 @@ class Regression:
         Raises:
             ShrinkError: the rows are so large that their squares overflow.
         """
-        if not self._last.rows or not self._first.rows:
-            return (self._first if self._first.rows else self._last).moments()
-        return self._first.moments().merged(self._last.moments())
+        parts = self.parts() or (self._first.moments(),)
+        return parts[0] if len(parts) == 1 else parts[0].merged(parts[1])
 
-    def solve(self, *, offset: bool) -> tuple[Tensor, Tensor]:
-        """Weights (groups, features, outputs) and offset (groups, outputs), float64.
-
-        Where rows are scarce, the ridge is the one that does best on a quarter of the samples after a fit to the
-        others.
+    def parts(self, features: int | None = None) -> tuple[Moments, ...]:
+        """Moments of the rows that fit and, where rows are scarce, of those that choose the ridge.
 
         Args:
-            offset: whether the operator has one; if not, it is zero.
+            features: how many are left of the operator's. None: all of one group.
 
         Raises:
             ShrinkError: the rows are so large that their squares overflow.
         """
-        moments = self.moments() if offset else self.moments().about_zero()
-        weights = solve(moments.square, moments.cross, self._ridge(offset=offset))
-        return weights, moments.offset(weights)
+        if features is not None and self.rows >= _AMPLE * features:
+            return (self.moments(),)
+        return tuple(part.moments() for part in (self._first, self._last) if part.rows)
 
-    def _ridge(self, *, offset: bool) -> float:
-        if not self._first.rows or not self._last.rows:
-            return RIDGES[0]
-        first, last = (part.moments() if offset else part.moments().about_zero() for part in (self._first, self._last))
+    def solve(self, *, offset: bool) -> tuple[Tensor, Tensor]:
+        """See `fit`, on all rows."""
+        return fit(self.parts(), offset=offset)
 
-        def error(ridge: float) -> float:
-            weights = solve(first.square, first.cross, ridge)
-            return last.error(weights, first.offset(weights))
 
-        return min(RIDGES, key=error)
+def fit(parts: Sequence[Moments], *, offset: bool) -> tuple[Tensor, Tensor]:
+    """Weights (groups, features, outputs) and offset (groups, outputs), float64.
+
+    With two parts the ridge is the one that does best on the second after a fit to the first; the weights are then
+    fitted to both.
+
+    Args:
+        parts: one or two, as `Regression.parts` gives them.
+        offset: whether the operator has one; if not, it is zero.
+
+    Raises:
+        ShrinkError: the systems hold NaN or Inf.
+    """
+    given = list(parts) if offset else [part.about_zero() for part in parts]
+    moments = parts[0] if len(parts) == 1 else parts[0].merged(parts[1])
+    moments = moments if offset else moments.about_zero()
+    weights = solve(moments.square, moments.cross, RIDGES[0] if len(given) == 1 else _ridge(*given))
+    return weights, moments.offset(weights)
+
+
+def _ridge(first: Moments, last: Moments) -> float:
+    def error(ridge: float) -> float:
+        weights = solve(first.square, first.cross, ridge)
+        return last.error(weights, first.offset(weights))
+
+    return min(RIDGES, key=error)
 
 
 class FeatureEnergies:

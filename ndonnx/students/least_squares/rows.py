@@ -18,9 +18,9 @@ from ndonnx.graph.costs import constant_of
 Array = npt.NDArray[np.float32]
 Index = npt.NDArray[np.int64]
 
-_ROWS_PER_UNKNOWN = 32
+_ROWS_PER_UNKNOWN = 20
 """Rows for each weight of an output. With independent rows, n of them for each unknown leave 1 / (n - 1) more error
-than any number would: 3%."""
+than any number would: 5%."""
 _LEAST_ROWS = 16_384
 """Rows of narrow operators, which cost nothing; neighbouring positions of one sample say much of the same."""
 MOST_FEATURES = 5000

@@ -12,6 +12,7 @@ from ndonnx.partition import ChannelGroups
 from ndonnx.partition.removable import kept_width
 from ndonnx.students.base import WHOLE, Candidate, Spelled, StudentMethod, TeacherSlice, spelled_number
 from ndonnx.students.cutting import choose_units, shrink
+from ndonnx.students.importance import measure_readers
 from ndonnx.students.reconstruction import refit_consumers
 from ndonnx.students.starting import Init, randomise
 from ndonnx.students.zeroing import check_by_zeroing
@@ -39,11 +40,12 @@ class Width(StudentMethod):
             raise ShrinkError(f"{teacher.name}: {reason}")
         if self.keep == 1:
             return Candidate(spec, teacher.model.clone())
-        kept = choose_units(teacher, self.keep, self.round_to)
+        measured = measure_readers(teacher) if teacher.groups.groups else None
+        kept = choose_units(teacher, self.keep, self.round_to, measured)
         shrunk = shrink(teacher.model, teacher.groups, kept)
         check_by_zeroing(teacher, shrunk, kept)
         if self.init == "least-squares":
-            shrunk = refit_consumers(teacher, shrunk, kept)
+            shrunk = refit_consumers(teacher, shrunk, kept, measured)
         elif self.init == "random":
             shrunk = randomise(shrunk, rng, teacher.held)
         return Candidate(spec, shrunk)

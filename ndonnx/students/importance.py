@@ -227,8 +227,11 @@ class _Surgery:
         """Products of the columns of each block with each other: (blocks, size, size)."""
         if self._size == 1:  # a sum is faster than so many products of vectors
             return (left * right).sum(dim=0)[:, None, None]
-        first, second = (rows.reshape(len(rows), -1, self._size).permute(1, 2, 0) for rows in (left, right))
-        return first @ second.mT
+
+        def by_block(rows: torch.Tensor) -> torch.Tensor:
+            return rows.reshape(len(rows), -1, self._size).permute(1, 2, 0)
+
+        return by_block(left) @ by_block(right).mT
 
     def _places(self, blocks: list[int]) -> torch.Tensor:
         """The features of these blocks."""

@@ -231,7 +231,7 @@ class _Surgery:
         def by_block(rows: torch.Tensor) -> torch.Tensor:
             return rows.reshape(len(rows), -1, self._size).permute(1, 2, 0)
 
-        return by_block(left) @ by_block(right).mT
+        return torch.matmul(by_block(left), by_block(right).mT)
 
     def _places(self, blocks: list[int]) -> torch.Tensor:
         """The features of these blocks."""

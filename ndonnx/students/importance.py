@@ -231,7 +231,8 @@ class _Surgery:
         def by_block(rows: torch.Tensor) -> torch.Tensor:
             return rows.reshape(len(rows), -1, self._size).permute(1, 2, 0)
 
-        return torch.matmul(by_block(left), by_block(right).mT)
+        products: torch.Tensor = by_block(left) @ by_block(right).mT
+        return products
 
     def _places(self, blocks: list[int]) -> torch.Tensor:
         """The features of these blocks."""

@@ -231,12 +231,11 @@ class _Surgery:
         def by_block(rows: torch.Tensor) -> torch.Tensor:
             return rows.reshape(len(rows), -1, self._size).permute(1, 2, 0)
 
-        products: torch.Tensor = by_block(left) @ by_block(right).mT
-        return products
+        return by_block(left) @ by_block(right).mT
 
     def _places(self, blocks: list[int]) -> torch.Tensor:
         """The features of these blocks."""
-        return (torch.tensor(blocks)[:, None] * self._size + torch.arange(self._size)).flatten()
+        return torch.cat([torch.arange(block * self._size, (block + 1) * self._size) for block in blocks])
 
     def _so_far(self) -> tuple[torch.Tensor, torch.Tensor]:
         """v and z of all blocks that went."""

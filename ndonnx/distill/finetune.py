@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from ndonnx.convert import write_back
+from ndonnx.distill.cutting import cut_where_same
 from ndonnx.distill.gate import Arrays, check_answer, open_slice, pass_gate
 from ndonnx.distill.steps import with_fitting_batch
 from ndonnx.distill.trainer import OnStep, Training, train
@@ -75,6 +77,9 @@ def finetune(
     own = _as_slice(student, settings, inputs, probe)
     whole = in_float32(own)
     module, _ = pass_gate(whole, probe, max(tolerance, _WHOLE_PARITY), sampled=inputs)
+    if settings.padding is not None:
+        mask = np.asarray(store.rows(settings.padding)[:])
+        samples = cut_where_same(whole, samples, mask)
     train_only(module, student, kept)
     module.macs = macs_of(interface.applied(student), samples.shapes(inputs))
     objective = settings.objective_of(samples, labels)

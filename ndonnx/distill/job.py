@@ -13,6 +13,7 @@ import onnx_ir as ir
 import torch
 
 from ndonnx.convert import TorchSlice, to_torch, write_back
+from ndonnx.distill.cutting import cut_where_same
 from ndonnx.distill.gate import Arrays, check_answer, free_sizes, open_slice, pass_gate
 from ndonnx.distill.losses import Head, LookAheadLoss, NeighbourhoodLoss, Objective, target_variance
 from ndonnx.distill.plan import Plan
@@ -91,6 +92,8 @@ class DistilJob:
     """Other places where the student stands: by the name of each value here, a store and the value's name in it."""
     held: frozenset[str] = frozenset()
     """Weights that stay as they are, because the teacher reads them elsewhere too."""
+    padding: str | None = None
+    """The value in the stores that says how many positions of a sample are filled; None where all are."""
 
     def __call__(self, on_step: OnStep) -> DistilResult:
         """Shrink, convert, check, train, write back; the student and its result are on disk afterwards.
@@ -101,11 +104,11 @@ class DistilJob:
         began = time.perf_counter()
         torch.set_num_threads(self.threads)
         folder = self.entry.begin()
-        samples = self._samples()
+        own = load(self.slice_path)
+        samples = self._samples(in_float32(own))
         captured = [rows.arrays for rows in samples.heldout(probe_samples(samples.bytes_per_sample()))]
         probes = [{name: arrays[name] for name in self.inputs} for arrays in captured]
         varying = [name for name in self.inputs if not samples.is_constant(name)]
-        own = load(self.slice_path)
         slice_ = open_slice(in_float32(own), varying, probes[0], self.threads)
         model = free_sizes(slice_.clone(), probes)
         for arrays, probe in zip(captured, probes, strict=True):
@@ -158,13 +161,20 @@ class DistilJob:
                 weight.requires_grad_(False)
         return module
 
-    def _samples(self) -> Samples:
-        places = [{name: (path, name) for name, path in self.stores.items()}, *self.further]
+    def _samples(self, slice_: ir.Model) -> Samples:
+        """The captured rows; without their padding where the slice answers the same then."""
+        names = (*self.inputs, self.target, *(name for head in self.heads for name in (*head.context, head.output)))
+        places = [{name: (self.stores[name], name) for name in names}, *self.further]
         paths = dict.fromkeys(path for place in places for path, _ in place.values())
         stores = {path: ActivationStore.open(path) for path in paths}
         sources = [{name: Source(stores[path], there) for name, (path, there) in each.items()} for each in places]
         opened = [SliceSamples(each, self.inputs, self.holdout) for each in sources]
-        return opened[0] if len(opened) == 1 else SharedSamples(opened)
+        if len(opened) > 1:
+            return SharedSamples(opened)
+        if self.padding is None:
+            return opened[0]
+        mask = np.asarray(ActivationStore.open(self.stores[self.padding]).rows(self.padding)[:])
+        return cut_where_same(slice_, opened[0], mask, self.threads)
 
     def _heads(self) -> list[Head]:
         """What it looks through: the slices up to the first that does not convert."""

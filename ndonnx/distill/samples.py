@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,9 +11,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ndonnx.distill.padding import Lengths, cut, shortest
 from ndonnx.errors import TrainingError
 from ndonnx.teacher import ActivationStore
 from ndonnx.teacher.stored_rows import StoredRows
+
+_BUCKETS = 3
+"""Groups of samples of about one length, where padding is cut off."""
+_GROUPED = 8
+"""Batches whose samples are put in order of their lengths together, so that each has samples of about one length."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +86,31 @@ class SliceSamples:
         }
         self._values.update(arrays or {})
         self.blocks = Blocks.split(min(store.samples for store in stores), holdout)
+        self._lengths: Lengths | None = None
+        self._full = 0
 
     @classmethod
     def of(cls, store: ActivationStore, inputs: Sequence[str], values: Sequence[str], holdout: float) -> SliceSamples:
         """All from one store."""
         return cls({name: Source(store, name) for name in (*inputs, *values)}, inputs, holdout)
+
+    def without_padding(self, lengths: Lengths, full: int) -> SliceSamples:
+        """The same samples, which come in batches of about one length, without the positions behind it.
+
+        Args:
+            lengths: filled positions of each sample, (samples,).
+            full: number of positions of a whole sample: every axis as long as that, but the first, is one of positions.
+        """
+        found = copy.copy(self)
+        found._lengths, found._full = lengths, full
+        return found
+
+    def tried(self, lengths: Lengths, full: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], Lengths]:
+        """A few samples, whole and without their padding, and their lengths: for trying whether that says nothing."""
+        rows = shortest(lengths[: self.blocks.samples], full)
+        whole = {name: _float32(self._rows(name, rows)) for name in self._values}
+        most = int(lengths[rows].max(initial=0))
+        return whole, {name: cut(array, full, most) for name, array in whole.items()}, lengths[rows]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -110,19 +137,40 @@ class SliceSamples:
 
     def heldout(self, count: int) -> list[Rows]:
         """The first `count` rows; a list, since not all need have the same shape where there are several places."""
-        return [Rows(self.arrays(0, count), frozenset(self._constant))]
+        if self._lengths is None:
+            return [Rows(self.arrays(0, count), frozenset(self._constant))]
+        return self._buckets(0, count, self.blocks.holdout)
 
     def shaping(self, count: int) -> list[Rows]:
         """The first `count` training rows, by which a candidate is shaped; a list as with `heldout`."""
-        return [Rows(self.training_rows(count), frozenset(self._constant))]
+        if self._lengths is None:
+            return [Rows(self.training_rows(count), frozenset(self._constant))]
+        return self._buckets(self.blocks.holdout, count, self.blocks.samples)
+
+    def order(self, rng: np.random.Generator, size: int) -> npt.NDArray[np.int64]:
+        """The training rows of one epoch, of which each `size` in turn are a batch."""
+        rows = self.blocks.holdout + rng.permutation(self.blocks.samples - self.blocks.holdout)
+        if self._lengths is None:
+            return rows
+        batches: list[npt.NDArray[np.int64]] = []
+        for start in range(0, len(rows), _GROUPED * size):
+            some = rows[start : start + _GROUPED * size]
+            some = some[np.argsort(self._lengths[some], kind="stable")]
+            batches += [some[place : place + size] for place in range(0, len(some), size)]
+        whole = [batch for batch in batches if len(batch) == size]
+        rest = [batch for batch in batches if len(batch) < size]
+        return np.concatenate([*(whole[place] for place in rng.permutation(len(whole))), *rest])
 
     def split(self, rows: np.ndarray, parts: int) -> list[np.ndarray]:
         """The rows in so many parts (fewer of few rows), each of which can be a batch."""
+        if self._lengths is not None:
+            rows = rows[np.argsort(self._lengths[rows], kind="stable")]
         return [part for part in np.array_split(rows, parts) if len(part)]
 
     def batch(self, rows: np.ndarray) -> dict[str, Tensor]:
         """All values of these rows, in the types in which they are stored."""
-        return {name: torch.from_numpy(np.ascontiguousarray(self._rows(name, rows))) for name in self._values}
+        arrays = self._cut({name: self._rows(name, rows) for name in self._values}, rows)
+        return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
 
     def form(self) -> Hashable:
         """Equal where rows of two places can stand in one batch: shapes, types, and the constants themselves."""
@@ -134,6 +182,26 @@ class SliceSamples:
     def bytes_per_sample(self) -> int:
         """Bytes of one sample of all values as float32."""
         return sum(int(np.prod(values.shape[1:])) * 4 for values in self._values.values())
+
+    def _buckets(self, first: int, count: int, last: int) -> list[Rows]:
+        """Rows from `first` on, with the filled positions of `count` whole ones; those of about one length together.
+
+        The longest come first.
+        """
+        assert self._lengths is not None
+        lengths = self._lengths[first:last]
+        count = min(last - first, int(count * self._full / max(1.0, float(lengths.mean()))))
+        rows = first + np.argsort(-lengths[:count], kind="stable")
+        groups = [np.sort(group) for group in np.array_split(rows, _BUCKETS) if len(group)]
+        found = [self._cut({n: _float32(self._rows(n, group)) for n in self._values}, group) for group in groups]
+        return [Rows(arrays, frozenset(self._constant)) for arrays in found]
+
+    def _cut(self, arrays: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Values of these rows without the positions that none of them fills."""
+        if self._lengths is None:
+            return arrays
+        most = int(self._lengths[rows].max(initial=1))
+        return {name: cut(array, self._full, most) for name, array in arrays.items()}
 
     def _rows(self, name: str, rows: slice | np.ndarray) -> np.ndarray:
         values = self._values[name]
@@ -181,6 +249,11 @@ class SharedSamples:
         last = min(self.blocks.samples // len(self._places), first + max(1, count // len(self._places)))
         largest = sorted(self._alike.values(), key=lambda numbers: -self._places[numbers[0]].bytes_per_sample())
         return [self._together(numbers, first, last) for numbers in largest]
+
+    def order(self, rng: np.random.Generator, size: int) -> npt.NDArray[np.int64]:
+        """The training rows of one epoch, of which each `size` in turn are a batch."""
+        del size
+        return self.blocks.holdout + rng.permutation(self.blocks.samples - self.blocks.holdout)
 
     def split(self, rows: np.ndarray, parts: int) -> list[np.ndarray]:
         """The rows in parts of alike places, each of which can be a batch."""

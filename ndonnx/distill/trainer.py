@@ -290,7 +290,7 @@ def _batches(samples: Samples, plan: Plan) -> Iterator[np.ndarray]:
     order, position = np.empty(0, dtype=np.int64), 0
     for _ in range(plan.steps):
         if position + size > len(order):
-            order, position = first + rng.permutation(last - first), 0
+            order, position = samples.order(rng, size), 0
         yield np.sort(order[position : position + size])
         position += size
 

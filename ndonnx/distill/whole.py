@@ -70,6 +70,8 @@ class WholeSettings:
     """How the model is fed."""
     tasks: Mapping[str, OutputTask] = field(default_factory=dict)
     """What each output that is trained means, by its name, in the model's order."""
+    padding: str | None = None
+    """The input that says how many positions of a sample are filled; None where all are."""
 
     @classmethod
     def of(

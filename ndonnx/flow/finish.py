@@ -168,6 +168,7 @@ class Finish:
             plan = replace(self.run.schedule.finetune(), memory=self.run.memory.whole_step())
             plan = replace(plan, threads=usable_cores())
             settings = WholeSettings.of(self.run.recipe, plan, answers.holdout, self.run.parts.interface, tasks)
+            settings = replace(settings, padding=self.run.padding)
             job = FinetuneJob(
                 "student", scratch / MODEL_FILE, answers.store.path, answers.labels, entry, settings, kept=kept
             )

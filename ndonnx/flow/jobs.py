@@ -161,13 +161,14 @@ class Jobs:
         inputs = tuple(value.name or "" for value in model.graph.inputs)
         target = neighbourhood.exit.name or ""
         read = (*inputs, target, *(name for head in heads for name in (*head.context, head.output)))
+        padding = self._padding if self._padding in stores else None
         return DistilJob(
             name=trial.label,
             slice_path=slice_path,
             groups=neighbourhood.groups,
             inputs=inputs,
             target=target,
-            stores={name: stores[name] for name in read},
+            stores={name: stores[name] for name in (*read, *([padding] if padding else []))},
             entry=self.entry(trial),
             method=trial.method,
             plan=trial.plan,
@@ -179,6 +180,7 @@ class Jobs:
             neighbourhood=neighbourhood.name,
             further=self._further(neighbourhood, (*inputs, target), stores if further is None else further),
             held=neighbourhood.held,
+            padding=padding,
         )
 
     def _further(
@@ -198,7 +200,7 @@ class Jobs:
     def wanted(self, neighbourhoods: Iterable[Neighbourhood]) -> list[str]:
         """Names of the values to capture for these neighbourhoods, each once, in order."""
         open_ = [use for n in neighbourhoods for use in self.run.parts.uses(n)]
-        return list(dict.fromkeys([*boundary(open_), *self._ahead(open_)]))
+        return list(dict.fromkeys([*boundary(open_), *self._ahead(open_), *self._lengths(open_)]))
 
     def exits(self, neighbourhoods: Iterable[Neighbourhood]) -> list[str]:
         """Names of the values to capture for sequential training: without what the students before them give.
@@ -208,7 +210,15 @@ class Jobs:
         open_ = [use for n in neighbourhoods for use in self.run.parts.uses(n)]
         own = [n.exit.name or "" for n in open_ if n.exit is not None]
         theirs = boundary([n for n in open_ if n.first is not None and not self.run.parts.together(n)])
-        return list(dict.fromkeys([*own, *theirs, *self._ahead(open_)]))
+        return list(dict.fromkeys([*own, *theirs, *self._ahead(open_), *self._lengths(open_)]))
+
+    @property
+    def _padding(self) -> str | None:
+        """The value that says how many positions of a sample are filled; noise has no lengths."""
+        return None if self.run.recipe.inputs == "noise" else self.run.padding
+
+    def _lengths(self, neighbourhoods: Sequence[Neighbourhood]) -> list[str]:
+        return [self._padding] if neighbourhoods and self._padding is not None else []
 
     def _ahead(self, neighbourhoods: Iterable[Neighbourhood]) -> Iterator[str]:
         return (name for n in neighbourhoods for head in self._heads(n) for name in (*head.context, head.output))

@@ -12,6 +12,7 @@ from ndonnx.config.recipe import Recipe
 from ndonnx.data import DataSource
 from ndonnx.data.split import Split
 from ndonnx.distill.memory import MemoryPlan
+from ndonnx.distill.padding import find_padding
 from ndonnx.distill.schedule import Schedule
 from ndonnx.graph.dataflow import float_outputs
 from ndonnx.graph.interface import Interface
@@ -24,6 +25,7 @@ from ndonnx.runtime.machine import usable_cores
 from ndonnx.runtime.progress import Progress
 from ndonnx.runtime.run_directory import RunDir
 from ndonnx.select import Candidate
+from ndonnx.teacher.batches import read_batch, whole_batches
 from ndonnx.teacher.capture_plan import gigabytes
 
 
@@ -72,6 +74,12 @@ class Run:
         """Fingerprint of the teacher's file and of the weights that it keeps beside it."""
         beside = sorted({str(tensor.path) for tensor in external_tensors(self.parts.model)})
         return fingerprint(*map(fingerprint_file, [str(self.teacher.path), *beside]))
+
+    @cached_property
+    def padding(self) -> str | None:
+        """The input by which the model passes over positions behind a sample's own length; None without one."""
+        batch = next(whole_batches(self.split.source, read_batch(self.split.source)))
+        return find_padding(self.parts.model, batch)
 
     @cached_property
     def memory(self) -> MemoryPlan:

@@ -51,16 +51,19 @@ def refit_consumers(
     copy = student.clone()
     theirs, ours = Forward(teacher, teacher.model), Forward(teacher, copy)
     sharing: dict[str, list[LinearReader]] = {}
+    refitted: list[str] = []
     for reader in _readers(teacher):
         several = sharing.setdefault(reader.weight, [])
         several.append(reader)
         # A weight that several operators share has to suit them all: it is fitted when the last of them is reached.
         if len(copy.graph.initializers[reader.weight].uses()) == len(several) and _are_alike(several):
             problem = measured.problems.get(reader.output) if measured and len(several) == 1 else None
-            if problem is not None and _gets_the_rest(teacher, copy, reader, kept):
+            as_before = problem is not None and reader.data not in _behind(teacher.model, refitted)
+            if problem is not None and as_before and _gets_the_rest(teacher, copy, reader, kept):
                 _refit_known(teacher, copy, reader, problem, kept)
             else:
                 _refit(ours, theirs, several, kept)
+            refitted += [each.output for each in several]
     return copy
 
 
@@ -103,7 +106,7 @@ def _readers(teacher: TeacherSlice) -> list[LinearReader]:
 
 
 def _behind(model: ir.Model, names: Sequence[str]) -> set[str]:
-    """Values that depend on these."""
+    """These values, and all that depend on them."""
     found = set(names)
     for node in model.graph if names else ():
         if any(value is not None and value.name in found for value in node.inputs):

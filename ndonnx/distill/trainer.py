@@ -33,6 +33,10 @@ OnStep = Callable[[int, int, float], None]
 
 _EVALUATIONS = 20
 """Times that the held-out error is measured during a training."""
+_LEAST_EVALUATIONS = 5
+"""The same where a time is given that many would take too much of."""
+_EVALUATING = 0.1
+"""Part of a given time that measuring may take."""
 _HOLDOUT_BYTES = 32 * 2**20
 """Most bytes of held-out samples that are kept in memory, as float32."""
 _HOLDOUT_SAMPLES = 1024
@@ -122,6 +126,7 @@ class _Descent:
         if constraint is not None:
             impose(constraint, module, 1.0)
         start = best = judge.errors()
+        apart = _apart(time.perf_counter() - began, plan)
         if not math.isfinite(start.loss):
             raise TrainingError(
                 f"the held-out error is {start.loss} before the first step; the captured activations overflow"
@@ -131,7 +136,7 @@ class _Descent:
         step = 0
         trainable = any(weight.requires_grad for weight in module.parameters())
         if plan.steps and trainable and not _is_enough(best, plan):
-            for step, done in self._steps():
+            for step, done in self._steps(apart):
                 if constraint is None or done >= constraint.settled:
                     errors = judge.errors()
                     if errors.loss < best.loss:
@@ -144,7 +149,7 @@ class _Descent:
         seconds = time.perf_counter() - began
         return Training(start.nmse, best.nmse, start.loss, best.loss, best_step, step, seconds)
 
-    def _steps(self) -> Iterator[tuple[int, float]]:
+    def _steps(self, apart: float) -> Iterator[tuple[int, float]]:
         """Run the steps; yield the step and the part that is over whenever the held-out error is to be measured."""
         slope, clock, measured = _Slope(self), _Clock(self.plan), 0.0
         optimiser = self._optimiser(slope.weights)
@@ -154,7 +159,7 @@ class _Descent:
             clock.tick(step)
             if self.constraint is not None:
                 impose(self.constraint, self.module, clock.done)
-            if clock.done >= 1 or clock.done - measured >= 1 / _EVALUATIONS - 1e-9:
+            if clock.done >= 1 or clock.done - measured >= apart - 1e-9:
                 measured = clock.done
                 if not math.isfinite(loss):
                     raise TrainingError(f"the loss became {loss} by step {step}; lower --lr")
@@ -176,6 +181,14 @@ class _Descent:
             return self.plan.batch_size
         count = self.pool.count
         return samples_in_memory(self.module, self.samples, self.objective, self.plan, count, bf16=self.plan.bf16)
+
+
+def _apart(seconds: float, plan: Plan) -> float:
+    """The part of a training between two measurements of the held-out error, when one takes so many seconds."""
+    if plan.seconds is None:
+        return 1 / _EVALUATIONS
+    count = _EVALUATING * plan.seconds / max(seconds, 1e-9)
+    return 1 / min(_EVALUATIONS, max(_LEAST_EVALUATIONS, count))
 
 
 def _expected_steps(step: int, done: float, plan: Plan) -> int:

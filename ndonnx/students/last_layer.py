@@ -24,16 +24,17 @@ from ndonnx.students.least_squares import (
     MOST_FEATURES,
     Regression,
     features_of,
+    fit,
     ridge_of,
     shape_of,
-    solve,
     solve_masked,
 )
 from ndonnx.teacher.probe import Probe, Rows, run_batches, sample_count
 from ndonnx.teacher.sessions import REFUSALS
 
-_RIDGE = 1e-4
-"""Ridge, relative to the mean energy of a feature: what is corrected is small, so a little damping costs nothing."""
+_RIDGES = (1e-4, 1e-2, 1e-1, 1.0, 10.0)
+"""Ridges, relative to the mean energy of a feature: what is corrected is small, so a little damping costs nothing, and
+where rows are scarce, much of it still corrects a part."""
 _PASSED = {
     "BatchNormalization",
     "Clip",
@@ -86,7 +87,7 @@ def find_last_layer(model: ir.Model, held: Collection[str] = ()) -> LastLayer | 
     node = found[0]
     data, weight = node.inputs[0], node.inputs[1]
     assert data is not None and data.name and weight is not None and weight.name and total.name
-    bias = offset_of(node)
+    bias = offset_of(node) or _added(node)
     own = bias is not None and len(bias.uses()) == 1 and bias.name not in held
     return LastLayer(node, data.name, weight.name, bias.name if own and bias is not None else None, total.name)
 
@@ -102,6 +103,18 @@ def _summands(value: ir.Value) -> Iterator[ir.Node]:
                 yield from _summands(summand)
     elif _is_own(node):
         yield node
+
+
+def _added(node: ir.Node) -> ir.Value | None:
+    """The constant with one number for each output that is added to a matrix product; None where there is none."""
+    uses = node.outputs[0].uses()
+    weight = constant_of(node.inputs[1])
+    if node.op_type != "MatMul" or len(uses) != 1 or weight is None or uses[0].node.op_type != "Add":
+        return None
+    other = next((value for value in uses[0].node.inputs if value is not node.outputs[0]), None)
+    tensor = constant_of(other)
+    outputs = weight.shape[-1]
+    return other if tensor is not None and tensor.size == outputs and tensor.shape[-1:] == (outputs,) else None
 
 
 def _is_own(node: ir.Node) -> bool:
@@ -216,18 +229,20 @@ def _apply(model: ir.Model, end: LastLayer, problem: Regression) -> None:
     weight = model.graph.initializers[end.weight]
     assert weight.const_value is not None
     old = weight.const_value.numpy()
-    moments = problem.moments() if end.bias is not None else problem.moments().about_zero()
     kept = _support(end.node, old)
     if kept is None:
-        solution = solve(moments.square, moments.cross, _RIDGE)
+        solution, offset = fit(problem.parts(), offset=end.bias is not None, ridges=_RIDGES)
     else:
+        moments = problem.moments() if end.bias is not None else problem.moments().about_zero()
         damped = moments.square.clone()
-        damped.diagonal(dim1=1, dim2=2).add_(ridge_of(damped, _RIDGE)[:, None])
+        damped.diagonal(dim1=1, dim2=2).add_(ridge_of(damped, _RIDGES[0])[:, None])
         solution = solve_masked(damped, moments.cross, torch.from_numpy(kept)[None])
+        offset = moments.offset(solution)
     if end.bias is not None:
         bias = model.graph.initializers[end.bias]
         assert bias.const_value is not None
-        set_numbers(bias, bias.const_value.numpy() + moments.offset(solution)[0].numpy())
+        numbers = bias.const_value.numpy()
+        set_numbers(bias, numbers + offset[0].numpy().reshape(numbers.shape))
     set_numbers(weight, old + from_matrix(end.node, solution[0].numpy(), old.shape))
 
 

@@ -169,3 +169,44 @@ def test_there_is_no_exit_to_refit_behind_an_unknown_operator_or_a_shared_weight
     weight = net.weight("w", 6, 6)
     net.op("MatMul", net.op("MatMul", x, weight), weight, out="y")
     assert find_last_layer(ir.from_proto(net.proto("y"))) is None
+
+
+def matrix_and_constant(seed: int, *, features: int = 24) -> ir.Model:
+    """A product and what is added to it, behind a residual: as transformers are exported."""
+    net = Net(seed)
+    x = net.input("x", "N", 5, features)
+    product = net.matmul(net.op("Tanh", net.matmul(x, features, features, out="up")), features, features, out="down")
+    net.op("Add", net.op("Add", net.weight("offset", features), product), x, out="y")
+    return ir.from_proto(net.proto("y"))
+
+
+def test_what_is_added_to_a_product_is_refitted_with_it() -> None:
+    teacher = matrix_and_constant(0)
+    student = teacher.clone()
+    offset = student.graph.initializers["offset"]
+    offset.const_value = ir.tensor(offset.const_value.numpy() + np.float32(0.5), name="offset")  # type: ignore[union-attr]
+    x = np.random.default_rng(0).standard_normal((200, 5, 24)).astype(np.float32)
+    refitted = reconstruct_last_layer(teacher, student, {"x": x}, {"x": x})
+    assert refitted is not None
+    np.testing.assert_allclose(*(values(each, {"x": x}, ["y"])["y"] for each in (refitted, teacher)), atol=1e-3)
+
+
+def test_few_rows_correct_a_part_of_what_is_wrong() -> None:
+    """Twenty-four features and as many rows: without a strong ridge the correction would do harm."""
+    teacher, rng = matrix_and_constant(0), np.random.default_rng(1)
+    student = teacher.clone()
+    weight = student.graph.initializers["down.weight"]
+    assert weight.const_value is not None
+    noisy = weight.const_value.numpy() + 0.05 * rng.standard_normal((24, 24)).astype(np.float32)
+    weight.const_value = ir.tensor(noisy, name="down.weight")
+    x = rng.standard_normal((10, 5, 24)).astype(np.float32)
+    moved = x + 0.3 * rng.standard_normal(x.shape).astype(np.float32)
+    refitted = reconstruct_last_layer(teacher, student, {"x": x}, {"x": moved})
+    assert refitted is not None
+    fresh = rng.standard_normal((500, 5, 24)).astype(np.float32)
+    given = fresh + 0.3 * rng.standard_normal(fresh.shape).astype(np.float32)
+    expected = values(teacher, {"x": fresh}, ["y"])["y"]
+    before, after = (
+        np.square(values(each, {"x": given}, ["y"])["y"] - expected).mean() for each in (student, refitted)
+    )
+    assert after < before

@@ -94,7 +94,7 @@ class Regression:
         return fit(self.parts(), offset=offset)
 
 
-def fit(parts: Sequence[Moments], *, offset: bool) -> tuple[Tensor, Tensor]:
+def fit(parts: Sequence[Moments], *, offset: bool, ridges: Sequence[float] = RIDGES) -> tuple[Tensor, Tensor]:
     """Weights (groups, features, outputs) and offset (groups, outputs), float64.
 
     With two parts the ridge is the one that does best on the second after a fit to the first; the weights are then
@@ -103,6 +103,7 @@ def fit(parts: Sequence[Moments], *, offset: bool) -> tuple[Tensor, Tensor]:
     Args:
         parts: one or two, as `Regression.parts` gives them.
         offset: whether the operator has one; if not, it is zero.
+        ridges: to choose from, relative to the mean energy of a feature; with one part, the first.
 
     Raises:
         ShrinkError: the systems hold NaN or Inf.
@@ -110,16 +111,16 @@ def fit(parts: Sequence[Moments], *, offset: bool) -> tuple[Tensor, Tensor]:
     given = list(parts) if offset else [part.about_zero() for part in parts]
     moments = parts[0] if len(parts) == 1 else parts[0].merged(parts[1])
     moments = moments if offset else moments.about_zero()
-    weights = solve(moments.square, moments.cross, RIDGES[0] if len(given) == 1 else _ridge(*given))
+    weights = solve(moments.square, moments.cross, ridges[0] if len(given) == 1 else _best(ridges, *given))
     return weights, moments.offset(weights)
 
 
-def _ridge(first: Moments, last: Moments) -> float:
+def _best(ridges: Sequence[float], first: Moments, last: Moments) -> float:
     def error(ridge: float) -> float:
         weights = solve(first.square, first.cross, ridge)
         return last.error(weights, first.offset(weights))
 
-    return min(RIDGES, key=error)
+    return min(ridges, key=error)
 
 
 class FeatureEnergies:

@@ -69,13 +69,19 @@ def _shifted(editor: Editor, linear: Linear, shift: Array) -> Change | None:
         answer = linear.answer_to(shift)
         if bias is None or answer is None or not _fits(bias + answer):
             return None
-        return partial(editor.rewrite, sum_.held, bias + answer)
+        return partial(_move_shift, editor, linear.node.outputs[0], sum_.held, bias + answer)
     bias, factor, answer = linear.bias(), linear.bias_factor, None
     if bias is not None and factor:
         answer = linear.answer_to(shift)
     if bias is None or answer is None or not _fits(bias + answer / factor):
         return None
     return partial(linear.set_bias, bias + answer / factor)
+
+
+def _move_shift(editor: Editor, product: ir.Value, held: ir.Value, bias: Array) -> None:
+    """Let the sum behind a matrix product add what its data is no longer shifted by."""
+    editor.rewrite(held, bias)
+    editor.rename(product, "unshifted")
 
 
 def _fold_scale(editor: Editor, step: Affine) -> bool:

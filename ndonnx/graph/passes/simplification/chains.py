@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import onnx_ir as ir
 
 from ndonnx.graph.passes.simplification.affine import ONE, ZERO, Affine, affine_of, chain_from
 from ndonnx.graph.passes.simplification.editor import Array, Editor, least_rank
@@ -12,7 +13,7 @@ from ndonnx.graph.passes.simplification.editor import Array, Editor, least_rank
 
 def combine_chains(editor: Editor) -> bool:
     """Write every chain of affine steps as few as can be; whether any became shorter. In place."""
-    done, changed = set(), False
+    done, changed = set[ir.Node](), False
     for node in editor.nodes("Add", "Div", "Mul", "Sub"):
         first = affine_of(editor, node) if node not in done and node.graph is not None else None
         if first is not None:

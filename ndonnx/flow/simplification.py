@@ -39,8 +39,10 @@ _OWN = 4
 """The same, in multiples of what the teacher's answers differ by with and without onnxruntime's own optimisations."""
 _SLOWER = 1.05
 """Ratio of times above which the simplified model is clearly slower; below lies what timings differ by anyway."""
-_ROUNDS, _WARMUP = 12, 2
-"""Of timed runs."""
+_ROUNDS = 5, 30
+"""Fewest and most timed runs of each."""
+_MILLISECONDS = 1500
+"""Of timed runs of both, where so few do."""
 
 
 def simplified(
@@ -110,6 +112,8 @@ class _Trial:
     answers: Sequence[Sequence[NDArray[Any]]]
     allowed: Sequence[tuple[float, float]]
     """By output: the largest difference, and the scale that it is told in."""
+    one: Arrays
+    """One sample, or a batch of the size that the model fixes, for timing."""
 
     @classmethod
     def of(cls, teacher: Teacher, keep: Sequence[str], source: DataSource) -> _Trial:
@@ -123,7 +127,8 @@ class _Trial:
             scale = max(_largest(batch[at]) for batch in answers)
             own = max(_difference(one[at], other[at]) for one, other in zip(answers, plain, strict=True))
             allowed.append((max(_TOLERANCE * scale, _OWN * own if np.isfinite(own) else 0.0), scale))
-        return cls(teacher, keep, feeds, answers, allowed)
+        one = teacher.interface.feeds(next(whole_batches(source, 1, samples=1)))
+        return cls(teacher, keep, feeds, answers, allowed, one)
 
     def decide(self, whole: ir.Model) -> _Decision:
         """Which rules may be applied: all if they answer the same, else one by one; none if that is slower."""
@@ -169,11 +174,10 @@ class _Trial:
     def _slower(self, model: ir.Model) -> Ratio:
         """Time of a run over that of the teacher's file, in turn."""
         models: dict[str, str | Path | ir.Model] = {"teacher": self.teacher.path, "simplified": model}
-        timed = benchmark(models, self._one(), rounds=_ROUNDS, warmup=_WARMUP)
+        first = benchmark(models, self.one, rounds=1, warmup=1)
+        rounds = int(np.clip(_MILLISECONDS / sum(timed.p50_ms for timed in first.values()), *_ROUNDS))
+        timed = benchmark(models, self.one, rounds=rounds, warmup=2)
         return ratio(timed["simplified"], timed["teacher"])
-
-    def _one(self) -> Arrays:
-        return self.feeds[0]
 
 
 def _answers(model: ir.Model | Path, feeds: Sequence[Arrays], *, optimise: bool = True) -> list[list[NDArray[Any]]]:

@@ -169,7 +169,8 @@ class CompressReport:
     stages: tuple[StageReport, ...] = ()
     """The whole student after each stage that changed it."""
     simplified: SimplifiedReport | None = None
-    """What became of the simplification; None where none was asked for, or nothing was to be simplified."""
+    """What became of the simplification; None where none was asked for, or nothing was to be simplified. The document
+    then has no such key."""
     unchanged: bool = False
     """Whether the teacher itself was asked for: every channel kept, no steps. The document has this key only then."""
 
@@ -186,6 +187,8 @@ class CompressReport:
         whole = asdict(self)
         if self.target is None:
             del whole["target"]
+        if self.simplified is None:
+            del whole["simplified"]
         if not self.unchanged:
             del whole["unchanged"]
         whole["stages"] = [finite(stage) for stage in whole["stages"]]

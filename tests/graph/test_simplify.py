@@ -293,3 +293,18 @@ def test_no_rules_no_change() -> None:
     assert simplify(model, rules=()) is model
     assert change_key(model, model) == ""
     assert change_key(model, simplify(model)) == change_key(model, simplify(model)) != ""
+
+
+def test_a_vector_that_several_places_share_stays_one_weight() -> None:
+    net = Net()
+    x = net.input("x", "batch", 4, 8, 8)
+    gain = net.constant("gain", net.rng.uniform(0.5, 1.5, (4, 1, 1)).astype(np.float32))
+    for _ in range(2):
+        x = net.relu(net.op("Mul", net.conv(x, 4, 4), gain))
+    assert _kinds(_same(net.proto(x))).count("Mul") == 2
+
+
+def test_no_weight_is_added() -> None:
+    net = Net()
+    x = _affine(net, net.conv(net.input("x", "batch", 4, 8, 8), 4, 4, bias=False), "Add", ())
+    assert _kinds(_same(net.proto(x))) == ["Conv", "Add"]

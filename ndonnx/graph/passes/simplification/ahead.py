@@ -36,7 +36,7 @@ def fold_ahead(editor: Editor) -> bool:
     changed = False
     for node in editor.nodes("Add", "Div", "Mul", "Sub"):
         step = affine_of(editor, node) if node.graph is not None else None
-        if step is None or is_part_of_norm(step.data) or is_gelu(step.data.producer()):
+        if step is None or editor.shares(node) or is_part_of_norm(step.data) or is_gelu(step.data.producer()):
             continue
         if step.is_scale:
             changed |= _fold_scale(editor, step)
@@ -71,7 +71,7 @@ def _shifted(editor: Editor, linear: Linear, shift: Array) -> Change | None:
             return None
         return partial(_move_shift, editor, linear.node.outputs[0], sum_.held, bias + answer)
     bias, factor, answer = linear.bias(), linear.bias_factor, None
-    if bias is not None and factor:
+    if bias is not None and factor and linear.own_bias == linear.outputs:
         answer = linear.answer_to(shift)
     if bias is None or answer is None or not _fits(bias + answer / factor):
         return None

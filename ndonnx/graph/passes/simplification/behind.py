@@ -49,10 +49,12 @@ def _fold_linear(editor: Editor, node: ir.Node) -> bool:
     if bias is None or not factor:
         return False
     new_bias = bias * total.scale + total.shift / factor
-    if not _is_finite(weight, new_bias):
+    changes = not np.array_equal(np.broadcast_to(bias, new_bias.shape), new_bias)
+    room = linear.own_bias + _dropped(editor, total.steps)
+    if not _is_finite(weight, new_bias) or (changes and (linear.shares_bias or room < linear.outputs)):
         return False
     editor.rewrite(linear.weight, weight)
-    if new_bias.any() or bias.any():
+    if changes:
         linear.set_bias(new_bias)
     _take_over(editor, node, total.steps)
     return True
@@ -64,15 +66,16 @@ def _fold_product(linear: Linear, total: _Total) -> bool:
     sums = bool(total.shift.any())
     if len(total.steps) <= sums or not _is_finite(weight, total.shift):
         return False
+    if total.shift.size > 1 and _dropped(editor, total.steps) < total.shift.size:
+        return False
     editor.rewrite(linear.weight, weight)
     if sums:
         last = total.steps[-1]
         name = f"{linear.weight.name}/bias" if total.held is None else total.held.held.name or ""
-        full = np.broadcast_to(total.shift, (linear.outputs,))
         # Its constant comes when the old nodes are gone, and with them what may have its name.
         adding = editor.put(last, "Add", [linear.node.outputs[0], None])
         _take_over(editor, adding, total.steps)
-        adding.replace_input_with(1, editor.constant(name, full, like=linear.weight))
+        adding.replace_input_with(1, editor.constant(name, total.shift, like=linear.weight))
     else:
         _take_over(editor, linear.node, total.steps)
     return True
@@ -104,7 +107,7 @@ def _fold_norm(editor: Editor, node: ir.Node) -> bool:
 def _steps(editor: Editor, node: ir.Node, rank: int | None, axis: int, size: int) -> _Total:
     """The steps behind a node that treat its channels one by one, all together."""
     total, value = _Total((), ONE, ZERO, None), node.outputs[0]
-    while (reader := editor.only_reader(value)) is not None:
+    while (reader := editor.only_reader(value)) is not None and not editor.shares(reader):
         step = affine_of(editor, reader)
         if step is not None:
             scale, shift = (channels_of(part, rank, axis, size) for part in (step.scale, step.shift))
@@ -125,6 +128,13 @@ def _second_axis_is(axis: int, rank: int | None) -> bool:
 def _is_finite(*arrays: Array) -> bool:
     """Whether all numbers fit into the narrowest type that is folded."""
     return all(bool((np.abs(array) <= np.finfo(np.float32).max).all()) for array in arrays)
+
+
+def _dropped(editor: Editor, steps: Sequence[ir.Node]) -> int:
+    """Elements of the vectors that go with the steps, since nothing else reads them: a new one takes no more."""
+    held = [value for step in steps for value in step.inputs if editor.own_weight(value) is not None]
+    sizes = [numbers.size for value in held if (numbers := editor.numbers(value)) is not None]
+    return sum(size for size in sizes if size > 1)
 
 
 def _take_over(editor: Editor, node: ir.Node, steps: Sequence[ir.Node]) -> None:

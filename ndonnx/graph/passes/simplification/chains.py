@@ -35,6 +35,8 @@ def _drop(editor: Editor, step: Affine) -> bool:
 
 
 def _combine(editor: Editor, steps: Sequence[Affine]) -> bool:
+    if any(editor.shares(step.node) for step in steps):
+        return False
     scale, shift, largest = ONE, ZERO, 1
     for step in steps:
         scale, shift = scale * step.scale, shift * step.scale + step.shift

@@ -100,6 +100,11 @@ class Editor:
             return None
         return tensor if self.only_reader(value) is not None else None
 
+    def shares(self, node: ir.Node) -> bool:
+        """Whether a node reads a vector or matrix that others read too: in all its places it is one weight."""
+        held = ((value, self._tensor(value)) for value in node.inputs if value is not None)
+        return any(tensor is not None and tensor.size > 1 and self.own_weight(value) is None for value, tensor in held)
+
     def _tensor(self, value: ir.Value | None) -> ir.TensorProtocol | None:
         if value is None or (value.is_graph_input() and self.model.ir_version >= _OVERRIDABLE_SINCE):
             return None

@@ -120,8 +120,20 @@ class Linear:
             return None
         return numbers.reshape(() if numbers.size == 1 and self.outputs != 1 else -1)
 
+    @property
+    def own_bias(self) -> int:
+        """Elements of a bias that it alone reads."""
+        held = None if self.node.op_type == "MatMul" else input_of(self.node, 2)
+        tensor = self.editor.own_weight(held)
+        return 0 if tensor is None else int(tensor.size)
+
+    @property
+    def shares_bias(self) -> bool:
+        """Whether something else reads its bias, of which a copy would be one weight more."""
+        return input_of(self.node, 2) is not None and not self.own_bias
+
     def set_bias(self, numbers: Array) -> None:
-        """Give it another bias, (channels,) or (); a bias that others read too stays theirs."""
+        """Give it another bias, (channels,) or ()."""
         held = input_of(self.node, 2)
         full = np.broadcast_to(numbers, (self.outputs,)).copy()
         if held is not None and self.editor.own_weight(held) is not None:

@@ -22,7 +22,7 @@ Check = Annotated[
 Svg = Annotated[str | None, typer.Option("--svg", metavar="FILE.svg", help="Also draw it, from top to bottom.")]
 
 
-@takes("granularity", "cut", "freeze")
+@takes("granularity", "cut", "freeze", "simplify")
 def inspect(
     context: typer.Context,
     model: options.Model,

@@ -44,6 +44,7 @@ DryRun = Annotated[
     "granularity",
     "cut",
     "freeze",
+    "simplify",
     "init",
     "data_free",
     Changed(

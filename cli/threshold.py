@@ -39,7 +39,7 @@ Samples = Annotated[
 ]
 
 
-@takes("granularity", "cut", "freeze", "round_to", "seed", "cache_budget")
+@takes("granularity", "cut", "freeze", "simplify", "round_to", "seed", "cache_budget")
 def threshold(
     context: typer.Context,
     model: options.Model,

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
         FinetuneReport,
         ModelSummary,
         NeighbourhoodReport,
+        SimplifiedReport,
         StageReport,
         TargetReport,
     )
@@ -120,6 +121,7 @@ __all__ = [
     "SearchResult",
     "SearchedStudent",
     "ShrinkError",
+    "SimplifiedReport",
     "SliceError",
     "Sparsity",
     "Speed",
@@ -188,6 +190,7 @@ _MODULES: Mapping[str, tuple[str, ...]] = {
         "FinetuneReport",
         "ModelSummary",
         "NeighbourhoodReport",
+        "SimplifiedReport",
         "StageReport",
         "TargetReport",
     ),

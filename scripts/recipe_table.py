@@ -28,7 +28,7 @@ def flag_table() -> str:
     ordered = sorted(settings_of(Recipe), key=lambda setting: list(Panel).index(setting.panel))
     for panel, group in groupby(ordered, key=lambda setting: setting.panel):
         rows.append(f"| **{panel}** | | |")
-        rows += [_row(f"`{f'{each.flag_name} {each.metavar}'.strip()}`", *_told(each)) for each in group]
+        rows += [_row(_flag(each), *_told(each)) for each in group]
     return "\n".join(rows)
 
 
@@ -39,6 +39,12 @@ def search_table() -> str:
         flag = f"`{setting.flag_name} {setting.metavar}`" if setting.metavar else ""
         rows.append(_row(f"`{setting.name}`", flag, *_told(setting)))
     return "\n".join(rows)
+
+
+def _flag(setting: Setting) -> str:
+    """A flag as it is given, a switch that is on both ways."""
+    shown = f"`{f'{setting.flag_name} {setting.metavar}'.strip()}`"
+    return f"{shown}, `--no-{setting.flag_name.removeprefix('--')}`" if setting.default is True else shown
 
 
 def _told(setting: Setting) -> tuple[str, str]:

@@ -86,7 +86,7 @@ def _compressed(request: Request, recipe: Recipe, progress: Progress) -> tuple[B
                 write(built.model)
         with run.clock.measure("evaluate"):
             metrics = compare(request.model, built.model, run.judge, progress, run.recipe)
-            before, after = summaries(run.teacher.model, request.model, built.model, request.output, run.parts)
+            before, after = summaries(run.teacher.original, request.model, built.model, request.output, run.parts)
         judged = None if request.eval_data is None else run.judge.spec
         report = CompressReport(
             teacher=before,
@@ -98,6 +98,7 @@ def _compressed(request: Request, recipe: Recipe, progress: Progress) -> tuple[B
             seconds=Seconds(**run.clock.seconds()),
             peak_rss_bytes=peak_rss_bytes() + built.workers_rss,
             run_dir=str(run.directory.path),
+            simplified=run.teacher.simplified,
             unchanged=run.recipe.changes_nothing and not searched,
             shapes=told_shapes(run.parts),
             target=None if built.target is None else _held(built.target, metrics, judged),

@@ -16,8 +16,10 @@ from ndonnx.data.inputs import interface_of, settle
 from ndonnx.data.specs import declared_specs
 from ndonnx.graph import load
 from ndonnx.graph.bound import one_sample
+from ndonnx.graph.dataflow import draws_random
 from ndonnx.graph.interface import Interface
 from ndonnx.graph.passes.branches import open_branches
+from ndonnx.graph.passes.simplification.simplify import simplify
 from ndonnx.graph.working_copy import working_copy
 from ndonnx.partition import Partition, partition
 from ndonnx.report.inspection import Inspection
@@ -48,7 +50,10 @@ def _partitioned(
     teacher: ir.Model, recipe: Recipe, interface: Interface, shapes: Mapping[str, Sequence[int]]
 ) -> Partition:
     """The neighbourhoods of a loaded model, with MACs told for these shapes of its inputs, samples first."""
-    working = working_copy(open_branches(teacher, interface.fixed), interface)
+    opened = open_branches(teacher, interface.fixed)
+    if recipe.simplifies and not draws_random(opened.graph):
+        opened = simplify(opened, [*recipe.cut, *recipe.freeze])
+    working = working_copy(opened, interface)
     parts = partition(
         working,
         granularity=recipe.granularity,

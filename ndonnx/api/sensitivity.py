@@ -21,6 +21,8 @@ from ndonnx.data.split import draw
 from ndonnx.errors import ModelError
 from ndonnx.flow.measure import Rows
 from ndonnx.flow.prepare import held_out_for, partition_model
+from ndonnx.flow.run import Teacher
+from ndonnx.flow.simplification import simplified
 from ndonnx.graph import load
 from ndonnx.graph.passes.branches import open_branches
 from ndonnx.metrics.partial import Judged, PartialModels
@@ -130,7 +132,8 @@ def _studied(place: Placed, data: Data, recipe: Recipe, progress: Progress, want
     )
     progress.stage("partition")
     interface = interface_of(source.inputs, source.fixed)
-    parts = partition_model(open_branches(teacher, interface.fixed), recipe, interface)
+    opened = Teacher(path, teacher, open_branches(teacher, interface.fixed), interface)
+    parts = partition_model(simplified(opened, source, recipe, progress).model, recipe, interface)
     if not parts.distillable:
         raise ModelError(f"{place.name}: no neighbourhood can be distilled; `ndonnx inspect {place.name}` says why")
     if wanted.folder is not None:

@@ -36,6 +36,10 @@ class Build(Section):
     """Value of the graph that must be a boundary between neighbourhoods. Default: no such value."""
     freeze: Annotated[tuple[str, ...], Flag("VALUE", Panel.BUILD, repeatable=True)] = ()
     """Value of the graph whose producing neighbourhood stays as the teacher has it. Default: no such value."""
+    simplify: Annotated[bool, Flag("", Panel.BUILD)] = True
+    """Whether the teacher is simplified first: scales, shifts and batch normalisations folded into the weights beside
+    them, activations that are spelled out written as one operator, and what does nothing left out; its answers stay the
+    same but for rounding. With `--keep 1 --steps 0` it never is."""
     init: Annotated[Literal["teacher", "least-squares", "random"], Flag("START", Panel.BUILD)] = "least-squares"
     """Initial weights of a student: the teacher's (`teacher`), those of a least-squares fit to the teacher's output
     (`least-squares`), or `random`."""

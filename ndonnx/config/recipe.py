@@ -121,6 +121,11 @@ class Recipe(Execution, Finetuning, Training, Goal, Build):  # pydantic puts the
         """Whether the student is the teacher by definition: every channel kept, and nothing trained."""
         return self.method == "width" and self.keep == 1 and self.steps == 0 and self.time_budget is None
 
+    @property
+    def simplifies(self) -> bool:
+        """Whether the teacher is simplified before it is partitioned."""
+        return self.simplify and not self.changes_nothing
+
 
 _TABLES: dict[str, type[Section]] = {"data": DataRecipe, "search": SearchRecipe, "model_inputs": InputRecipe}
 KEYS = frozenset(Recipe.model_fields) - frozenset(_TABLES) - {"extra"}

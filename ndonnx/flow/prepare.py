@@ -25,6 +25,7 @@ from ndonnx.distill.task import check_told
 from ndonnx.errors import DataError, ModelError, RecipeError
 from ndonnx.flow.augmentations import AUTO, TRIED, suiting
 from ndonnx.flow.run import Run, Teacher
+from ndonnx.flow.simplification import simplified
 from ndonnx.graph import load
 from ndonnx.graph.bound import one_sample
 from ndonnx.graph.dataflow import draws_random, float_outputs
@@ -131,6 +132,7 @@ def prepare(request: Request, recipe: Recipe, progress: Progress, *, searched: b
     with RunDir(request.folder) as directory:
         with clock.measure("partition"):
             progress.stage("partition")
+            teacher = simplified(opened.teacher, opened.split.source, recipe, progress, directory)
             methods = {candidate.method for candidate in candidates} or None
             parts = partition_model(teacher.model, recipe, teacher.interface, methods)
             parts = priced_for(opened.split.source, parts)

@@ -19,6 +19,7 @@ from ndonnx.graph.interface import Interface
 from ndonnx.graph.storage.external import external_tensors
 from ndonnx.metrics.sensitivity import StudyFile
 from ndonnx.partition import Partition
+from ndonnx.report import SimplifiedReport
 from ndonnx.runtime.clock import Clock
 from ndonnx.runtime.fingerprints import fingerprint, fingerprint_file
 from ndonnx.runtime.machine import usable_cores
@@ -37,9 +38,20 @@ class Teacher:
     original: ir.Model
     """The model as its file has it: what is written where no student is."""
     model: ir.Model
-    """The model with the branches that are always taken in the place of their `If`: where students go."""
+    """The model with the branches that are always taken in the place of their `If`, and simplified where that is asked
+    for: where students go."""
     interface: Interface
     """How the model is fed."""
+    simplified: SimplifiedReport | None = None
+    """What became of the simplification of `model`; None where there was none."""
+    change: str = ""
+    """Fingerprint of what the simplification changed in `model`; empty where it changed nothing."""
+
+
+def files_key(teacher: Teacher) -> str:
+    """Fingerprint of a teacher's file and of the weights that it keeps beside it."""
+    beside = sorted({str(tensor.path) for tensor in external_tensors(teacher.original)})
+    return fingerprint(*map(fingerprint_file, [str(teacher.path), *beside]))
 
 
 @dataclass(frozen=True)
@@ -71,9 +83,9 @@ class Run:
 
     @cached_property
     def model_key(self) -> str:
-        """Fingerprint of the teacher's file and of the weights that it keeps beside it."""
-        beside = sorted({str(tensor.path) for tensor in external_tensors(self.parts.model)})
-        return fingerprint(*map(fingerprint_file, [str(self.teacher.path), *beside]))
+        """Fingerprint of the teacher's file, of the weights that it keeps beside it, and of its simplification."""
+        teacher = self.teacher
+        return fingerprint(files_key(teacher), teacher.change) if teacher.change else files_key(teacher)
 
     @cached_property
     def padding(self) -> str | None:

@@ -92,6 +92,25 @@ class StageReport:
 
 
 @dataclass(frozen=True)
+class SimplifiedReport:
+    """What the simplification of the teacher came to, before it was partitioned."""
+
+    nodes_before: int
+    """Nodes of the teacher's main graph that compute something."""
+    nodes_after: int
+    """The same of the graph that was partitioned; as before where the simplification was not kept."""
+    rules: tuple[str, ...]
+    """Kinds of simplification that were kept."""
+    difference: float | None
+    """Largest difference of an output on a few samples, relative to the output's largest value; None where it was not
+    measured."""
+    latency_ratio: float | None
+    """Time of a run over that of the teacher's file; None where it was not measured."""
+    reason: str | None = None
+    """Why some of it, or all, was not kept."""
+
+
+@dataclass(frozen=True)
 class Seconds:
     """Wall time of the stages."""
 
@@ -149,6 +168,9 @@ class CompressReport:
     """None where there was none; the document then has no such key."""
     stages: tuple[StageReport, ...] = ()
     """The whole student after each stage that changed it."""
+    simplified: SimplifiedReport | None = None
+    """What became of the simplification; None where none was asked for, or nothing was to be simplified. The document
+    then has no such key."""
     unchanged: bool = False
     """Whether the teacher itself was asked for: every channel kept, no steps. The document has this key only then."""
 
@@ -165,6 +187,8 @@ class CompressReport:
         whole = asdict(self)
         if self.target is None:
             del whole["target"]
+        if self.simplified is None:
+            del whole["simplified"]
         if not self.unchanged:
             del whole["unchanged"]
         whole["stages"] = [finite(stage) for stage in whole["stages"]]

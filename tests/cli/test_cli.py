@@ -118,7 +118,9 @@ def test_help_tells_the_default_of_the_recipe(name: str) -> None:
     elif name == "augment":
         assert parse_augmentations(told[1]) == default
     else:
-        assert told[1] == ("off" if default is False else str(default)) or (default == () and not told[1][0].isupper())
+        assert told[1] == ({False: "off", True: "on"}[default] if isinstance(default, bool) else str(default)) or (
+            default == () and not told[1][0].isupper()
+        )
 
 
 @pytest.mark.parametrize("name", ["method", "init", "executor", "device", "precision"])

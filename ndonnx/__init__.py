@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from ndonnx.metrics.fidelity import OutputFidelity
     from ndonnx.metrics.latency import Latency, ProviderSpeed, Ratio, Timing
     from ndonnx.metrics.sensitivity import ThresholdReport
+    from ndonnx.metrics.verdict import Verdict
     from ndonnx.partition import Partition
     from ndonnx.report import (
         CompressReport,
@@ -131,6 +132,7 @@ __all__ = [
     "Timing",
     "TrainingError",
     "UsageError",
+    "Verdict",
     "VerificationError",
     "Width",
     "benchmark",
@@ -182,6 +184,7 @@ _MODULES: Mapping[str, tuple[str, ...]] = {
     "ndonnx.metrics.fidelity": ("OutputFidelity",),
     "ndonnx.metrics.latency": ("Latency", "ProviderSpeed", "Ratio", "Timing"),
     "ndonnx.metrics.sensitivity": ("ThresholdReport",),
+    "ndonnx.metrics.verdict": ("Verdict",),
     "ndonnx.partition": ("Partition",),
     "ndonnx.report": (
         "CompressReport",

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from ndonnx.graph.load import load
+    from ndonnx.metrics.baselines.comparison import BaselineRow, Baselines
     from ndonnx.metrics.evaluation import Evaluation
     from ndonnx.metrics.fidelity import OutputFidelity
     from ndonnx.metrics.latency import Latency, ProviderSpeed, Ratio, Timing
@@ -76,6 +77,8 @@ if TYPE_CHECKING:
 __all__ = [
     "ActivationSwap",
     "ArraySource",
+    "BaselineRow",
+    "Baselines",
     "Batch",
     "CompressReport",
     "CompressResult",
@@ -180,6 +183,7 @@ _MODULES: Mapping[str, tuple[str, ...]] = {
         "VerificationError",
     ),
     "ndonnx.graph.load": ("load",),
+    "ndonnx.metrics.baselines.comparison": ("BaselineRow", "Baselines"),
     "ndonnx.metrics.evaluation": ("Evaluation",),
     "ndonnx.metrics.fidelity": ("OutputFidelity",),
     "ndonnx.metrics.latency": ("Latency", "ProviderSpeed", "Ratio", "Timing"),

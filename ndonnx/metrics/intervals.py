@@ -32,7 +32,7 @@ def of_mean(total: float, squares: float, samples: int) -> Interval | None:
         squares: sum of their squares.
         samples: number of independent samples.
     """
-    if samples < 2 or not math.isfinite(squares):
+    if samples < 2 or not (math.isfinite(total) and math.isfinite(squares)):
         return None
     mean = total / samples
     variance = max(0.0, squares - samples * mean * mean) / (samples - 1)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ndonnx.api.harden import HardenReport, HardenResult, harden
     from ndonnx.api.inspect import inspect, partition_model
     from ndonnx.api.models import Model, Student
+    from ndonnx.api.report import WrittenReport, write_report
     from ndonnx.api.search import SearchResult, search
     from ndonnx.api.sensitivity import threshold
     from ndonnx.api.settings import RecipeLike, load_recipe
@@ -138,6 +139,7 @@ __all__ = [
     "Verdict",
     "VerificationError",
     "Width",
+    "WrittenReport",
     "benchmark",
     "compress",
     "evaluate",
@@ -150,6 +152,7 @@ __all__ = [
     "register_source",
     "search",
     "threshold",
+    "write_report",
 ]
 
 _MODULES: Mapping[str, tuple[str, ...]] = {
@@ -159,6 +162,7 @@ _MODULES: Mapping[str, tuple[str, ...]] = {
     "ndonnx.api.harden": ("HardenReport", "HardenResult", "harden"),
     "ndonnx.api.inspect": ("inspect", "partition_model"),
     "ndonnx.api.models": ("Model", "Student"),
+    "ndonnx.api.report": ("WrittenReport", "write_report"),
     "ndonnx.api.search": ("SearchResult", "search"),
     "ndonnx.api.sensitivity": ("threshold",),
     "ndonnx.api.settings": ("RecipeLike", "load_recipe"),

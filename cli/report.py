@@ -10,7 +10,7 @@ import ndonnx
 
 from . import options
 from .outcome import DONE, job
-from .settings import takes
+from .settings import Changed, given, takes
 
 Runs = Annotated[
     list[str],
@@ -22,9 +22,13 @@ Output = Annotated[
     str | None,
     typer.Option("--output", "-o", metavar="FILE.html", help="Where the page goes. (default: beside report.json)"),
 ]
+_BASELINES = (
+    "Models to make and measure now, beside each student, and to add to its report: onnxruntime's INT8 with calibrated "
+    "ranges (`int8`), with ranges found at every run (`dynamic`), half precision (`fp16`), separated by commas."
+)
 
 
-@takes()
+@takes(Changed("baselines", _BASELINES))
 def report(
     context: typer.Context,
     runs: Runs,
@@ -33,10 +37,11 @@ def report(
     verbose: options.Verbose = False,
 ) -> int:
     """Write a finished RUN as one HTML file that a reviewer can read and sign, and as a Markdown table beside it."""
-    del context
+    settings = ndonnx.load_recipe(**given(context))
+
     from .tables import print_text  # noqa: PLC0415 - rich is not for `--help`
 
-    with job(quiet, verbose):
-        written = ndonnx.write_report(*runs, output=output)
+    with job(quiet, verbose) as progress:
+        written = ndonnx.write_report(*runs, output=output, baselines=settings.baselines, progress=progress)
     print_text(f"report written to {written.html}\nfor a pull request {written.markdown}")
     return DONE

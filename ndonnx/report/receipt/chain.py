@@ -1,4 +1,4 @@
-"""The chain of neighbourhoods from top to bottom: what each was, what it became, how far off it is, or why it stayed."""
+"""The chain of neighbourhoods from top to bottom: what each was and became, how far off it is, or why it stayed."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from ndonnx.report.drawing import shorten
 from ndonnx.report.receipt.document import RunDocument, at, number, text
@@ -151,6 +152,8 @@ def _finetuning(run: RunDocument) -> _Sized:
 
 def _on_steps(axes: Axes) -> None:
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter())
     axes.set_xlabel("step")
     axes.set_ylabel("NMSE")
     axes.grid(True, which="major", alpha=0.2, color=_INK)

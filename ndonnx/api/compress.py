@@ -71,7 +71,8 @@ def compress(
         request = Request(place.path, data, eval_data, written, place.run_dir)
         built, report = _compressed(request, chosen, told, of_file=isinstance(model, str | Path))
         if place.temporary:
-            report = replace(report, teacher=replace(report.teacher, path=None), run_dir=None)
+            files = {**report.files, "recipe": {**report.files["recipe"], "path": None}}
+            report = replace(report, teacher=replace(report.teacher, path=None), run_dir=None, files=files)
         return CompressResult(place.kept(built.model, written), report)
 
 

@@ -45,7 +45,10 @@ def origin_of(run: Run, request: Request, recipe: Recipe, *, of_file: bool) -> O
         "output": None if request.output is None else str(request.output),
         "recipe": recipe.model_dump(mode="json"),
     }
-    return Origin(asked, _command(request, path) if of_file else None, _files(run, request, path))
+    files = _files(run, request, path)
+    if not of_file:
+        files["teacher"]["path"] = None
+    return Origin(asked, _command(request, path) if of_file else None, files)
 
 
 def _command(request: Request, recipe: Path) -> str | None:

@@ -167,7 +167,7 @@ class TaskFidelity:
         probabilities = self._task.form is Form.PROBABILITIES
         self._nats += nats(student, teacher, probabilities=probabilities)
         self._softened += nats(student, teacher, probabilities=probabilities, temperature=self._temperature or 1.0)
-        return agreed.astype(np.float64)
+        return np.asarray(agreed, dtype=np.float64)
 
     def result(self, squares: Fidelity) -> OutputFidelity:
         """Everything so far, with the squared error that was summed beside it."""

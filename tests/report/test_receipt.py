@@ -221,13 +221,13 @@ def paths(value: Any, here: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         yield from paths(inner, (*here, key))
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(st.data())
 def test_nothing_in_a_report_is_taken_for_granted(run: Path, data: st.DataObject) -> None:
     report = copy.deepcopy(with_baselines(content(run)))
     needed = {("teacher",), ("student",), ("metrics",), ("neighbourhoods",), ("seconds",)}
     places = [path for path in paths(report) if path and path not in needed]
-    for path in data.draw(st.lists(st.sampled_from(places), min_size=1, max_size=4)):
+    for path in data.draw(st.lists(st.sampled_from(places), min_size=4, max_size=12)):
         holder = report
         try:
             for key in path[:-1]:
@@ -238,6 +238,34 @@ def test_nothing_in_a_report_is_taken_for_granted(run: Path, data: st.DataObject
     document = RunDocument(Path("report.json"), report)
     checked(page([document]))
     markdown([document])
+
+
+# Baselines afterwards
+
+
+@pytest.mark.slow
+def test_baselines_are_measured_afterwards_on_the_rows_of_the_run(run: Path) -> None:
+    before = content(run)
+    ndonnx.write_report(run, baselines="dynamic")
+    after = content(run)
+    rows = {row["name"]: row for row in after.pop("baselines")["rows"]}
+    assert after == before
+    assert rows["student"]["fidelity"] == before["metrics"]["student"]
+    assert rows["INT8 dynamic"]["reason"] is None and (run / "baselines" / "dynamic.onnx").is_file()
+    assert list(faults(content(run), SCHEMA, SCHEMA)) == []
+    (run / "report.json").write_text(json.dumps(before))
+
+
+def test_baselines_stand_beside_the_files_of_the_run_only(run: Path, tmp_path: Path) -> None:
+    report = content(run)
+    report["files"]["student"]["sha256"] = "0" * 64
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    with pytest.raises(UsageError, match="is not the student of"):
+        ndonnx.write_report(tmp_path, baselines="dynamic")
+    (tmp_path / "report.json").write_text(json.dumps(report | {"command": None}))
+    with pytest.raises(UsageError, match="run compress on files"):
+        ndonnx.write_report(tmp_path, baselines="dynamic")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json"]
 
 
 # What cannot be reported

@@ -7,7 +7,7 @@ from pathlib import Path
 from xml.etree import ElementTree as Xml
 
 from ndonnx.errors import UsageError
-from ndonnx.metrics.requirements import Verdict
+from ndonnx.metrics.verdict import Verdict
 from ndonnx.runtime.atomic import atomic_write
 
 _SUITE = "ndonnx.evaluate"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -18,7 +19,7 @@ from ndonnx.report.receipt.html import Markup, tag
 _INK = "#010203"
 """Stands for the page's own ink while a chart is drawn."""
 _STUDENT, _OTHER, _LINES = "#0b9a92", "#8a929b", "#6b8fb3"
-_SETTINGS = {
+_SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "ndonnx",
     "text.color": _INK,

@@ -11,7 +11,7 @@ from ndonnx.errors import UsageError
 
 from . import options
 from .outcome import DONE, job
-from .settings import given, option, takes
+from .settings import Changed, given, option, takes
 
 Against = Annotated[
     str | None, typer.Option("--against", metavar="FILE.onnx", help="Time this model too, by turns, and compare.")
@@ -50,9 +50,13 @@ Picture = Annotated[
     str | None,
     typer.Option("--picture", metavar="FILE.png|svg", help="Also draw latency over batch sizes, and the ratio."),
 ]
+_BASELINES = (
+    "Models that stand beside, made of the one that is compared with: onnxruntime's INT8 with calibrated ranges "
+    "(`int8`), with ranges found at every run (`dynamic`), half precision (`fp16`), separated by commas."
+)
 
 
-@takes()
+@takes(Changed("baselines", _BASELINES))
 def benchmark(
     context: typer.Context,
     model: options.Model,
@@ -76,7 +80,8 @@ def benchmark(
     settings = ndonnx.load_recipe(recipe, **given(context))
     sizes = _whole_numbers(batch_sizes)
 
-    from .speed import print_speed  # noqa: PLC0415 - rich is not for `--help`
+    from .baselines import print_baselines  # noqa: PLC0415 - rich is not for `--help`
+    from .speed import print_speed  # noqa: PLC0415
     from .tables import print_json  # noqa: PLC0415
 
     with job(quiet, verbose) as progress:
@@ -98,6 +103,8 @@ def benchmark(
         print_json(speed.to_json())
     else:
         print_speed(speed)
+        if speed.baselines is not None:
+            print_baselines(speed.baselines)
     return DONE
 
 

@@ -37,7 +37,8 @@ def compress(
     student_path = Path(output) if output is not None else Path(f"{Path(model).stem}-student.onnx")
     folder = Path(run_dir) if run_dir is not None else student_path.with_suffix(".run")
 
-    from .tables import print_json, print_report  # noqa: PLC0415 - rich is not for `--help`
+    from .baselines import print_baselines  # noqa: PLC0415 - rich is not for `--help`
+    from .tables import print_json, print_report  # noqa: PLC0415
 
     with job(quiet, verbose, folder) as progress:
         report = ndonnx.compress(
@@ -53,4 +54,6 @@ def compress(
         print_json(report.to_json())
     else:
         print_report(report)
+        if report.baselines is not None:
+            print_baselines(report.baselines)
     return verdict(report)

@@ -54,7 +54,8 @@ def demo(
                 progress=progress,
             )
         if json:
-            document = report.to_json() | {"latency": speed.providers[0].batches[0].to_json(), "run_dir": None}
+            latency = speed.providers[0].batches[0].to_json()
+            document = report.to_json() | {"latency": latency, "run_dir": None, "command": None}
             document["student"]["path"] = output
             print_json(document)
         else:

@@ -21,10 +21,11 @@ from .evaluate import evaluate
 from .harden import harden
 from .inspect import inspect
 from .outcome import BAD_INPUT, BUG, DONE, INTERRUPTED, TARGET_MISSED, Interrupted
+from .report import report
 from .search import search
 from .threshold import threshold
 
-_COMMANDS = (compress, inspect, evaluate, benchmark, search, threshold, harden)
+_COMMANDS = (compress, inspect, evaluate, benchmark, search, threshold, harden, report)
 
 
 def _start(

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ndonnx.api.harden import HardenReport, HardenResult, harden
     from ndonnx.api.inspect import inspect, partition_model
     from ndonnx.api.models import Model, Student
+    from ndonnx.api.report import WrittenReport, write_report
     from ndonnx.api.search import SearchResult, search
     from ndonnx.api.sensitivity import threshold
     from ndonnx.api.settings import RecipeLike, load_recipe
@@ -44,10 +45,12 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from ndonnx.graph.load import load
+    from ndonnx.metrics.baselines.comparison import BaselineRow, Baselines
     from ndonnx.metrics.evaluation import Evaluation
     from ndonnx.metrics.fidelity import OutputFidelity
     from ndonnx.metrics.latency import Latency, ProviderSpeed, Ratio, Timing
     from ndonnx.metrics.sensitivity import ThresholdReport
+    from ndonnx.metrics.verdict import Verdict
     from ndonnx.partition import Partition
     from ndonnx.report import (
         CompressReport,
@@ -76,6 +79,8 @@ if TYPE_CHECKING:
 __all__ = [
     "ActivationSwap",
     "ArraySource",
+    "BaselineRow",
+    "Baselines",
     "Batch",
     "CompressReport",
     "CompressResult",
@@ -133,8 +138,10 @@ __all__ = [
     "Timing",
     "TrainingError",
     "UsageError",
+    "Verdict",
     "VerificationError",
     "Width",
+    "WrittenReport",
     "benchmark",
     "compress",
     "evaluate",
@@ -147,6 +154,7 @@ __all__ = [
     "register_source",
     "search",
     "threshold",
+    "write_report",
 ]
 
 _MODULES: Mapping[str, tuple[str, ...]] = {
@@ -156,6 +164,7 @@ _MODULES: Mapping[str, tuple[str, ...]] = {
     "ndonnx.api.harden": ("HardenReport", "HardenResult", "harden"),
     "ndonnx.api.inspect": ("inspect", "partition_model"),
     "ndonnx.api.models": ("Model", "Student"),
+    "ndonnx.api.report": ("WrittenReport", "write_report"),
     "ndonnx.api.search": ("SearchResult", "search"),
     "ndonnx.api.sensitivity": ("threshold",),
     "ndonnx.api.settings": ("RecipeLike", "load_recipe"),
@@ -180,10 +189,12 @@ _MODULES: Mapping[str, tuple[str, ...]] = {
         "VerificationError",
     ),
     "ndonnx.graph.load": ("load",),
+    "ndonnx.metrics.baselines.comparison": ("BaselineRow", "Baselines"),
     "ndonnx.metrics.evaluation": ("Evaluation",),
     "ndonnx.metrics.fidelity": ("OutputFidelity",),
     "ndonnx.metrics.latency": ("Latency", "ProviderSpeed", "Ratio", "Timing"),
     "ndonnx.metrics.sensitivity": ("ThresholdReport",),
+    "ndonnx.metrics.verdict": ("Verdict",),
     "ndonnx.partition": ("Partition",),
     "ndonnx.report": (
         "CompressReport",

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,12 @@ from ndonnx.api.settings import RecipeLike, recipe_of
 from ndonnx.config.recipe import Recipe
 from ndonnx.data import Data, DataSource, InputSpec, input_specs, open_source
 from ndonnx.data.inputs import interface_of, settle
+from ndonnx.data.split import draw
 from ndonnx.data.synthetic import made_up_samples
 from ndonnx.errors import DataError
 from ndonnx.graph import load
 from ndonnx.graph.bound import one_sample
+from ndonnx.metrics.baselines import CALIBRATION, Baselines, Comparison, Material
 from ndonnx.metrics.evaluation import Evaluation
 from ndonnx.metrics.evaluation import evaluate as measure
 from ndonnx.metrics.latency import AGAINST, MODEL, PROCESSES, Plan, common_batch_size, feeds_for
@@ -32,6 +35,9 @@ from ndonnx.runtime.progress import Listener, Progress, listening
 from ndonnx.teacher import make_session
 from ndonnx.teacher.synthetic_inputs import settings_for
 from ndonnx.teacher.trying import hold_if_mixed
+
+_CHOSEN_ON = 256
+"""Samples by which the calibration of a baseline is chosen."""
 
 
 def benchmark(
@@ -53,6 +59,8 @@ def benchmark(
 ) -> Speed:
     """Time a model in onnxruntime, alone or in turn with another one that has the same inputs.
 
+    The recipe's `baselines` (`baselines="int8,fp16"`) are made of `against`, or else of the model, and stand beside
+    both at the first batch size; ranges, the choice of a calibration and fidelity are had on other rows each.
     Everything is loaded and timed anew in several processes. Where weights come to lie in memory stays the same
     for the life of a process and moves all of its ratios, so that only further processes tell how sure they are.
 
@@ -141,6 +149,9 @@ def _timed(
     found = measure_speed(models, batch, plan, progress)
     if not all(timing.is_steady for entry in found for timing in entry.batches):
         notes.append("runs took very unequal times: other work on these cores? the intervals hold for it, too")
+    beside = None
+    if recipe.baselines:
+        beside = _baselines(models, source, recipe, replace(plan, batch_sizes=plan.batch_sizes[:1]), batch, progress)
     return Speed(
         model=sizes[MODEL],
         against=sizes.get(AGAINST),
@@ -149,7 +160,29 @@ def _timed(
         providers=found,
         fidelity=None if source is None else _fidelity(models, source, samples, progress),
         notes=notes,
+        baselines=beside,
     )
+
+
+def _baselines(
+    models: Mapping[str, Path],
+    source: DataSource | None,
+    recipe: Recipe,
+    plan: Plan,
+    feeds: Mapping[str, NDArray[np.generic]],
+    progress: Progress,
+) -> Baselines:
+    """Baselines of the model that is compared with, or of the only one, beside both of them."""
+    teacher = models.get(AGAINST, models[MODEL])
+    students = {"student": models[MODEL]} if AGAINST in models else {}
+    fits = chooses = judges = None
+    if source is not None:
+        split = draw(source, CALIBRATION, seed=recipe.seed, holdout=recipe.holdout, choosing=_CHOSEN_ON)
+        fits, chooses, judges = split.to_fit(CALIBRATION), split.to_choose(), split.to_compare()
+    with TemporaryDirectory(prefix="ndonnx-", ignore_cleanup_errors=True) as folder:
+        material = Material(teacher, Path(folder), fits, chooses, recipe.task, recipe.metric)
+        comparison = Comparison(teacher, students, judges, recipe, progress)
+        return comparison.run(recipe.baselines, material, plan, feeds)
 
 
 def _opened_on(model: Path, providers: Sequence[str]) -> ort.InferenceSession:

@@ -12,14 +12,17 @@ from ndonnx.api.models import Model, Student, placed
 from ndonnx.api.settings import RecipeLike, recipe_of
 from ndonnx.config.recipe import Recipe
 from ndonnx.data import Data
+from ndonnx.flow.baselines import beside_baselines
 from ndonnx.flow.build import Built, build, build_to_target
+from ndonnx.flow.origin import origin_of
 from ndonnx.flow.prepare import Request, prepare
 from ndonnx.graph import save
 from ndonnx.metrics.evaluation import Evaluation
 from ndonnx.report import CompressReport, Seconds, TargetReport
+from ndonnx.report.provenance import machine, versions
 from ndonnx.report.summary import compare, drop_of, summaries, told_shapes
 from ndonnx.runtime.machine import peak_rss_bytes
-from ndonnx.runtime.progress import Listener, Progress, listening
+from ndonnx.runtime.progress import Listener, Remembering, listening
 
 
 @dataclass(frozen=True)
@@ -62,17 +65,20 @@ def compress(
     Raises:
         UsageError: bad input; one line that names the file, node or value and the way out.
     """
-    chosen, told = recipe_of(recipe, settings), listening(progress)
+    chosen, told = recipe_of(recipe, settings), Remembering(listening(progress))
     written = None if output is None else Path(output)
     with placed(model, run_dir) as place:
         request = Request(place.path, data, eval_data, written, place.run_dir)
-        built, report = _compressed(request, chosen, told)
+        built, report = _compressed(request, chosen, told, of_file=isinstance(model, str | Path))
         if place.temporary:
-            report = replace(report, teacher=replace(report.teacher, path=None), run_dir=None)
+            files = {**report.files, "recipe": {**report.files["recipe"], "path": None}}
+            report = replace(report, teacher=replace(report.teacher, path=None), run_dir=None, files=files)
         return CompressResult(place.kept(built.model, written), report)
 
 
-def _compressed(request: Request, recipe: Recipe, progress: Progress) -> tuple[Built, CompressReport]:
+def _compressed(
+    request: Request, recipe: Recipe, progress: Remembering, *, of_file: bool
+) -> tuple[Built, CompressReport]:
     searched = bool(recipe.target) or recipe.max_drop is not None
     with prepare(request, recipe, progress, searched=searched) as run:
 
@@ -87,6 +93,7 @@ def _compressed(request: Request, recipe: Recipe, progress: Progress) -> tuple[B
         with run.clock.measure("evaluate"):
             metrics = compare(request.model, built.model, run.judge, progress, run.recipe)
             before, after = summaries(run.teacher.original, request.model, built.model, request.output, run.parts)
+            baselines = beside_baselines(run, built.model, request.output)
         judged = None if request.eval_data is None else run.judge.spec
         report = CompressReport(
             teacher=before,
@@ -102,6 +109,12 @@ def _compressed(request: Request, recipe: Recipe, progress: Progress) -> tuple[B
             unchanged=run.recipe.changes_nothing and not searched,
             shapes=told_shapes(run.parts),
             target=None if built.target is None else _held(built.target, metrics, judged),
+            task={name: found.task for name, found in metrics["student"].outputs.items()},
+            versions=versions(),
+            machine=machine(),
+            warnings=tuple(progress.notes),
+            baselines=baselines,
+            **vars(origin_of(run, request, recipe, of_file=of_file)),
         )
         report.write(run.directory.path / "report.json")
     return built, report

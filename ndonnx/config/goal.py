@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from ndonnx.config.setting import Flag, Panel, Section
-from ndonnx.config.values import Drop, Function, Names
+from ndonnx.config.values import BaselineNames, Drop, Function, Names
 
 
 class Goal(Section):
@@ -24,3 +24,7 @@ class Goal(Section):
     threshold: Annotated[str | None, Flag("FILE.json", Panel.REACH)] = None
     """Error budgets of the neighbourhoods, a file that `ndonnx threshold` wrote: none is trained further than its
     budget needs, and a student beyond its budget is reported. Default: the same training for all, no report."""
+    baselines: Annotated[BaselineNames, Flag("NAMES", Panel.REACH)] = ()
+    """What the student is compared with besides the teacher, by bytes, latency and fidelity in one run: onnxruntime's
+    INT8 with calibrated ranges (`int8`, the best of three calibrations), INT8 with ranges found at every run
+    (`dynamic`) and half precision (`fp16`), separated by commas."""

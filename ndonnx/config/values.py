@@ -66,6 +66,13 @@ def parse_augmentations(value: object) -> object:
     return () if value in (("none",), ["none"]) else value
 
 
+def parse_baselines(value: object) -> object:
+    """Read `int8,fp16` as two names and `none` as nothing; pass anything else to pydantic."""
+    if isinstance(value, str):
+        value = tuple(name.strip() for name in value.split(","))
+    return () if value in (("none",), ["none"]) else value
+
+
 def parse_value(value: object) -> object:
     """Read `16000`, `true` or `0.6,1,0.8` as numbers; pass anything else to pydantic."""
     if not isinstance(value, str):
@@ -130,5 +137,7 @@ Function = Annotated[str, BeforeValidator(parse_function)]
 Names = Annotated[tuple[str, ...], BeforeValidator(parse_names)]
 Augmentation = Literal["auto", "flip", "shift", "mixup"]
 Augmentations = Annotated[tuple[Augmentation, ...], BeforeValidator(parse_augmentations)]
+Baseline = Literal["int8", "dynamic", "fp16"]
+BaselineNames = Annotated[tuple[Baseline, ...], BeforeValidator(parse_baselines)]
 Value = Annotated[bool | int | float | list[Any], BeforeValidator(parse_value)]
 Sizes = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(parse_sizes)]

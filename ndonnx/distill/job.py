@@ -55,6 +55,8 @@ class DistilResult:
     """Multiply-accumulates for one sample; None where they cannot be told."""
     may_grow: bool = False
     """Whether its method promises no smaller model: the user's own modules."""
+    curve: Sequence[tuple[int, float]] = ()
+    """Steps at which the training measured its held-out NMSE, with what it was."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,7 @@ class DistilJob:
             cost.parameters,
             cost.macs,
             self.method.may_grow,
+            training.curve,
         )
         self.entry.commit(asdict(result))
         return result

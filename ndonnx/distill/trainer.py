@@ -59,6 +59,8 @@ class Training:
     best_step: int
     steps: int
     seconds: float
+    curve: Sequence[tuple[int, float]] = ()
+    """Steps at which the held-out NMSE was measured, with what it was; not finite values are left out."""
 
 
 def learning_rate(done: float, plan: Plan) -> float:
@@ -133,12 +135,13 @@ class _Descent:
             )
         best_step, state = 0, _copy(module)
         _restore(module, free)
-        step = 0
+        step, curve = 0, [(0, start.nmse)]
         trainable = any(weight.requires_grad for weight in module.parameters())
         if plan.steps and trainable and not _is_enough(best, plan):
             for step, done in self._steps(apart):
                 if constraint is None or done >= constraint.settled:
                     errors = judge.errors()
+                    curve.append((step, errors.nmse))
                     if errors.loss < best.loss:
                         best, best_step, state = errors, step, _copy(module)
                 on_step(step, _expected_steps(step, done, plan), best.nmse)
@@ -147,7 +150,8 @@ class _Descent:
         _restore(module, state)
         module.to("cpu")
         seconds = time.perf_counter() - began
-        return Training(start.nmse, best.nmse, start.loss, best.loss, best_step, step, seconds)
+        told = tuple(point for point in curve if math.isfinite(point[1]))
+        return Training(start.nmse, best.nmse, start.loss, best.loss, best_step, step, seconds, told)
 
     def _steps(self, apart: float) -> Iterator[tuple[int, float]]:
         """Run the steps; yield the step and the part that is over whenever the held-out error is to be measured."""

@@ -140,6 +140,7 @@ class Finish:
             loss=found.loss,
             nmse_start=found.nmse_start,
             nmse=found.nmse,
+            curve=found.curve,
         )
 
     def _not_finetuned(self, student: ir.Model, fault: Fault) -> tuple[ir.Model, FinetuneReport]:

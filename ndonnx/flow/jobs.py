@@ -72,6 +72,11 @@ class NeighbourhoodResult:
             warning=self.warning,
             student_of=neighbourhood.first,
             traceback=self.traceback,
+            input=None if neighbourhood.entry is None else neighbourhood.entry.name,
+            output=None if neighbourhood.exit is None else neighbourhood.exit.name,
+            teacher_parameters=neighbourhood.parameters,
+            teacher_macs=parts.cost(neighbourhood).macs,
+            curve=result.curve if result else (),
         )
 
 

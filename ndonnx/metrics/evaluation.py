@@ -26,6 +26,7 @@ from ndonnx.graph.passes.branches import open_branches
 from ndonnx.graph.working_copy import working_copy
 from ndonnx.metrics.fidelity import Fidelity, OutputFidelity, TaskFidelity, nats, ratio, top_class
 from ndonnx.metrics.user_metric import UserMetric
+from ndonnx.metrics.verdict import Verdict
 from ndonnx.runtime.progress import Progress, Silent
 from ndonnx.teacher.sessions import OrtError, make_session
 from ndonnx.teacher.sizes import rows_at_once
@@ -67,6 +68,13 @@ class Evaluation:
     """Each float output in the measure of its task, by name."""
     metric: float | None = None
     """The user's own, higher is better; without a teacher, of the model beside itself."""
+    requirements: tuple[Verdict, ...] = ()
+    """What became of each requirement; the document has this key only where there were some."""
+
+    @property
+    def missed(self) -> tuple[Verdict, ...]:
+        """Requirements that were not kept."""
+        return tuple(verdict for verdict in self.requirements if not verdict.kept)
 
     @property
     def loss(self) -> float:
@@ -81,7 +89,10 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """As a mapping for JSON, which has no NaN or Inf: such values become None."""
-        return finite(asdict(self))
+        document = finite(asdict(self))
+        del document["requirements"]
+        told = [verdict.to_json() for verdict in self.requirements]
+        return document | ({"requirements": told} if told else {})
 
 
 def finite(values: Mapping[str, Any]) -> dict[str, Any]:

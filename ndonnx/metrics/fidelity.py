@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ndonnx.distill.task import Form, OutputTask, Task, fitting_temperature
+from ndonnx.metrics.intervals import Interval, of_mean, of_part
 
 Array = NDArray[Any]
 Float = NDArray[np.float64]
@@ -38,6 +39,9 @@ class OutputFidelity:
     softened_kl: float | None = None
     """As `kl`, of classes softened as for distillation (see `ndonnx.distill.task.fitting_temperature`): what few
     samples tell of a student, in which a single confident mistake does not outweigh all others."""
+    interval: Interval | None = None
+    """95% confidence interval of the measure of its task: of `agreement`, `cosine` or `nmse`. Samples are taken to be
+    independent, the positions of one sample are not. None where there are too few."""
 
     @property
     def loss(self) -> float:
@@ -60,6 +64,8 @@ class Fidelity:
         self.largest = 0.0
         self._count = 0
         self._mean = 0.0
+        self._rows = 0
+        self._squares = 0.0
 
     def add(self, student: Array, teacher: Array) -> Float:
         """Take in one batch; the squared error of each row of its first axis, (rows,), or of all where it has none.
@@ -71,7 +77,19 @@ class Fidelity:
         shape = len(teacher), math.prod(teacher.shape[1:])
         ours, theirs = (values.reshape(shape) for values in (student, teacher))
         parts = [self._add(ours[rows], theirs[rows]) for rows in _chunks(len(theirs), theirs.shape[1])]
-        return np.concatenate(parts) if parts else np.zeros(0)
+        errors = np.concatenate(parts) if parts else np.zeros(0)
+        self._rows += len(errors)
+        with np.errstate(over="ignore"):
+            self._squares += float(np.sum(np.square(errors)))
+        return errors
+
+    def interval(self) -> Interval | None:
+        """95% confidence interval of the error over the spread, by how the errors of the rows differ."""
+        found = of_mean(self.error, self._squares, self._rows)
+        if found is None or self.spread <= 0:
+            return None
+        low, high = (end * self._rows / self.spread for end in found)
+        return max(0.0, low), high
 
     def _add(self, student: Array, teacher: Array) -> Float:
         finite = np.isfinite(teacher)
@@ -108,6 +126,8 @@ class TaskFidelity:
         self._nats = self._softened = 0.0
         self._temperature: float | None = None
         self._cosines = 0.0
+        self._samples = 0
+        self._sum = self._squares = 0.0
 
     def add(self, student: Array, teacher: Array) -> None:
         """Take in one batch; nothing is learnt from outputs that are numbers."""
@@ -117,30 +137,49 @@ class TaskFidelity:
         self._count += len(theirs)
         if self._temperature is None and self._task.task is Task.CLASSIFICATION:
             self._temperature = fitting_temperature(theirs, -1, self._task.form)
-        for rows in _chunks(len(theirs), theirs.shape[1]):
-            self._add(ours[rows], theirs[rows])
+        parts = [self._add(ours[rows], theirs[rows]) for rows in _chunks(len(theirs), theirs.shape[1])]
+        if parts:
+            self._by_sample(np.concatenate(parts), len(teacher))
 
-    def _add(self, student: Array, teacher: Array) -> None:
+    def _by_sample(self, found: Float, samples: int) -> None:
+        """Take in the measure of each vector; those of one sample stand together."""
+        means = found.reshape(samples, -1).mean(axis=1)
+        self._samples += samples
+        self._sum += float(means.sum())
+        self._squares += float(np.square(means).sum())
+
+    def _interval(self) -> Interval | None:
+        if self._task.task is Task.CLASSIFICATION and self._samples == self._count:
+            return of_part(self._agreed / self._count, self._count)
+        return of_mean(self._sum, self._squares, self._samples)
+
+    def _add(self, student: Array, teacher: Array) -> Float:
+        """The measure of each vector: its cosine, or 1 where its class is the teacher's."""
         if self._task.task is Task.EMBEDDING:
             ours, theirs = student.astype(np.float64), teacher.astype(np.float64)
             product = (ours * theirs).sum(axis=1)
             norms = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
-            self._cosines += float(np.sum(product / np.maximum(norms, _LEAST)))
-        else:
-            self._agreed += int(np.sum(top_class(student) == top_class(teacher)))
-            probabilities = self._task.form is Form.PROBABILITIES
-            self._nats += nats(student, teacher, probabilities=probabilities)
-            self._softened += nats(student, teacher, probabilities=probabilities, temperature=self._temperature or 1.0)
+            cosines = product / np.maximum(norms, _LEAST)
+            self._cosines += float(np.sum(cosines))
+            return np.asarray(cosines)
+        agreed = top_class(student) == top_class(teacher)
+        self._agreed += int(np.sum(agreed))
+        probabilities = self._task.form is Form.PROBABILITIES
+        self._nats += nats(student, teacher, probabilities=probabilities)
+        self._softened += nats(student, teacher, probabilities=probabilities, temperature=self._temperature or 1.0)
+        return np.asarray(agreed, dtype=np.float64)
 
     def result(self, squares: Fidelity) -> OutputFidelity:
         """Everything so far, with the squared error that was summed beside it."""
         nmse, name = ratio(squares.error, squares.spread), str(self._task)
         if not self._count:
-            return OutputFidelity(name, nmse=nmse)
+            return OutputFidelity(name, nmse=nmse, interval=squares.interval())
+        told = self._interval()
         if self._task.task is Task.EMBEDDING:
-            return OutputFidelity(name, cosine=_or_worst(self._cosines / self._count, -1.0), nmse=nmse)
+            cosine = _or_worst(self._cosines / self._count, -1.0)
+            return OutputFidelity(name, cosine=cosine, nmse=nmse, interval=told)
         kl, softened = (_or_worst(max(0.0, found) / self._count, math.inf) for found in (self._nats, self._softened))
-        return OutputFidelity(name, self._agreed / self._count, kl, nmse=nmse, softened_kl=softened)
+        return OutputFidelity(name, self._agreed / self._count, kl, nmse=nmse, softened_kl=softened, interval=told)
 
 
 def ratio(error: float, spread: float) -> float:

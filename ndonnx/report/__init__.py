@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ndonnx.metrics.baselines import Baselines
 from ndonnx.metrics.evaluation import Evaluation, finite
 from ndonnx.metrics.fidelity import OutputFidelity
 from ndonnx.runtime.atomic import atomic_write_json
@@ -55,6 +56,16 @@ class NeighbourhoodReport:
     """The neighbourhood with the same weights whose student stands here too; None: its own."""
     traceback: str | None = None
     """Path of a text file in the run directory, where the reason is something that nobody foresaw."""
+    input: str | None = None
+    """The stream value that it reads; None where there is none."""
+    output: str | None = None
+    """The value that it makes."""
+    teacher_parameters: int | None = None
+    """Parameters of the teacher's own slice."""
+    teacher_macs: int | None = None
+    """Multiply-accumulates of the teacher's own slice for one sample; None where they cannot be told."""
+    curve: Sequence[tuple[int, float]] = ()
+    """Steps at which the training measured its held-out NMSE, with what it was; empty where nothing was trained."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +83,8 @@ class FinetuneReport:
     """Why there was none."""
     traceback: str | None = None
     """Path of a text file in the run directory, where the reason is something that nobody foresaw."""
+    curve: Sequence[tuple[int, float]] = ()
+    """Steps at which the held-out NMSE of the outputs was measured, with what it was."""
 
 
 @dataclass(frozen=True)
@@ -173,6 +186,22 @@ class CompressReport:
     then has no such key."""
     unchanged: bool = False
     """Whether the teacher itself was asked for: every channel kept, no steps. The document has this key only then."""
+    task: Mapping[str, str] = field(default_factory=dict)
+    """What each float output was taken for, by name."""
+    asked: Mapping[str, Any] = field(default_factory=dict)
+    """What the run was asked for: `model`, `data`, `eval`, `output`, and every setting of the `recipe`."""
+    command: str | None = None
+    """A command that repeats the run; None where the model or the data are no files."""
+    files: Mapping[str, Any] = field(default_factory=dict)
+    """SHA-256 of the `teacher`, the `student` and the `recipe`, and fingerprints of the `data`."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Versions of the packages that the result depends on."""
+    machine: Mapping[str, Any] = field(default_factory=dict)
+    """Processor, usable cores, memory in bytes, system."""
+    warnings: tuple[str, ...] = ()
+    """What the run remarked on, a line each."""
+    baselines: Baselines | None = None
+    """The comparison with what there is without this library; the document has this key only where it was asked for."""
 
     @property
     def unforeseen(self) -> dict[str, str]:
@@ -191,6 +220,10 @@ class CompressReport:
             del whole["simplified"]
         if not self.unchanged:
             del whole["unchanged"]
+        if self.baselines is None:
+            del whole["baselines"]
+        else:
+            whole["baselines"] = self.baselines.to_json()
         whole["stages"] = [finite(stage) for stage in whole["stages"]]
         whole["metrics"] = {name: metrics.to_json() for name, metrics in self.metrics.items()}
         return whole

@@ -14,6 +14,7 @@ from ndonnx.graph import fold_constants
 from ndonnx.graph.bound import bind
 from ndonnx.graph.macs import sample_cost
 from ndonnx.graph.storage.files import compressed_bytes, file_bytes
+from ndonnx.metrics.baselines import Baselines
 from ndonnx.metrics.evaluation import Evaluation
 from ndonnx.metrics.latency import ProviderSpeed
 
@@ -63,6 +64,8 @@ class Speed:
     fidelity: dict[str, Evaluation] | None
     """How good `model` and `against` are on the data; None without data."""
     notes: list[str]
+    baselines: Baselines | None = None
+    """The comparison with what there is without this library; the document has this key only where it was asked for."""
 
     def share(self, quantity: str) -> float | None:
         """What the model has of one of `QUANTITIES`, as a part of what the other one has."""
@@ -80,7 +83,7 @@ class Speed:
             "providers": [entry.to_json() for entry in self.providers],
             "fidelity": None if self.fidelity is None else {k: found.to_json() for k, found in self.fidelity.items()},
             "notes": self.notes,
-        }
+        } | ({} if self.baselines is None else {"baselines": self.baselines.to_json()})
 
 
 def check_picture(path: Path) -> None:

@@ -86,6 +86,32 @@ class Logged(Silent):
         LOGGER.log(logging.INFO if isinstance(message, Estimate) else logging.WARNING, "%s", message)
 
 
+class Remembering:
+    """Passes everything on, and keeps the remarks that are no estimates."""
+
+    def __init__(self, told: Progress) -> None:
+        self._told = told
+        self.notes: list[str] = []
+        """Each remark once, in order."""
+
+    def stage(self, name: str, total: int | None = None, unit: str = "") -> None:
+        self._told.stage(name, total, unit)
+
+    def advance(self, amount: int = 1) -> None:
+        self._told.advance(amount)
+
+    def step(self, neighbourhood: str, step: int, steps: int, nmse: float) -> None:
+        self._told.step(neighbourhood, step, steps, nmse)
+
+    def finished(self, neighbourhood: str, status: str, nmse: float | None, reason: str | None) -> None:
+        self._told.finished(neighbourhood, status, nmse, reason)
+
+    def note(self, message: str) -> None:
+        if not isinstance(message, Estimate) and message not in self.notes:
+            self.notes.append(message)
+        self._told.note(message)
+
+
 class Called:
     """Passes everything on to a callable, as events."""
 

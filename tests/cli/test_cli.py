@@ -370,7 +370,8 @@ def test_compress_json_keeps_its_contract(run: Run, folder: Path) -> None:
     report = json.loads(out)
     assert (code, err) == (0, "")
     contract = ["teacher", "student", "metrics", "neighbourhoods", "finetune", "seconds", "peak_rss_bytes", "run_dir"]
-    assert list(report) == [*contract, "shapes", "stages"]
+    origin = ["task", "asked", "command", "files", "versions", "machine", "warnings"]
+    assert list(report) == [*contract, "shapes", "stages", *origin]
     assert report["student"]["path"] == "s.onnx"
     assert report["student"]["bytes"] == (folder / "s.onnx").stat().st_size
     assert report["student"]["parameters"] < report["teacher"]["parameters"]

@@ -205,7 +205,7 @@ def test_the_activations_are_gone_afterwards_and_nothing_else_is_left(bench: Ben
         re.sub(r"-[0-9a-f]{32}", "", str(path.relative_to(run_dir))) for path in run_dir.rglob("*") if path.is_file()
     )
     assert files == sorted(
-        ["lock", "report.json"]
+        ["lock", "recipe.toml", "report.json"]
         + [f"slices/{name}.onnx" for name in UNITS]
         + [f"students/{name}/{file}" for name in UNITS for file in ("done.json", "student.onnx")]
     )

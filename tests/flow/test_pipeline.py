@@ -60,6 +60,13 @@ def test_the_demo_from_end_to_end(tmp_path: Path) -> None:
             "peak_rss_bytes",
             "run_dir",
             "shapes",
+            "task",
+            "asked",
+            "command",
+            "files",
+            "versions",
+            "machine",
+            "warnings",
         )
     }
     for side, path in (("teacher", demo.teacher_path()), ("student", output)):

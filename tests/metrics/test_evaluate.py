@@ -329,3 +329,25 @@ def test_outputs_without_numbers_have_no_error(shape: tuple[int, ...]) -> None:
             told.add(values.reshape(*shape, 1), values.reshape(*shape, 1))
             assert told.result(found).nmse == 0
     assert all(found.task is Task.REGRESSION for found in tasks_of({"y": values}, len(values) if shape else 1).values())
+
+
+def test_intervals_are_of_samples_not_of_positions() -> None:
+    rng = np.random.default_rng(0)
+    teacher = rng.standard_normal((40, 6, 5)).astype(np.float32)
+    student = teacher + rng.standard_normal((40, 1, 1)).astype(np.float32) * rng.standard_normal((40, 6, 5), np.float32)
+    agreed = (student.argmax(2) == teacher.argmax(2)).mean(axis=1)
+    reach = 1.959964 * agreed.std(ddof=1) / np.sqrt(40)
+    tally, squares = TaskFidelity(OutputTask(Task.CLASSIFICATION)), Fidelity()
+    for rows in (slice(0, 15), slice(15, 40)):
+        squares.add(student[rows], teacher[rows])
+        tally.add(student[rows], teacher[rows])
+    found = tally.result(squares)
+    assert found.agreement == pytest.approx(agreed.mean())
+    assert found.interval == (pytest.approx(agreed.mean() - reach), pytest.approx(agreed.mean() + reach))
+    errors = np.square(student - teacher).sum(axis=(1, 2)) * 40 / np.square(teacher - teacher.mean()).sum()
+    reach = 1.959964 * errors.std(ddof=1) / np.sqrt(40)
+    low, high = TaskFidelity(OutputTask(Task.REGRESSION)).result(squares).interval or (0, 0)
+    assert (low, high) == (
+        pytest.approx(errors.mean() - reach, rel=1e-4),
+        pytest.approx(errors.mean() + reach, rel=1e-4),
+    )

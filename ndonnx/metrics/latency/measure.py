@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +127,66 @@ def measure(
     return [_on_provider(provider, models, samples, plan, progress) for provider in plan.providers]
 
 
+@dataclass(frozen=True)
+class Beside:
+    """Times of one of several models that were timed in turn, at one batch size on one provider."""
+
+    start: Start
+    latency: Latency
+    ratio: Ratio | None
+    """Time of this model over that of the reference; None of the reference itself."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As a mapping for JSON: how many runs instead of each one's time."""
+        document = asdict(self)
+        document["latency"]["runs"] = len(document["latency"].pop("times_ms"))
+        return document
+
+
+def measure_beside(
+    models: Mapping[str, Path], reference: str, samples: Feeds, plan: Plan, progress: Progress | None = None
+) -> dict[str, Beside]:
+    """Load and time any number of models in turn, in processes of their own, and compare each with one of them.
+
+    Args:
+        models: files by name.
+        reference: name of the one that the others are compared with.
+        samples: arrays (n, ...) by input name.
+        plan: threads and how often; of its batch sizes and providers the first ones.
+        progress: told how many processes are over.
+
+    Raises:
+        ModelError: a model cannot be opened or run.
+        DataError: an input is missing.
+        UsageError: the provider is not there.
+    """
+    progress = Silent() if progress is None else progress
+    size, setting = plan.batch_sizes[0], Setting(plan.providers[0], plan.threads, plan.interface)
+    plan = replace(plan, batch_sizes=(size,))
+    total = plan.processes + (len(models) if plan.memory else 0)
+    progress.stage(f"benchmark on {setting.provider}", total=total, unit="processes")
+    blocks = _blocks(models, samples, plan, setting, progress)
+    found = {}
+    for name in models:
+        times = [time for block in blocks for time in block.times_ms[size][name]]
+        pairs = [(block.times_ms[size][name], block.times_ms[size][reference]) for block in blocks]
+        over = None if name == reference else ratio_over_blocks(pairs)
+        found[name] = Beside(
+            _start(name, models[name], blocks, samples, plan, setting, progress), latency(times, size), over
+        )
+    return found
+
+
+def _start(
+    name: str, path: Path, blocks: Sequence[Block], samples: Feeds, plan: Plan, setting: Setting, progress: Progress
+) -> Start:
+    memory = None
+    if plan.memory:
+        memory = peak_memory(path, plan.interface.feeds(batch_of(samples, max(plan.batch_sizes))), setting)
+        progress.advance()
+    return Start(load_time(blocks, name), memory)
+
+
 def _on_provider(
     provider: str, models: Mapping[str, Path], samples: Feeds, plan: Plan, progress: Progress
 ) -> ProviderSpeed:
@@ -134,16 +194,9 @@ def _on_provider(
     total = plan.processes + (len(models) if plan.memory else 0)
     progress.stage(f"benchmark on {provider}", total=total, unit="processes")
     blocks = _blocks(models, samples, plan, setting, progress)
-    largest = max(plan.batch_sizes)
-    starts = {}
-    for name, path in models.items():
-        memory = None
-        if plan.memory:
-            memory = peak_memory(path, plan.interface.feeds(batch_of(samples, largest)), setting)
-            progress.advance()
-        starts[name] = Start(load_time(blocks, name), memory)
+    starts = {name: _start(name, path, blocks, samples, plan, setting, progress) for name, path in models.items()}
     timings = [_timing(blocks, size) for size in plan.batch_sizes]
-    return ProviderSpeed(provider, largest, starts[MODEL], starts.get(AGAINST), timings)
+    return ProviderSpeed(provider, max(plan.batch_sizes), starts[MODEL], starts.get(AGAINST), timings)
 
 
 def _blocks(

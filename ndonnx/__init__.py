@@ -54,6 +54,7 @@ if TYPE_CHECKING:
         FinetuneReport,
         ModelSummary,
         NeighbourhoodReport,
+        QuantisationReport,
         StageReport,
         TargetReport,
     )
@@ -107,6 +108,7 @@ __all__ = [
     "Partition",
     "Progress",
     "ProviderSpeed",
+    "QuantisationReport",
     "Ratio",
     "Recipe",
     "RecipeError",
@@ -188,6 +190,7 @@ _MODULES: Mapping[str, tuple[str, ...]] = {
         "FinetuneReport",
         "ModelSummary",
         "NeighbourhoodReport",
+        "QuantisationReport",
         "StageReport",
         "TargetReport",
     ),

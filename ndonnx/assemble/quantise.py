@@ -1,23 +1,25 @@
-"""A model in 8 bits, by onnxruntime's own quantisation: in the QDQ format with given ranges, or with dynamic ranges.
+"""A model in 8 bits for onnxruntime: with ranges known beforehand (QDQ), or with ranges found anew in every run.
 
-Weights are int8, symmetric, one scale per output channel. With static ranges activations are uint8 with a zero point;
-with dynamic ranges they are quantised anew in every run. Which nodes stay in float is the caller's to say.
+Weights are int8, symmetric, one scale per output channel; activations are uint8 with a zero point. onnxruntime's own
+quantiser writes the same, a channel at a time in Python: a minute for a sentence embedder of 22 million weights, too
+long for a choice among dozens. Which nodes stay in float is the caller's to say.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, TypeAlias
 
-import numpy as np
 import onnx
 import onnx_ir as ir
-from onnx_ir.passes.common import LiftConstantsToInitializersPass
+from onnx_ir.passes.common import LiftConstantsToInitializersPass, RemoveUnusedNodesPass
 
-from ndonnx.assemble.quantise_ranges import Histograms, Rule
+from ndonnx.assemble.quantise_dynamic import TYPES, DynamicQuantiser, dynamic_nodes
+from ndonnx.assemble.quantise_numbers import Weights
+from ndonnx.assemble.quantise_ranges import Histograms, Range, Rule
+from ndonnx.assemble.quantise_static import ACTIVATIONS, FURTHER, LINEAR, MOVING, StaticQuantiser
 from ndonnx.errors import SliceError, first_line
 from ndonnx.graph.costs import constant_of, weights_of
 from ndonnx.graph.passes.fold_scales import fold_scales
@@ -29,21 +31,9 @@ from ndonnx.graph.storage.external import external_tensors
 Mode: TypeAlias = Literal["static", "dynamic"]
 Operators: TypeAlias = Literal["linear", "all"]
 
-_LINEAR = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
-_REMOVABLE = frozenset({"Relu", "Clip"})
-"""Activations that a range of the value behind them stands for."""
-_FURTHER = frozenset({
-    "Add", "AveragePool", "Concat", "Flatten", "Gather", "GlobalAveragePool", "LeakyRelu", "MaxPool", "Mul", "Pad",
-    "Reshape", "Resize", "Sigmoid", "Slice", "Softmax", "Split", "Squeeze", "Transpose", "Unsqueeze", "Where",
-})  # fmt: skip
-"""Other operators that onnxruntime computes with integers, or hands integers on through."""
-_DYNAMIC = frozenset({"MatMul", "Gemm", "Gather", "LSTM", "Attention"})
-"""Convolutions are left out: with dynamic ranges they are slower than in float."""
 _OPSETS: dict[Mode, int] = {"static": 13, "dynamic": 11}
 """Opset from which scales per channel, and quantisation in every run, can be written down."""
 _IR_VERSIONS = {11: 6, 13: 7}
-_INFERRED = ("onnx.infer", "onnxruntime.quant")
-"""What tells onnxruntime's quantiser that the types of all values stand in the model."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +59,8 @@ class Scheme:
     def types(self) -> frozenset[str]:
         """Types of operators that are quantised."""
         if self.mode == "dynamic":
-            return _DYNAMIC
-        return _LINEAR | _REMOVABLE | (_FURTHER if self.operators == "all" else frozenset())
+            return TYPES
+        return LINEAR | ACTIVATIONS | (FURTHER | MOVING if self.operators == "all" else frozenset())
 
 
 def prepared(model: ir.Model, mode: Mode) -> ir.Model:
@@ -130,119 +120,51 @@ def _name_nodes(model: ir.Model) -> None:
 
 def can_be_quantised(model: ir.Model) -> bool:
     """Whether any node of a model holds float weights that some scheme has in integers."""
-    heavy = _LINEAR | _DYNAMIC
+    heavy = LINEAR | TYPES
     return any(node.domain == "" and node.op_type in heavy and weights_of(node) for node in model.graph)
 
 
 def quantisable(model: ir.Model, scheme: Scheme) -> list[str]:
     """Names of the nodes of a prepared model whose weights, or products, a scheme has in integers."""
-    heavy = (_DYNAMIC if scheme.mode == "dynamic" else _LINEAR) & scheme.types
-    return [
-        node.name or "" for node in model.graph if node.domain == "" and node.op_type in heavy and _fits(node, scheme)
-    ]
-
-
-def _fits(node: ir.Node, scheme: Scheme) -> bool:
-    """Whether a node computes with floats; where ranges are dynamic, with a constant."""
-    read = [value for value in node.inputs if value is not None]
-    if scheme.mode == "dynamic" and not any(value.is_initializer() for value in read):
-        return False
-    floats = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
-    tables = read[0] if node.op_type == "Gather" else None
-    if tables is not None and not tables.is_initializer():
-        return False
-    return any(_dtype(value) in floats for value in read[:2])
-
-
-def _dtype(value: ir.Value) -> ir.DataType | None:
-    return value.const_value.dtype if value.const_value is not None else value.dtype
+    if scheme.mode == "dynamic":
+        return [node.name or "" for node in dynamic_nodes(model)]
+    nodes = (node for node in model.graph if node.domain == "" and node.op_type in LINEAR)
+    return [node.name or "" for node in nodes if node.outputs[0].dtype is ir.DataType.FLOAT]
 
 
 def quantised(
-    model: ir.Model, scheme: Scheme, histograms: Histograms | None = None, kept: Collection[str] = ()
+    model: ir.Model,
+    scheme: Scheme,
+    histograms: Histograms | None = None,
+    kept: Collection[str] = (),
+    weights: Weights | None = None,
 ) -> ir.Model:
     """A prepared model in 8 bits.
 
     Args:
         model: of `prepared`, for the scheme's mode; not changed.
         scheme: how.
-        histograms: of all its float values; needed with static ranges.
+        histograms: of all its float values; needed with static ranges. What has none stays in float.
         kept: names of nodes that stay in float.
-
-    Raises:
-        SliceError: onnxruntime's quantiser fails.
+        weights: where weights in 8 bits are kept from one call for this model to the next.
     """
-    proto = to_proto(model)
-    proto.metadata_props.add(key=_INFERRED[0], value=_INFERRED[1])
-    excluded = sorted(kept)
-    with _quiet():
-        try:
-            found = (
-                _dynamic(proto, scheme, excluded)
-                if scheme.mode == "dynamic"
-                else _static(proto, scheme, histograms or {}, excluded)
-            )
-        except Exception as error:  # of the quantiser's own: it raises what its dictionaries do
-            raise SliceError(f"onnxruntime cannot quantise it: {type(error).__name__}: {first_line(error)}") from error
-    return _as_before(model, found, excluded)
+    found, held = model.clone(), Weights() if weights is None else weights
+    if scheme.mode == "dynamic":
+        DynamicQuantiser(found, held, scheme.narrow).run(kept)
+    else:
+        known = histograms or {}
 
+        @cache
+        def range_of(name: str) -> Range | None:
+            return known[name].range_by(scheme.rule) if name in known else None
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the quantiser's advice to itself."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
-
-
-def _static(proto: onnx.ModelProto, scheme: Scheme, histograms: Histograms, kept: list[str]) -> onnx.ModelProto:
-    from onnxruntime.quantization import QDQQuantizer, QuantType  # noqa: PLC0415 - takes a second
-
-    options = {"ActivationSymmetric": False, "WeightSymmetric": True}
-    return QDQQuantizer(
-        proto, True, scheme.narrow, QuantType.QInt8, QuantType.QUInt8, ranges_of(histograms, scheme.rule), [], kept,
-        sorted(scheme.types), options,
-    ).quantize_model()  # fmt: skip
-
-
-def ranges_of(histograms: Histograms, rule: Rule) -> object:
-    """The ranges of all values by one rule, as onnxruntime's quantiser takes them: a `TensorsData`."""
-    from onnxruntime.quantization.calibrate import CalibrationMethod, TensorsData  # noqa: PLC0415 - takes a second
-
-    ends = {name: histogram.range_by(rule) for name, histogram in histograms.items()}
-    return TensorsData(
-        CalibrationMethod.MinMax, {n: (np.float32(low), np.float32(high)) for n, (low, high) in ends.items()}
-    )
-
-
-def _dynamic(proto: onnx.ModelProto, scheme: Scheme, kept: list[str]) -> onnx.ModelProto:
-    from onnxruntime.quantization import QuantType  # noqa: PLC0415 - takes a second
-    from onnxruntime.quantization.onnx_quantizer import ONNXQuantizer  # noqa: PLC0415
-    from onnxruntime.quantization.quant_utils import QuantizationMode  # noqa: PLC0415
-
-    parts = [f"{name}{part}" for name in kept for part in ("", "_MatMul", "_Add")]  # of a `Gemm`, which it takes apart
-    quantiser = ONNXQuantizer(
-        proto, True, scheme.narrow, QuantizationMode.IntegerOps, False, QuantType.QInt8, QuantType.QUInt8, None, [],
-        parts, sorted(scheme.types), {"MatMulConstBOnly": True},
-    )  # fmt: skip
-    quantiser.quantize_model()
-    return quantiser.model.model
-
-
-def _as_before(before: ir.Model, proto: onnx.ModelProto, kept: list[str]) -> ir.Model:
-    """What a quantiser made, with the head of the model that it was made of."""
-    del proto.graph.value_info[:]
-    found = ir.from_proto(proto)
-    found.metadata_props.clear()
-    found.metadata_props.update(before.metadata_props)
-    found.producer_name, found.producer_version = before.producer_name, before.producer_version
-    found.graph.name, found.doc_string = before.graph.name, before.doc_string
-    for old, new in zip(before.graph.outputs, found.graph.outputs, strict=True):
-        new.shape, new.type = old.shape, old.type
-    _shield(found, kept)
+        StaticQuantiser(found, range_of, held, scheme.narrow).run(scheme.types, kept)
+        _shield(found, kept)
+    RemoveUnusedNodesPass()(found)
+    for node in found.graph:
+        for value in node.outputs:
+            if not value.is_graph_output():
+                value.shape = value.type = None
     found.graph.sort()
     return found
 
@@ -276,7 +198,7 @@ def _is_dequantised(value: ir.Value | None) -> bool:
 def _ends_in_steps(node: ir.Node) -> bool:
     """Whether all that reads a node quantises what it reads, perhaps behind an activation."""
     readers = [use.node for use in node.outputs[0].uses()]
-    if len(readers) == 1 and readers[0].op_type in _REMOVABLE:
+    if len(readers) == 1 and readers[0].op_type in ACTIVATIONS:
         readers = [use.node for use in readers[0].outputs[0].uses()]
     return bool(readers) and all(reader.op_type == "QuantizeLinear" for reader in readers)
 

@@ -45,6 +45,7 @@ class Histogram:
         """Numbers in equal bins from `-reach` to `reach`; those that are exactly 0 are not among them."""
         self.zeros = 0
         self.reach = 0.0
+        self._ranges: dict[Rule, Range] = {}
 
     def add(self, values: NDArray[Any]) -> None:
         """Take in floating-point numbers of any shape; those that are not finite are passed over."""
@@ -52,6 +53,7 @@ class Histogram:
         flat = flat[np.abs(flat) < _MASKS]
         if not flat.size:
             return
+        self._ranges.clear()
         self.low, self.high = min(self.low, float(flat.min())), max(self.high, float(flat.max()))
         self._widen(max(abs(self.low), abs(self.high)))
         counted = flat[:: -(-flat.size // _MOST_COUNTED)]
@@ -74,6 +76,11 @@ class Histogram:
 
     def range_by(self, rule: Rule) -> Range:
         """Ends of the range that a rule gives; (0, 0) where nothing was counted."""
+        if rule not in self._ranges:
+            self._ranges[rule] = self._range_by(rule)
+        return self._ranges[rule]
+
+    def _range_by(self, rule: Rule) -> Range:
         if self.low > self.high:
             return 0.0, 0.0
         if rule == "minmax" or not self.counts.any():
@@ -133,16 +140,16 @@ def measure_ranges(
     """
     names = float_values(model) if names is None else names
     found = {name: Histogram() for name in names}
-    probe, size = Probe(model, names, threads=threads), 0
+    probe, fixed, size = Probe(model, names, threads=threads), _is_fixed(model), 1
     for batch in batches:
-        rows = max(len(array) for array in batch.values())
-        size = min(size or 1, rows) if not _is_fixed(model) else rows
-        for start in range(0, rows, size):
-            values = probe.run({name: array[start : start + size] for name, array in batch.items()})
+        rows, start = max(len(array) for array in batch.values()), 0
+        while start < rows:
+            part = slice(start, start + (rows if fixed else size))
+            values = probe.run({name: array[part] for name, array in batch.items()})
             for name, histogram in found.items():
                 histogram.add(values[name])
-        held = sum(array.nbytes for array in values.values()) // max(1, min(size, rows - start))
-        size = max(1, BATCH_BYTES // max(1, held))
+            held = sum(array.nbytes for array in values.values()) // min(size, rows - start)
+            start, size = part.stop, max(1, BATCH_BYTES // max(1, held))
     return found
 
 

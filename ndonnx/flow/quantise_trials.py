@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ndonnx.assemble.quantise import Mode, Scheme, prepared, quantised
+from ndonnx.assemble.quantise_numbers import Weights
 from ndonnx.assemble.quantise_ranges import Histogram, measure_ranges
 from ndonnx.data.subset import Subset
 from ndonnx.errors import ModelError, SliceError
@@ -20,7 +22,6 @@ from ndonnx.graph.save import serialise
 from ndonnx.metrics.evaluation import Evaluation
 from ndonnx.metrics.latency import benchmark
 from ndonnx.runtime.machine import usable_cores
-from ndonnx.select.precision import Measured
 from ndonnx.teacher.batches import read_batch, whole_batches
 from ndonnx.teacher.sessions import OrtError
 
@@ -50,6 +51,7 @@ class Trials:
     deadline: float | None = None
     """Reading of `time.perf_counter` from which nothing more is tried."""
     _prepared: dict[Mode, ir.Model] = field(default_factory=dict)
+    _weights: dict[Mode, Weights] = field(default_factory=lambda: defaultdict(Weights))
     _histograms: dict[Mode, dict[str, Histogram]] = field(default_factory=dict)
 
     @property
@@ -82,7 +84,7 @@ class Trials:
         """
         base = self.base(scheme.mode)
         ranges = None if scheme.mode == "dynamic" else self._ranges(scheme.mode, base)
-        return quantised(base, scheme, ranges, kept)
+        return quantised(base, scheme, ranges, kept, self._weights[scheme.mode])
 
     def _ranges(self, mode: Mode, base: ir.Model) -> Mapping[str, Histogram]:
         if mode not in self._histograms:

@@ -53,7 +53,7 @@ class Merit:
 
     def is_better(self, one: Measured, other: Measured) -> bool:
         """Whether one student is clearly better than another one."""
-        if not math.isfinite(other.loss):
+        if not (math.isfinite(one.loss) and math.isfinite(other.loss)):
             return math.isfinite(one.loss)
         return self.of(one) < (1 - CLEAR) * self.of(other)
 

@@ -46,7 +46,7 @@ def check_quantisable(run: Run) -> None:
     """
     if run.recipe.bits < 32 and not can_be_quantised(run.teacher.model):
         raise ModelError(
-            f"{run.teacher.path}: nothing to quantise, as no Conv, Gemm, MatMul or LSTM in it holds float weights; "
+            f"{run.teacher.path}: nothing to quantise, as no Conv, Gemm, MatMul or Gather in it holds float weights; "
             "leave --bits out"
         )
 

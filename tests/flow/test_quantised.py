@@ -44,6 +44,7 @@ def test_the_demo_in_8_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert stages["quantised"]["written"] and sum(stage["written"] for stage in stages.values()) == 1
     found = report["quantised"]
     assert found["bits"] == 8 and found["reason"] is None and found["quantised_nodes"] > found["float_nodes"]
+    assert report["student"]["parameters"] > 0.4 * report["teacher"]["parameters"], "integers are weights too"
     assert found["size"] < 0.7 and report["student"]["bytes"] == student.stat().st_size
     model, before = onnx.load(student), onnx.load(teacher)
     assert [value.SerializeToString() for value in model.graph.input] == [

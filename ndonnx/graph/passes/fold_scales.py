@@ -10,6 +10,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
+Double = NDArray[np.float64]
 
 _DEFAULT_EPSILON = 1e-5
 
@@ -51,7 +52,7 @@ def _fold_next(graph: ir.Graph, conv: ir.Node) -> bool:
     return True
 
 
-def _affine(node: ir.Node, read: ir.Value, channels: int, rank: int) -> tuple[Array, Array] | None:
+def _affine(node: ir.Node, read: ir.Value, channels: int, rank: int) -> tuple[Double, Double] | None:
     """Factor and shift of each channel, float64 (channels,), that a node makes of a value; None where it does not."""
     if node.domain != "" or len(node.outputs) != 1:
         return None
@@ -67,7 +68,7 @@ def _affine(node: ir.Node, read: ir.Value, channels: int, rank: int) -> tuple[Ar
     return (each, np.zeros_like(each)) if node.op_type == "Mul" else (np.ones_like(each), each)
 
 
-def _of_norm(node: ir.Node) -> tuple[Array, Array] | None:
+def _of_norm(node: ir.Node) -> tuple[Double, Double] | None:
     training = node.attributes.get("training_mode")
     given = [_numbers(value) for value in node.inputs[1:5]]
     if (training is not None and training.as_int()) or len(given) < 4 or any(each is None for each in given):
@@ -78,7 +79,7 @@ def _of_norm(node: ir.Node) -> tuple[Array, Array] | None:
     return factor, bias - mean * factor
 
 
-def _by_channel(numbers: Array, channels: int, rank: int) -> Array | None:
+def _by_channel(numbers: Array, channels: int, rank: int) -> Double | None:
     """Constants that are broadcast over all but the channels, as one for each channel."""
     if numbers.ndim > rank:
         return None

@@ -62,15 +62,18 @@ def results_only() -> Iterator[None]:
 
 
 def verdict(report: CompressReport) -> int:
-    """The exit code of a finished run: a student that is all teacher is not what was asked for."""
+    """The exit code of a finished run: a student that is all teacher is not what was asked for, nor is one in float
+    where 8 bits were."""
     if report.target is not None:
         return reached(report.target.missed)
+    if report.quantised is not None:
+        return reached(report.quantised.reason)
     made = report.unchanged or any(neighbourhood.status != "kept" for neighbourhood in report.neighbourhoods)
     return DONE if made else TARGET_MISSED
 
 
 def reached(missed: str | None) -> int:
-    """The exit code of a search; what was missed is told in one line."""
+    """The exit code where something was to be reached; what was missed is told in one line."""
     if missed is None:
         return DONE
     print(f"target missed: {missed}", file=sys.stderr)

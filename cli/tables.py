@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 import ndonnx
-from ndonnx import OutputFidelity, StageReport
+from ndonnx import OutputFidelity, QuantisationReport, StageReport
 
 _UNBOUNDED = 10_000
 """Columns of a console that is no terminal: rows are not folded for a program that reads them."""
@@ -105,7 +105,9 @@ def print_report(report: ndonnx.CompressReport) -> None:
     print_text(_neighbourhoods(report))
     if len(report.stages) > 1:
         print_text(_stages(report.stages))
-    if report.unchanged:
+    if report.quantised is not None:
+        print_text(_quantised(report.quantised))
+    elif report.unchanged:
         print_text("every channel kept and no steps: the student is the teacher, as asked")
     elif all(neighbourhood.status == "kept" for neighbourhood in report.neighbourhoods):
         why = (
@@ -258,6 +260,18 @@ def _stages(stages: Sequence[StageReport]) -> Table:
         words = "; ".join(f"{name}: {value}" for name, value in told)
         rows.append((stage.stage, words, "written" if stage.written else ""))
     return table_of(("student", "on the samples that choose", ""), rows)
+
+
+def _quantised(found: QuantisationReport) -> str:
+    """How the student came to be in 8 bits, in one line."""
+    if found.reason is not None:
+        return f"not quantised: {found.reason}"
+    assert found.time is not None and found.size is not None
+    nodes = f"{found.quantised_nodes} of {(found.quantised_nodes or 0) + (found.float_nodes or 0)} layers"
+    return (
+        f"{found.bits} bits ({found.scheme}): {nodes} with integers, {part_text(found.time)} of the time and "
+        f"{part_text(found.size)} of the bytes of the same student in float, on this machine"
+    )
 
 
 def _neighbourhoods(report: ndonnx.CompressReport) -> Table:

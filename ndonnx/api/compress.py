@@ -12,6 +12,7 @@ from ndonnx.api.models import Model, Student, placed
 from ndonnx.api.settings import RecipeLike, recipe_of
 from ndonnx.config.recipe import Recipe
 from ndonnx.data import Data
+from ndonnx.errors import RecipeError
 from ndonnx.flow.baselines import beside_baselines
 from ndonnx.flow.build import Built, build, build_to_target
 from ndonnx.flow.origin import origin_of
@@ -80,6 +81,8 @@ def _compressed(
     request: Request, recipe: Recipe, progress: Remembering, *, of_file: bool
 ) -> tuple[Built, CompressReport]:
     searched = bool(recipe.target) or recipe.max_drop is not None
+    if searched and recipe.bits < 32:
+        raise RecipeError(f"bits = {recipe.bits}: a search for target or max_drop does not quantise yet; leave one out")
     with prepare(request, recipe, progress, searched=searched) as run:
 
         def write(student: ir.Model) -> None:
@@ -102,11 +105,12 @@ def _compressed(
             neighbourhoods=[built.results[n.name].report(n, run.parts) for n in run.parts.neighbourhoods],
             finetune=built.tuned,
             stages=built.stages,
+            quantised=built.quantised,
             seconds=Seconds(**run.clock.seconds()),
             peak_rss_bytes=peak_rss_bytes() + built.workers_rss,
             run_dir=str(run.directory.path),
             simplified=run.teacher.simplified,
-            unchanged=run.recipe.changes_nothing and not searched,
+            unchanged=run.recipe.changes_nothing and not searched and built.quantised is None,
             shapes=told_shapes(run.parts),
             target=None if built.target is None else _held(built.target, metrics, judged),
             task={name: found.task for name, found in metrics["student"].outputs.items()},

@@ -40,7 +40,7 @@ def verify(
         VerificationError: with the first check that failed.
     """
     _check_interface(teacher, student)
-    _check_file(teacher, student)
+    check_file(teacher, student)
     by_name = {n.name: n for n in parts.distillable}
     watched = [by_name[name] for name in students]
     names = list(dict.fromkeys(v.name or "" for n in watched for v in (n.entry, *n.context, n.exit) if v is not None))
@@ -98,12 +98,21 @@ def _growth(before: tuple[int, int], after: tuple[int, int]) -> float:
 
 
 def _check_interface(teacher: ir.Model, student: ir.Model) -> None:
+    check_ends(teacher, student)
+    if {d: v for d, v in student.opset_imports.items() if d in teacher.opset_imports} != dict(teacher.opset_imports):
+        raise VerificationError(f"the student's opset {student.opset_imports} is not the teacher's")
+
+
+def check_ends(teacher: ir.Model, student: ir.Model) -> None:
+    """Refuse a student whose inputs or outputs are not the teacher's, in name, type or shape.
+
+    Raises:
+        VerificationError: naming them.
+    """
     for side in ("inputs", "outputs"):
         old, new = (_interface(model, side) for model in (teacher, student))
         if old != new:
             raise VerificationError(f"the student's {side} {new} are not the teacher's {old}")
-    if {d: v for d, v in student.opset_imports.items() if d in teacher.opset_imports} != dict(teacher.opset_imports):
-        raise VerificationError(f"the student's opset {student.opset_imports} is not the teacher's")
 
 
 def _interface(model: ir.Model, side: str) -> list[tuple[str | None, str, str]]:
@@ -111,8 +120,12 @@ def _interface(model: ir.Model, side: str) -> list[tuple[str | None, str, str]]:
     return [(value.name, str(value.dtype), str(value.shape)) for value in values]
 
 
-def _check_file(teacher: ir.Model, student: ir.Model) -> None:
-    """Refuse what `onnx.checker` refuses, unless it says so of the teacher, too."""
+def check_file(teacher: ir.Model, student: ir.Model) -> None:
+    """Refuse what `onnx.checker` refuses, unless it says so of the teacher, too.
+
+    Raises:
+        VerificationError: with the checker's words.
+    """
     found = _verdict(student)
     if found is None:
         return

@@ -27,8 +27,11 @@ class Build(Section):
     """With the method `custom`: function that builds the student of a slice, a torch module. Default: needed with
     `custom`."""
     round_to: Annotated[int | None, Flag("N", Panel.BUILD)] = Field(None, ge=1)
-    """Number to whose multiples kept widths and ranks are rounded. Default: 8 for widths of at least 64 and ranks of
-    layers of at least 16, else 1."""
+    """Number to whose multiples kept widths and ranks are rounded. Default: 8 for widths of at least 64 (16 with
+    `--bits 8`) and ranks of layers of at least 16, else 1."""
+    bits: Annotated[Literal[8, 32], Flag("8|32", Panel.BUILD)] = 32
+    """Bits of the weights and activations of the student: with 8 it is quantised at the end, for onnxruntime on CPUs,
+    and pieces that lose too much by it stay in float. Not with `--target` or `--max-drop` yet."""
     granularity: Annotated[Literal["block", "layer"], Flag("block|layer", Panel.BUILD)] = "block"
     """Granularity of the partition: `block` takes the smallest regions with a width to shrink inside, `layer` one
     operator with weights each."""

@@ -102,6 +102,8 @@ class Setting:
         if _reads_text(self.annotation):
             return str
         found = _plain_type(self.annotation)
+        if get_origin(found) is Literal:
+            found = type(get_args(found)[0])
         return found if found in (int, float, bool) else str
 
 

@@ -25,6 +25,8 @@ _REFIT_SECONDS = 0.7
 """Seconds that it takes for a neighbourhood however few the samples are, about: its slices are opened for each."""
 _STAGE_PART = 0.005
 """Part of a time budget for measuring the whole student, after each of three stages at most."""
+_QUANTISE_PART = 0.15
+"""Part of a time budget for choosing how the student is quantised, where it is."""
 _LEAST_SAMPLES = 256
 """Drawn in any case: where they take too long, the budget was too small."""
 _SEEN = 2
@@ -114,8 +116,14 @@ class Schedule:
         recipe = self.recipe
         if recipe.time_budget is None:
             return self.plan(self.finetune_steps, recipe.finetune_lr)
-        left = (1 - _RESERVE) * recipe.time_budget - (time.perf_counter() - self._began)
+        kept = _RESERVE + (_QUANTISE_PART if recipe.bits < 32 else 0.0)
+        left = (1 - kept) * recipe.time_budget - (time.perf_counter() - self._began)
         return self.plan(_ENDLESS, recipe.finetune_lr, max(1.0, left))
+
+    def ends(self) -> float | None:
+        """Reading of `time.perf_counter` at which a time budget is over but for the last checks; None without one."""
+        budget = self.recipe.time_budget
+        return None if budget is None else self._began + (1 - _RESERVE) * budget
 
     def plan(self, steps: int, lr: float, seconds: float | None = None) -> Plan:
         """Plan of any training, by the recipe."""

@@ -12,11 +12,12 @@ from ndonnx.assemble.verify import check_no_larger, verify
 from ndonnx.distill.job import load_student, read_result
 from ndonnx.errors import VerificationError
 from ndonnx.flow.finish import Finish
+from ndonnx.flow.quantise import Quantisation
 from ndonnx.flow.run import Run
 from ndonnx.flow.stages import Stage, Stages
 from ndonnx.graph.shapes.declared import copy_of, state_as_in_file
 from ndonnx.partition import Neighbourhood
-from ndonnx.report import FinetuneReport, StageReport
+from ndonnx.report import FinetuneReport, QuantisationReport, StageReport
 from ndonnx.runtime.faults import Fault, fault_of
 from ndonnx.runtime.run_directory import Entry
 from ndonnx.teacher.batches import probe
@@ -33,6 +34,8 @@ class Assembled:
     """Neighbourhoods whose students failed at their place in the whole and were left out, with the reason."""
     stages: tuple[StageReport, ...] = ()
     """What the whole came to after each stage."""
+    quantised: QuantisationReport | None = None
+    """How it was quantised; None where that was not asked for."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class Assembly:
         with self.run.clock.measure("splice"):
             students = self._students(entries)
         if not students:
-            return Assembled(state_as_in_file(self._spliced({}), self.run.teacher.model), None, {})
+            return self.unchanged()
         stages, inputs = Stages(self.run), self.run.recipe.inputs
         student = self._spliced(students)
         self._check_size(student, students, entries)
@@ -92,10 +95,26 @@ class Assembly:
                 student = self._in_place(refitted)
             stages.add(self._verified(Stage("reconstructed", student, refitted)))
         tuned = self._finetuned(stages, students, (*key, str(inputs)))
+        return self._quantised(stages, tuned)
+
+    def unchanged(self) -> Assembled:
+        """The teacher itself, quantised where that is asked for."""
+        stages = Stages(self.run)
+        teacher = self._spliced({})
+        if self.run.recipe.bits == 32:
+            return Assembled(state_as_in_file(teacher, self.run.teacher.model), None, {})
+        stages.add(Stage("teacher", teacher, {}))
+        return self._quantised(stages, None)
+
+    def _quantised(self, stages: Stages, tuned: FinetuneReport | None) -> Assembled:
+        """The best stage, as the file has it; behind it, where that is asked for, the same quantised."""
         best = stages.best
         assert best is not None
         state_as_in_file(best.model, self.run.teacher.model)
-        return Assembled(best.model, tuned, {}, stages.reports())
+        quantised = Quantisation(self.run, stages).quantise()
+        best = stages.best
+        assert best is not None
+        return Assembled(best.model, tuned, {}, stages.reports(), quantised)
 
     def _finetuned(
         self, stages: Stages, replaced: Mapping[str, ir.Model], key: tuple[str, ...]

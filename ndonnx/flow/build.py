@@ -12,12 +12,12 @@ from ndonnx.flow.constrained_search import ConstrainedSearch
 from ndonnx.flow.finish import Finish
 from ndonnx.flow.jobs import NeighbourhoodResult, unchanged_results
 from ndonnx.flow.measure import finite
+from ndonnx.flow.quantise import check_quantisable
 from ndonnx.flow.run import Run
 from ndonnx.flow.search_session import SearchSession, Whole
 from ndonnx.flow.strategies import distil_all
 from ndonnx.flow.train import Distillation
-from ndonnx.graph.shapes.declared import copy_of, state_as_in_file
-from ndonnx.report import FinetuneReport, StageReport, TargetReport
+from ndonnx.report import FinetuneReport, QuantisationReport, StageReport, TargetReport
 from ndonnx.select import parse_drop, parse_target
 
 
@@ -36,20 +36,24 @@ class Built:
     """What was asked for and what was reached; None without a target."""
     stages: tuple[StageReport, ...] = ()
     """What the whole came to after each stage."""
+    quantised: QuantisationReport | None = None
+    """How it was quantised; None where that was not asked for."""
 
 
 def build(run: Run) -> Built:
     """Train a student of each neighbourhood and put them together."""
+    check_quantisable(run)
+    finishing = Finish(run)
     if run.recipe.changes_nothing:
-        original = run.teacher.original
-        return Built(state_as_in_file(copy_of(original), original), unchanged_results(run.parts))
-    distillation, finishing = Distillation(run), Finish(run)
+        same = Assembly(run, finishing).unchanged()
+        return Built(same.model, unchanged_results(run.parts), stages=same.stages, quantised=same.quantised)
+    distillation = Distillation(run)
     results = distil_all(distillation)
     entries = {n.name: entry for n in run.parts.trained if (entry := results[n.name].entry)}
     assembled = Assembly(run, finishing).assemble(entries, distillation.data)
     results |= {name: NeighbourhoodResult.kept(name, fault, run.directory) for name, fault in assembled.refused.items()}
     rss = max(distillation.workers_rss, finishing.workers_rss)
-    return Built(assembled.model, results, assembled.tuned, rss, stages=assembled.stages)
+    return Built(assembled.model, results, assembled.tuned, rss, stages=assembled.stages, quantised=assembled.quantised)
 
 
 def build_to_target(run: Run, on_better: Callable[[Whole], None]) -> Built:

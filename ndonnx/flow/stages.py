@@ -11,11 +11,11 @@ import onnx_ir as ir
 
 from ndonnx.data.subset import Remembered
 from ndonnx.flow.run import Run
-from ndonnx.metrics.evaluation import Evaluation, evaluate
+from ndonnx.metrics.evaluation import Evaluation, Reference, evaluate
 from ndonnx.report import StageReport
 
 _REMEMBERED = 128 * 2**20
-"""Most bytes of samples that stay in memory from one stage to the next."""
+"""Most bytes of samples, and of the teacher's answers, that stay in memory from one stage to the next."""
 _MOST_SAMPLES = 1024
 """Samples of a comparison of stages: the standard error of an agreement is then a point and a half at worst."""
 
@@ -25,7 +25,7 @@ class Stage:
     """A whole student."""
 
     name: str
-    """`spliced`, `reconstructed` or `fine-tuned`."""
+    """`spliced`, `reconstructed`, `fine-tuned` or `quantised`; `teacher` where that is quantised itself."""
     model: ir.Model
     students: Mapping[str, ir.Model]
     """The slices as they stand in it, by neighbourhood; empty where they were trained on as a whole."""
@@ -44,7 +44,21 @@ class Stages:
         """The samples by which all choices are made, read once for all stages."""
         return Remembered(self.run.split.to_choose(), _REMEMBERED)
 
-    def add(self, stage: Stage, *, better: bool = False) -> None:
+    @property
+    def samples(self) -> int:
+        """Samples on which stages are measured, at most."""
+        return self.run.schedule.stage_samples(_MOST_SAMPLES)
+
+    def found(self, stage: Stage | None) -> Evaluation | None:
+        """What a stage came to; None where nothing can be measured."""
+        return next((each for kept, each in self._found if kept is stage), None)
+
+    @cached_property
+    def _teacher(self) -> Reference:
+        """The teacher, which every stage is compared with."""
+        return Reference(self.run.teacher.path, self._rows, _REMEMBERED)
+
+    def add(self, stage: Stage, *, better: bool = False, asked: bool = False) -> None:
         """Take in a stage; it is the best where it is measured to be, or nothing can be measured.
 
         A later stage that is as good as an earlier one is not written: it has changed what it need not.
@@ -52,13 +66,14 @@ class Stages:
         Args:
             stage: a student that passed its checks.
             better: it is better by what the user asked for, which is more than to answer as the teacher does.
+            asked: the user asked for what it is, whatever that costs.
         """
         metric = self.run.recipe.metric
-        found = self._measured(stage.model) if self.run.float_outputs or metric else None
-        before = next((each for kept, each in self._found if kept is self.best), None)
+        found = self.evaluate(stage.model) if self.run.float_outputs or metric else None
+        before = self.found(self.best)
         self._found.append((stage, found))
         better = better and metric is None  # a metric of the user's own has the last word
-        if better or self.best is None or found is None or before is None or found.beats(before):
+        if asked or better or self.best is None or found is None or before is None or found.beats(before):
             self.best = stage
 
     def reports(self) -> tuple[StageReport, ...]:
@@ -74,13 +89,14 @@ class Stages:
             for stage, found in self._found
         )
 
-    def _measured(self, model: ir.Model) -> Evaluation:
+    def evaluate(self, model: ir.Model, samples: int | None = None) -> Evaluation:
+        """A student on the rows by which all choices are made, or on the first so many of them."""
         with self.run.clock.measure("evaluate"):
             return evaluate(
                 model,
                 self._rows,
-                teacher=self.run.teacher.path,
-                samples=self.run.schedule.stage_samples(_MOST_SAMPLES),
+                teacher=self._teacher,
+                samples=self.samples if samples is None else min(samples, self.samples),
                 tasks=self.run.recipe.task,
                 metric=self.run.recipe.metric,
             )

@@ -17,11 +17,13 @@ from ndonnx.flow.error_budgets import ErrorBudgets
 from ndonnx.flow.jobs import Jobs, NeighbourhoodResult, Trial
 from ndonnx.flow.run import Run
 from ndonnx.partition import Neighbourhood
+from ndonnx.partition.removable import step_of_integers
 from ndonnx.runtime.executor import Executor, make_executor
 from ndonnx.runtime.faults import Fault, tried
 from ndonnx.runtime.machine import pick_device, usable_cores
 from ndonnx.runtime.run_directory import Entry
 from ndonnx.students import StudentMethod
+from ndonnx.students.methods.width import Width
 from ndonnx.students.registry import method_of
 from ndonnx.teacher import ActivationStore, CaptureSettings, capture
 from ndonnx.teacher.batches import read_batch, value_bytes, whole_batches
@@ -86,7 +88,14 @@ class Distillation:
         plan = self.run.schedule.distil(len(self.run.parts.trained), self._workers())
         plan = replace(plan, memory=self.run.memory.step(self._workers()))
         plan = plan if steps is None else replace(plan, steps=steps)
-        return Trial(label or neighbourhood.name, neighbourhood, method or method_of(self.run.recipe), plan)
+        return Trial(label or neighbourhood.name, neighbourhood, method or self._method(neighbourhood), plan)
+
+    def _method(self, neighbourhood: Neighbourhood) -> StudentMethod:
+        """The recipe's method, with widths that products of integers like where 8 bits follow."""
+        method, recipe = method_of(self.run.recipe), self.run.recipe
+        if recipe.bits < 32 and isinstance(method, Width) and method.round_to is None:
+            return replace(method, round_to=step_of_integers(neighbourhood.widths))
+        return method
 
     def needed(self, neighbourhood: Neighbourhood) -> Trial:
         """A student as the recipe says, trained no further than its neighbourhood needs."""

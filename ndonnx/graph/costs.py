@@ -32,9 +32,25 @@ class Cost:
 
 
 def parameters_of(nodes: Iterable[ir.Node]) -> int:
-    """Elements of the weights that nodes of one graph read; a weight that several of them share counts once."""
-    weights = {value: None for node in _with_inner(nodes) for value in weights_of(node)}
+    """Elements of the weights that nodes of one graph read, quantised ones included; what several share counts once."""
+    weights = {value: None for node in _with_inner(nodes) for value in _counted(node)}
     return sum(_size(value) for value in weights)
+
+
+_QUANTISED = {"DequantizeLinear": 0, "QuantizeLinear": 0, "MatMulInteger": 1}
+"""Operators that read integers with their scales: the input that a weight is."""
+
+
+def _counted(node: ir.Node) -> list[ir.Value]:
+    """The weights that a node reads, among them integers that stand for floats; their scales are none."""
+    place = _QUANTISED.get(node.op_type)
+    if place is None and node.op_type == "Gather":
+        tensor = constant_of(node.inputs[0])
+        place = 0 if tensor is not None and tensor.dtype in (ir.DataType.INT8, ir.DataType.UINT8) else None
+    if place is None:
+        return weights_of(node)
+    read = node.inputs[place]
+    return [read] if read is not None and constant_of(read) is not None and _size(read) > 1 else []
 
 
 def weights_of(node: ir.Node) -> list[ir.Value]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -15,6 +15,8 @@ from ndonnx.partition.channels.group import ChannelGroups, stays
 _ROUNDED_FROM = 64
 """Widths from which a kept width is rounded by default."""
 _ROUND_TO = 8
+_INTEGER_STEP = 16
+"""Multiple to which such widths are rounded where 8 bits follow: products of integers come in larger blocks."""
 
 
 def kept_width(width: int, keep: float, round_to: int | None) -> int:
@@ -22,6 +24,11 @@ def kept_width(width: int, keep: float, round_to: int | None) -> int:
     multiple = round_to if round_to is not None else (_ROUND_TO if width >= _ROUNDED_FROM else 1)
     multiple = min(multiple, width)
     return min(width, max(multiple, round(keep * width / multiple) * multiple))
+
+
+def step_of_integers(widths: Sequence[int]) -> int | None:
+    """What kept widths are rounded to where 8 bits follow; None, the usual, where a width is too small for more."""
+    return _INTEGER_STEP if min(widths, default=0) >= _ROUNDED_FROM else None
 
 
 def removed_by_width(

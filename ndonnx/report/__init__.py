@@ -92,14 +92,16 @@ class StageReport:
     """The whole student after a stage that changed it, on held-out samples by which the best stage was chosen."""
 
     stage: str
-    """`spliced`, `reconstructed` (each student's last layer refitted down the chain) or `fine-tuned`."""
+    """`spliced`, `reconstructed` (each student's last layer refitted down the chain), `fine-tuned` or `quantised`; and
+    `teacher`, where it is quantised itself."""
     loss: float | None
     """One figure, less is better: of each output the softened divergence of its classes, one minus its cosine, or its
     NMSE."""
     outputs: Mapping[str, OutputFidelity]
     """Each float output in the measure of its task, by name."""
     written: bool
-    """Whether this is the student that was written: the best of all stages."""
+    """Whether this is the student that was written: the best of all stages, or the quantised one where that was asked
+    for."""
     metric: float | None = None
     """The user's own, higher is better, by which the best is then chosen; None where there is none."""
 
@@ -124,6 +126,53 @@ class SimplifiedReport:
 
 
 @dataclass(frozen=True)
+class QuantisationTrial:
+    """A quantised student that was measured on the way to the one that was written."""
+
+    scheme: str
+    loss: float | None
+    """As of a stage; where a metric of the user's own is what counts, how much less it is than the float student's."""
+    time: float
+    """Latency for one sample, as a part of the float student's."""
+    size: float
+    """Bytes, as a part of the float student's."""
+
+
+@dataclass(frozen=True)
+class QuantisationReport:
+    """How the student came to be in 8 bits, on the samples by which that was chosen and on this machine."""
+
+    bits: int
+    scheme: str | None = None
+    """Which operators are quantised, and how their ranges were found."""
+    kept: list[str] = field(default_factory=list)
+    """Names of the nodes that stay in float, since that is worth its time."""
+    loss: float | None = None
+    float_loss: float | None = None
+    """Loss of the same student in float."""
+    time: float | None = None
+    """Latency for one sample, as a part of the same student's in float."""
+    size: float | None = None
+    """Bytes, as a part of the same student's in float."""
+    quantised_nodes: int | None = None
+    """Convolutions, matrix products and recurrent layers that onnxruntime computes with integers here."""
+    float_nodes: int | None = None
+    """Those that it computes with floats."""
+    qdq_left: int | None = None
+    """`QuantizeLinear` and `DequantizeLinear` that it computes as such."""
+    opset: int | None = None
+    """Opset of the student, where it had to be raised."""
+    trials: list[QuantisationTrial] = field(default_factory=list)
+    reason: str | None = None
+    """Why the student stays in float; None where it does not."""
+
+    @classmethod
+    def read(cls, document: Mapping[str, Any]) -> QuantisationReport:
+        """From what `dataclasses.asdict` made of one."""
+        return cls(**{**document, "trials": [QuantisationTrial(**trial) for trial in document["trials"]]})
+
+
+@dataclass(frozen=True)
 class Seconds:
     """Wall time of the stages."""
 
@@ -134,6 +183,7 @@ class Seconds:
     refit: float = 0.0
     splice: float = 0.0
     finetune: float = 0.0
+    quantise: float = 0.0
     evaluate: float = 0.0
     total: float = 0.0
 
@@ -184,6 +234,8 @@ class CompressReport:
     simplified: SimplifiedReport | None = None
     """What became of the simplification; None where none was asked for, or nothing was to be simplified. The document
     then has no such key."""
+    quantised: QuantisationReport | None = None
+    """How the student was quantised. The document has this key only where that was asked for."""
     unchanged: bool = False
     """Whether the teacher itself was asked for: every channel kept, no steps. The document has this key only then."""
     task: Mapping[str, str] = field(default_factory=dict)
@@ -218,6 +270,8 @@ class CompressReport:
             del whole["target"]
         if self.simplified is None:
             del whole["simplified"]
+        if self.quantised is None:
+            del whole["quantised"]
         if not self.unchanged:
             del whole["unchanged"]
         if self.baselines is None:

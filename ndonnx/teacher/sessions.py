@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as _ort
@@ -129,3 +130,20 @@ def _open_ir(model: ir.Model, name: str, options: ort.SessionOptions, providers:
         except OSError as error:
             raise ModelError(f"{name}: cannot write the model to {folder}: {error.strerror or error}") from error
         return _open(str(path), name, options, providers)
+
+
+def optimised(model: ir.Model | bytes) -> onnx.ModelProto:
+    """The graph that onnxruntime makes of a model on the CPU, with its own fused operators, less the weights.
+
+    Raises:
+        ModelError: onnxruntime refuses the model.
+    """
+    options = _options(1, True, False, False)
+    with tempfile.TemporaryDirectory(prefix="ndonnx-", ignore_cleanup_errors=True) as folder:
+        path = Path(folder, "optimised.onnx")
+        options.optimized_model_filepath = str(path)
+        if isinstance(model, ir.Model):
+            _open_ir(model, f"graph '{model.graph.name or ''}'", options, _providers("cpu"))
+        else:
+            _open(model, "model", options, _providers("cpu"))
+        return onnx.load(path, load_external_data=False)

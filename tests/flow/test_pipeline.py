@@ -78,7 +78,7 @@ def test_the_demo_from_end_to_end(tmp_path: Path) -> None:
         assert 0 <= report["metrics"][side]["accuracy"] <= 1
     assert report["metrics"]["teacher"]["accuracy"] == 0.996
     assert report["metrics"]["student"]["agreement"] > 0.3
-    stages = {"load", "partition", "capture", "distil", "refit", "splice", "finetune", "evaluate", "total"}
+    stages = {"load", "partition", "capture", "distil", "refit", "splice", "finetune", "quantise", "evaluate", "total"}
     assert report["seconds"].keys() == stages
     assert sum(report["seconds"][name] for name in stages - {"total"}) == pytest.approx(
         report["seconds"]["total"], rel=0.1

@@ -1,0 +1,116 @@
+"""Students in 8 bits from end to end: smaller, near, the same again, and told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+import ndonnx
+from ndonnx.demo import teacher_path
+from ndonnx_cli.main import main
+from tests.helpers.models import Net
+from tests.helpers.runs import Bench, Recorder
+
+pytestmark = pytest.mark.usefixtures("one_core")
+
+ALONE: dict[str, Any] = {"keep": 1.0, "steps": 0, "bits": 8}
+
+
+def demo() -> tuple[str, str, str]:
+    folder = teacher_path().parent
+    return str(folder / "teacher.onnx"), str(folder / "train.npz"), str(folder / "test.npz")
+
+
+def wide(**options: int) -> onnx.ModelProto:
+    """Two layers that are large enough for 8 bits to make them smaller."""
+    net = Net()
+    x = net.relu(net.conv(net.input("x", "N", 8, 12, 12), 8, 32))
+    net.conv(x, 32, 32, out="y")
+    return net.proto("y", **options)
+
+
+def test_the_demo_in_8_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    teacher, train, test = demo()
+    student = tmp_path / "student.onnx"
+    words = ["--data", train, "--eval", test, "--steps", "4", "--finetune-steps", "0", "--bits", "8", "--json"]
+    assert main(["compress", teacher, *words, "-o", str(student), "-q"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    stages = {stage["stage"]: stage for stage in report["stages"]}
+    assert stages["quantised"]["written"] and sum(stage["written"] for stage in stages.values()) == 1
+    found = report["quantised"]
+    assert found["bits"] == 8 and found["reason"] is None and found["quantised_nodes"] > found["float_nodes"]
+    assert report["student"]["parameters"] > 0.4 * report["teacher"]["parameters"], "integers are weights too"
+    assert found["size"] < 0.7 and report["student"]["bytes"] == student.stat().st_size
+    model, before = onnx.load(student), onnx.load(teacher)
+    assert [value.SerializeToString() for value in model.graph.input] == [
+        value.SerializeToString() for value in before.graph.input
+    ]
+    assert [value.name for value in model.graph.output] == [value.name for value in before.graph.output]
+    assert [entry.version for entry in model.opset_import] == [entry.version for entry in before.opset_import]
+
+    assert main(["evaluate", str(student), "--data", test, "--teacher", teacher, "--json", "-q"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["metrics"]["agreement"] == pytest.approx(report["metrics"]["student"]["agreement"])
+    assert main(["inspect", str(student), "--json", "-q"]) == 0
+    capsys.readouterr()
+    assert main(["benchmark", str(student), "--against", teacher, "--data", test, "--processes", "2", "-q"]) == 0
+
+
+def test_the_teacher_itself_in_8_bits(tmp_path: Path) -> None:
+    teacher, train, test = demo()
+    student = tmp_path / "student.onnx"
+    found = ndonnx.compress(teacher, data=train, eval_data=test, output=student, recipe=ndonnx.Recipe(**ALONE)).report
+    assert not found.unchanged and [stage.stage for stage in found.stages] == ["teacher", "quantised"]
+    assert found.metrics["student"].agreement is not None and found.metrics["student"].agreement > 0.97
+    assert student.stat().st_size < 0.5 * Path(teacher).stat().st_size
+
+
+def test_a_continued_run_takes_no_second_measurement(tmp_path: Path) -> None:
+    bench = Bench(tmp_path).put(wide(), 64)
+    first = bench.compress(**ALONE)
+    bytes_ = bench.student.read_bytes()
+    bench.student.unlink()
+    recorder = Recorder()
+    again = bench.compress(progress=recorder, **ALONE)
+    assert bench.student.read_bytes() == bytes_ and again.report.quantised == first.report.quantised
+    assert "calibrate" not in recorder.stages
+
+
+def test_an_old_opset_is_raised_and_told(tmp_path: Path) -> None:
+    bench, recorder = Bench(tmp_path).put(wide(opset=11, ir_version=6), 64), Recorder()
+    report = bench.compress(progress=recorder, **ALONE).report
+    assert report.quantised is not None and report.quantised.opset == 13
+    assert any("opset 13" in note for note in recorder.notes)
+    assert onnx.load(bench.student).opset_import[0].version == 13
+
+
+def test_a_metric_of_ones_own_decides(tmp_path: Path) -> None:
+    bench = Bench(tmp_path).put(wide(), 64)
+    report = bench.compress(metric="tests.flow.test_quantised:nearness", **ALONE).report
+    assert report.quantised is not None and report.quantised.loss is not None
+    assert report.stages[-1].metric is not None and report.stages[0].metric == 0.0
+    assert report.quantised.loss == pytest.approx(-report.stages[-1].metric, abs=1e-6)
+
+
+def nearness(student: dict[str, np.ndarray], teacher: dict[str, np.ndarray], labels: object) -> float:
+    return -float(sum(np.mean((student[name] - teacher[name]) ** 2) for name in teacher))
+
+
+def test_nothing_to_quantise_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    net = Net()
+    net.op("Softmax", net.relu(net.input("x", "N", 8)), axis=-1, out="y")
+    bench = Bench(tmp_path).put(net.proto("y"), 48)
+    assert main(["compress", str(bench.model), "--data", str(bench.data), "--bits", "8", "-o", str(bench.student)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "nothing to quantise" in error and "--bits" in error and not bench.student.exists()
+
+
+@pytest.mark.parametrize("words", [["--bits", "16"], ["--bits", "8", "--target", "params=0.5"]])
+def test_what_is_not_to_be_had_is_one_line(folder: Path, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compress", str(folder / "teacher.onnx"), "--data", str(folder / "data.npz"), *words]) == 2
+    assert "bits" in capsys.readouterr().err.strip().splitlines()[-1]

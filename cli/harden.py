@@ -44,7 +44,6 @@ Steps = Annotated[
     "granularity",
     "cut",
     "freeze",
-    "simplify",
     "batch_size",
     Changed("finetune_lr", "Peak learning rate, relative to the root mean square of each weight.", flag="--lr"),
     "warmup",

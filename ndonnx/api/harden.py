@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from ndonnx.distill.task import check_told
 from ndonnx.errors import ModelError, NdonnxError, SliceError, UsageError
 from ndonnx.flow.harden import Hardening
 from ndonnx.flow.prepare import Request, open_all, partition_model
-from ndonnx.flow.simplification import simplified
 from ndonnx.graph import save, to_proto
 from ndonnx.graph.shapes.declared import state_as_in_file
 from ndonnx.metrics.evaluation import Evaluation, evaluate
@@ -146,8 +145,6 @@ def _hardened(
         )
     check_told(recipe.task, [value.name or "" for value in given.teacher.model.graph.outputs])
     progress.stage("partition")
-    if steps > 0:
-        given = replace(given, teacher=simplified(given.teacher, given.split.source, recipe, progress))
     parts = partition_model(given.teacher.model, recipe, given.teacher.interface)
     try:
         noises = measure_noises(parts, given.split.to_fit(_SPREAD_SAMPLES), noise)

@@ -15,7 +15,7 @@ from ndonnx.distill.trainer import Training
 from ndonnx.distill.whole import MODEL_FILE, WholeSettings, tasks_from
 from ndonnx.errors import SliceError
 from ndonnx.flow.prepare import Opened
-from ndonnx.graph import load, save
+from ndonnx.graph import load
 from ndonnx.partition import Partition
 from ndonnx.runtime.faults import Fault
 from ndonnx.runtime.machine import usable_cores
@@ -56,7 +56,7 @@ class Hardening:
         memory = MemoryPlan.of(recipe, self.parts, usable_cores()).whole_step()
         plan = replace(plan, memory=memory, threads=usable_cores())
         settings = WholeSettings.of(recipe, plan, answers.holdout, self.parts.interface, tasks)
-        path = self._model()
+        path = self.given.teacher.path
         job = HardenJob("model", path, answers.store.path, answers.labels, entry, settings, noises=noises)
         outcome, _ = run_alone(job, "harden", steps, recipe, self.progress)
         if (fault := outcome.fault) is not None:
@@ -66,12 +66,3 @@ class Hardening:
         hardened = load(entry.path / MODEL_FILE)
         ir.external_data.load_to_model(hardened)  # its files go with the folder
         return hardened, Training(**entry.meta())
-
-    def _model(self) -> Path:
-        """The file of what is trained: the teacher's own, or a copy of it simplified."""
-        teacher = self.given.teacher
-        if not teacher.change:
-            return teacher.path
-        path = self.folder / "simplified.onnx"
-        save(teacher.model, path)
-        return path

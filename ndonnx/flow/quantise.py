@@ -166,7 +166,7 @@ class _Choosing:
 
     def _whole(self) -> _Found:
         """The best way for all of it: of each kind the ranges with the least loss, then by loss and cost."""
-        rivals = [best for kind in _kinds() if (best := self._least_loss(kind)) is not None]
+        rivals = [rival for kind in _kinds() if (rival := self._least_loss(kind)) is not None]
         if not rivals:
             assert self._error is not None
             raise self._error
@@ -237,7 +237,7 @@ class _Choosing:
         def kept(numbers: tuple[int, ...]) -> list[str]:
             return [name for number in numbers for name in pieces[number]]
 
-        known = {(): found.measured.loss}
+        known: dict[tuple[int, ...], float] = {(): found.measured.loss}
 
         def measure(new: tuple[int, ...], old: tuple[int, ...]) -> tuple[Measured, Measured] | None:
             if trials.is_late or len(new) == len(pieces):

@@ -34,7 +34,7 @@ _TIMED_SECONDS = 1.0
 _MOST_ROUNDS, _LEAST_ROUNDS = 100, 10
 _UNDISTURBED = 0.1
 """Quantile of the times of a student that counts: whatever else the machine does makes runs longer, none shorter."""
-REFUSED = (SliceError, ModelError, *OrtError)
+REFUSED: tuple[type[Exception], ...] = (SliceError, ModelError, *OrtError)
 """What ends one way to quantise a student, and no other."""
 
 

@@ -107,7 +107,7 @@ def _summands(value: ir.Value) -> Iterator[ir.Node]:
 
 def _added(node: ir.Node) -> ir.Value | None:
     """The constant with one number for each output that is added to a matrix product; None where there is none."""
-    uses = node.outputs[0].uses()
+    uses = list(node.outputs[0].uses())
     weight = constant_of(node.inputs[1])
     if node.op_type != "MatMul" or len(uses) != 1 or weight is None or uses[0].node.op_type != "Add":
         return None

@@ -14,7 +14,7 @@ import ndonnx
 from ndonnx.flow import simplification
 from ndonnx.metrics.latency import Ratio
 from tests.helpers.models import inputs_of, residual_cnn, run
-from tests.helpers.runs import ALONE, Bench, Recorder, done_markers
+from tests.helpers.runs import Bench, Recorder, done_markers
 
 pytestmark = pytest.mark.usefixtures("one_core")
 
@@ -121,13 +121,6 @@ def test_a_rule_that_answers_otherwise_is_left_out(norms: Bench, monkeypatch: py
     assert found is not None and "behind" in found.rules and "chains" not in found.rules
     assert found.reason is not None and "chains" in found.reason
     assert "BatchNormalization" not in _kinds(norms.student)
-
-
-def test_hardened_models_are_simplified_where_weights_change(norms: Bench) -> None:
-    settings = {key: value for key, value in ALONE.items() if key != "finetune_steps"}
-    for steps, simplify, left in ((2, True, False), (2, False, True), (0, True, True)):
-        result = ndonnx.harden(norms.model, data=norms.data, steps=steps, simplify=simplify, **settings)
-        assert ("BatchNormalization" in {node.op_type for node in result.model.graph}) is left
 
 
 def test_the_decision_is_of_the_model_and_what_is_named(norms: Bench) -> None:

@@ -19,7 +19,7 @@ from ndonnx.distill.losses import Head, LookAheadLoss, NeighbourhoodLoss, Object
 from ndonnx.distill.plan import Plan
 from ndonnx.distill.samples import Samples, SharedSamples, SliceSamples, Source
 from ndonnx.distill.steps import with_fitting_batch
-from ndonnx.distill.trainer import OnStep, train
+from ndonnx.distill.trainer import OnStep, points, train
 from ndonnx.errors import ConversionError
 from ndonnx.graph import load, save, slice_cost
 from ndonnx.graph.precision import in_float32, in_own_types, rounding_error
@@ -210,7 +210,8 @@ class DistilJob:
 
 def read_result(entry: Entry) -> DistilResult:
     """The result of a job that is done."""
-    return DistilResult(**entry.meta())
+    found = entry.meta()
+    return DistilResult(**found | {"curve": points(found.get("curve", ()))})
 
 
 def load_student(entry: Entry) -> ir.Model:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -61,6 +61,16 @@ class Training:
     seconds: float
     curve: Sequence[tuple[int, float]] = ()
     """Steps at which the held-out NMSE was measured, with what it was; not finite values are left out."""
+
+    @classmethod
+    def read(cls, document: Mapping[str, Any]) -> Training:
+        """From what `dataclasses.asdict` made of one, by way of JSON."""
+        return cls(**{**document, "curve": points(document.get("curve", ()))})
+
+
+def points(curve: Sequence[Sequence[float]]) -> tuple[tuple[int, float], ...]:
+    """A curve as JSON has it, (step, error) each, as tuples."""
+    return tuple((int(step), float(error)) for step, error in curve)
 
 
 def learning_rate(done: float, plan: Plan) -> float:
@@ -361,8 +371,7 @@ class _Judge:
 
     def errors(self) -> _Errors:
         """The objective, and the NMSE of the target, on the held-out samples."""
-        found = self._pool.map(self._of, self._batches)
-        loss, squared, elements = (sum(values) for values in zip(*found, strict=True))
+        loss, squared, elements = map(sum, zip(*self._pool.map(self._of, self._batches), strict=True))
         return _Errors(loss / self._count, nmse(squared / elements, self._variance))
 
     def _of(self, part: tuple[_Held, int]) -> tuple[float, float, int]:

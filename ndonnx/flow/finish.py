@@ -132,7 +132,7 @@ class Finish:
             fault = tried(lambda: self._train(student, self._kept(replaced), entry, samples, views))
             if fault is not None:
                 return self._not_finetuned(student, fault)
-        found = Training(**entry.meta())
+        found = Training.read(entry.meta())
         return load(entry.path / MODEL_FILE), FinetuneReport(
             steps=found.steps,
             seconds=round(found.seconds, 3),

@@ -65,4 +65,4 @@ class Hardening:
             return fault
         hardened = load(entry.path / MODEL_FILE)
         ir.external_data.load_to_model(hardened)  # its files go with the folder
-        return hardened, Training(**entry.meta())
+        return hardened, Training.read(entry.meta())

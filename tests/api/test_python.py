@@ -370,7 +370,7 @@ def test_settings_go_over_a_recipe_of_any_form(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kep": 0.5}, "unknown key 'kep'; known keys: augment, batch_size"),
+        ({"kep": 0.5}, "unknown key 'kep'; known keys: augment, baselines, batch_size"),
         ({"keep": 2}, "'keep' = 2"),
         ({"method": 3}, "method int: expected the name of a method, or a student method as ndonnx.Width(0.5)"),
         ({"method": ndonnx.Width(0.5), "keep": 0.3}, "'keep' is said twice"),

@@ -377,7 +377,7 @@ def test_compress_json_keeps_its_contract(run: Run, folder: Path) -> None:
     assert report["student"]["parameters"] < report["teacher"]["parameters"]
     assert report["run_dir"] == "s.run"
     assert list(report["metrics"]) == ["teacher", "student"]
-    stages = ["load", "partition", "capture", "distil", "refit", "splice", "finetune", "evaluate", "total"]
+    stages = ["load", "partition", "capture", "distil", "refit", "splice", "finetune", "quantise", "evaluate", "total"]
     assert list(report["seconds"]) == stages
     for neighbourhood in report["neighbourhoods"]:
         assert {"name", "candidate", "status", "nmse", "steps", "seconds", "reason"} <= set(neighbourhood)

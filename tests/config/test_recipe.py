@@ -27,7 +27,7 @@ from ndonnx.errors import RecipeError
 from ndonnx_cli.main import build_app, main
 from scripts.recipe_table import README, with_tables
 
-BITS = Setting("bits", Annotated[int, Field(ge=2, le=16)], 8, "Number of bits of a quantised weight.", "N")
+BITS = Setting("digits", Annotated[int, Field(ge=2, le=16)], 8, "Number of digits of a quantised weight.", "N")
 SIGNED = Setting("signed", bool, True, "Quantise symmetrically around zero.", "", Panel.TRAIN)
 LEVELS = Setting("levels", tuple[float, ...], (), "Value that a weight may take.", "X", repeatable=True)
 
@@ -79,51 +79,51 @@ def test_dump_is_flat_and_reads_back() -> None:
 
 @pytest.mark.usefixtures("plugged")
 def test_declared_setting_is_a_flat_key(tmp_path: Path) -> None:
-    (tmp_path / "r.toml").write_text("keep = 0.25\nbits = 4\n")
+    (tmp_path / "r.toml").write_text("keep = 0.25\ndigits = 4\n")
     recipe = load_recipe(tmp_path / "r.toml", levels=["0.5", 1])
-    assert (recipe.keep, recipe.extra["bits"], recipe.extra["levels"]) == (0.25, 4, (0.5, 1.0))
-    assert dict(recipe.extra) == recipe.model_dump()["extra"] == {"bits": 4, "levels": (0.5, 1.0)}
+    assert (recipe.keep, recipe.extra["digits"], recipe.extra["levels"]) == (0.25, 4, (0.5, 1.0))
+    assert dict(recipe.extra) == recipe.model_dump()["extra"] == {"digits": 4, "levels": (0.5, 1.0)}
     assert make_recipe(recipe.model_dump(mode="json")) == recipe == pickle.loads(pickle.dumps(recipe))
-    assert load_recipe(tmp_path / "r.toml", bits=6).extra["bits"] == 6
-    assert make_recipe({**recipe.model_dump(), "bits": 2}).extra == {"bits": 2, "levels": (0.5, 1.0)}
+    assert load_recipe(tmp_path / "r.toml", digits=6).extra["digits"] == 6
+    assert make_recipe({**recipe.model_dump(), "digits": 2}).extra == {"digits": 2, "levels": (0.5, 1.0)}
 
 
 @pytest.mark.usefixtures("plugged")
 def test_declared_default_holds_where_nothing_is_given() -> None:
     recipe = Recipe()
-    assert recipe.extra["bits"] == 8 and "bits" not in recipe.extra
+    assert recipe.extra["digits"] == 8 and "digits" not in recipe.extra
     assert "extra" not in recipe.model_dump()
-    assert (recipe.setting("bits"), recipe.setting("keep")) == (8, 0.5)
-    other = recipe.with_settings({"bits": "4", "keep": 0.25})
-    assert (other.setting("bits"), other.setting("keep"), recipe.setting("bits")) == (4, 0.25, 8)
+    assert (recipe.setting("digits"), recipe.setting("keep")) == (8, 0.5)
+    other = recipe.with_settings({"digits": "4", "keep": 0.25})
+    assert (other.setting("digits"), other.setting("keep"), recipe.setting("digits")) == (4, 0.25, 8)
 
 
 @pytest.mark.usefixtures("plugged")
 def test_declared_setting_is_validated_by_its_type() -> None:
-    with pytest.raises(RecipeError, match=r"^options: 'bits' = 99: Input should be less than or equal to 16$"):
-        load_recipe(bits=99)
-    with pytest.raises(ValidationError, match="bits"):
-        Recipe.model_validate({"bits": "many"})
-    with pytest.raises(RecipeError, match=r"'bytes'.*known keys: .*batch_size, bits, "):
+    with pytest.raises(RecipeError, match=r"^options: 'digits' = 99: Input should be less than or equal to 16$"):
+        load_recipe(digits=99)
+    with pytest.raises(ValidationError, match="digits"):
+        Recipe.model_validate({"digits": "many"})
+    with pytest.raises(RecipeError, match=r"'bytes'.*known keys: .*device, digits, "):
         load_recipe(bytes=1)
 
 
 def test_undeclared_setting_is_refused() -> None:
-    with pytest.raises(RecipeError, match="unknown key 'bits'"):
-        load_recipe(bits=4)
-    with pytest.raises(RecipeError, match="'bits' = 4: no student method declares"):
-        make_recipe({"extra": {"bits": 4}})
+    with pytest.raises(RecipeError, match="unknown key 'digits'"):
+        load_recipe(digits=4)
+    with pytest.raises(RecipeError, match="'digits' = 4: no student method declares"):
+        make_recipe({"extra": {"digits": 4}})
 
 
 @pytest.mark.usefixtures("plugged")
 def test_declared_twice_only_the_same() -> None:
     assert declare(BITS) is BITS
     with pytest.raises(ValueError, match="differently"):
-        declare(Setting("bits", int, 4, "Number of bits.", "N"))
+        declare(Setting("digits", int, 4, "Number of digits.", "N"))
     for wrong in (Setting("two words", int, 4, "A.", "N"), Setting("extent", int, "wide", "A.", "N"), KEEP):
         with pytest.raises(ValueError, match=wrong.name):
             declare(wrong)
-    assert list(declared()) == ["bits", "signed", "levels"]
+    assert list(declared()) == ["digits", "signed", "levels"]
 
 
 KEEP = Setting("keep", float, 0.5, "Fraction that is kept.", "K")
@@ -132,8 +132,8 @@ KEEP = Setting("keep", float, 0.5, "Fraction that is kept.", "K")
 @pytest.mark.usefixtures("plugged")
 def test_declared_setting_is_a_flag_of_an_app_that_is_built_afterwards() -> None:
     flags = {parameter.name: parameter for parameter in compress_of(build_app()).params}
-    assert flags["bits"].help == "Number of bits of a quantised weight. (default: 8)"
-    assert flags["bits"].opts == ["--bits"] and flags["bits"].rich_help_panel == Panel.BUILD
+    assert flags["digits"].help == "Number of digits of a quantised weight. (default: 8)"
+    assert flags["digits"].opts == ["--digits"] and flags["digits"].rich_help_panel == Panel.BUILD
     assert (flags["signed"].opts, flags["signed"].secondary_opts) == (["--signed"], ["--no-signed"])
     assert flags["levels"].multiple
 
@@ -143,7 +143,7 @@ def test_declared_setting_is_a_flag_of_an_app_that_is_built_afterwards() -> None
     ("flags", "expected"),
     [
         ([], {}),
-        (["--bits", "4"], {"bits": 4}),
+        (["--digits", "4"], {"digits": 4}),
         (["--no-signed", "--levels", "1", "--levels", "0.5"], {"signed": False, "levels": (1.0, 0.5)}),
     ],
 )

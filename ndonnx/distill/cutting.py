@@ -7,7 +7,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from ndonnx.distill.gate import answer, free_sizes, open_slice
-from ndonnx.distill.padding import is_same, lengths_of
+from ndonnx.distill.padding import is_mask, is_same, lengths_of
 from ndonnx.distill.samples import SliceSamples
 from ndonnx.errors import ParityError
 
@@ -20,9 +20,11 @@ def cut_where_same(
     Args:
         slice_: what is fed with the samples; not changed.
         samples: all its inputs, samples first.
-        mask: ones where a position is filled, and zeros behind them: (samples, positions).
+        mask: ones where a position is filled, (samples, positions); where a row has zeros before ones, nothing is cut.
         threads: for onnxruntime.
     """
+    if not is_mask(mask):  # it was one on the rows by which it was found
+        return samples
     lengths, full = lengths_of(mask), mask.shape[1]
     whole, short, few = samples.tried(lengths, full)
     if not len(few):

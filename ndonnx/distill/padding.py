@@ -38,9 +38,7 @@ def find_padding(model: ir.Model, batch: Mapping[str, Array]) -> str | None:
     """
     if slice_batch(model) is not None:
         return None
-    return next(
-        (name for name, array in batch.items() if _is_mask(array) and _is_passed_over(model, batch, name)), None
-    )
+    return next((name for name, array in batch.items() if is_mask(array) and _is_passed_over(model, batch, name)), None)
 
 
 def lengths_of(mask: Array) -> Lengths:
@@ -80,7 +78,8 @@ def shortest(lengths: Lengths, full: int) -> npt.NDArray[np.int64]:
     return found
 
 
-def _is_mask(array: Array) -> bool:
+def is_mask(array: Array) -> bool:
+    """Whether every row is ones and behind them zeros, at least one one: (samples, positions)."""
     if array.ndim != 2 or not array.size or array.dtype.kind not in "biuf":
         return False
     first = bool((array[:, 0] == 1).all())

@@ -96,9 +96,16 @@ def test_every_row_comes_once_an_epoch_and_no_filled_position_is_lost(count: int
             found = samples.batch(part)["x"].numpy()
             assert found.shape[1] == lengths[part].max()
             np.testing.assert_array_equal(found, values["x"][part][:, : found.shape[1]])
-        for name in ("heldout", "shaping"):
-            for group in getattr(samples, name)(count):
-                assert group.arrays["x"].shape[1] <= POSITIONS
+        held = whole.blocks.holdout
+        for groups, block in ((samples.heldout(count), range(held)), (samples.shaping(count), range(held, count))):
+            found_rows = []
+            for group in groups:
+                numbers = [
+                    int(np.flatnonzero((values["x"][:, 0] == row[0]).all(axis=1))[0]) for row in group.arrays["x"]
+                ]
+                assert group.arrays["x"].shape[1] == lengths[numbers].max()
+                found_rows += numbers
+            assert sorted(found_rows) == list(block), "each row of its block once, none of the other's"
 
 
 def test_a_slice_that_needs_all_positions_gets_them(tmp_path: Path) -> None:
@@ -110,6 +117,19 @@ def test_a_slice_that_needs_all_positions_gets_them(tmp_path: Path) -> None:
     x = np.random.default_rng(0).standard_normal((20, POSITIONS, 4)).astype(np.float32)
     samples = SliceSamples.of(store_of(tmp_path, {"x": x, "y": x.sum(axis=1)}), ["x"], ["y"], 0.3)
     assert cut_where_same(model, samples, given_["mask"]) is samples
+
+
+def test_rows_that_are_filled_otherwise_than_the_first_ones_lose_nothing(tmp_path: Path) -> None:
+    """A hole in one row: what is counted there says nothing of where it ends."""
+    net = Net(1)
+    net.relu(net.input("x", "N", "S", 4), out="y")
+    model = ir.from_proto(net.proto("y"))
+    mask = texts(20)["mask"]
+    x = np.random.default_rng(0).standard_normal((20, POSITIONS, 4)).astype(np.float32)
+    samples = SliceSamples.of(store_of(tmp_path, {"x": x, "y": np.maximum(x, 0)}), ["x"], ["y"], 0.3)
+    assert cut_where_same(model, samples, mask) is not samples
+    mask[7] = [1, 0, 1, *[0] * (POSITIONS - 3)]
+    assert cut_where_same(model, samples, mask) is samples
 
 
 def test_students_learn_on_what_is_filled_and_answer_at_any_length(tmp_path: Path) -> None:

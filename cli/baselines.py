@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ndonnx
+from ndonnx.runtime.units import bytes_text
 
-from .tables import bytes_text, measured, milliseconds_text, print_text, table_of
+from .tables import measured, milliseconds_text, print_text, table_of
 
 
 def print_baselines(found: ndonnx.Baselines) -> None:

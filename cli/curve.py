@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Iterator
 
 import ndonnx
+from ndonnx.runtime.units import count_text, part_text, seconds_text
 
-from .tables import count_text, milliseconds_text, part_text, print_text, print_unforeseen, seconds_text, table_of
+from .tables import milliseconds_text, print_text, print_unforeseen, table_of
 
 
 def print_search(report: ndonnx.SearchReport, *, dry_run: bool = False) -> None:

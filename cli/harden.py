@@ -104,7 +104,9 @@ def harden(
 
 def _print(report: HardenReport) -> None:
     """What noise did before and after, and what it cost without any."""
-    from .tables import make_console, nmse_text, part_text, plain, seconds_text  # noqa: PLC0415
+    from ndonnx.runtime.units import part_text, seconds_text  # noqa: PLC0415
+
+    from .tables import make_console, nmse_text, plain  # noqa: PLC0415
 
     lines = [
         f"noise of {report.noise:g} of the deviation on {len(report.values)} activations, {report.steps} steps, "

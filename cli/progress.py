@@ -14,8 +14,9 @@ from rich.progress import Progress as Bars
 
 from ndonnx.errors import UsageError
 from ndonnx.runtime.progress import Progress, Silent
+from ndonnx.runtime.units import seconds_text
 
-from .tables import make_console, nmse_text, plain, seconds_text
+from .tables import make_console, nmse_text, plain
 
 _TOLD_STEPS = 10
 """Lines for each neighbourhood in training, in a log with `-v`."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ndonnx
+from ndonnx.runtime.units import part_text
 
-from .tables import metric_text, part_text, print_text, table_of
+from .tables import metric_text, print_text, table_of
 
 _PARTS = ("accuracy", "agreement", "drop")
 """Measures that are told as percentages."""

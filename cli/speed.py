@@ -5,16 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import ndonnx
+from ndonnx.runtime.units import bytes_text, count_text
 
-from .tables import (
-    bytes_text,
-    count_text,
-    measured,
-    milliseconds_text,
-    nmse_text,
-    print_text,
-    table_of,
-)
+from .tables import measured, milliseconds_text, nmse_text, print_text, table_of
 
 Row = tuple[str, str, str, str]
 """What it is, of the other model, of this one, and this one's part of it."""

@@ -100,7 +100,9 @@ def _numbers(flag: str, text: str | None) -> list[float] | None:
 
 def _print(report: ThresholdReport, folder: Path) -> None:
     """What each neighbourhood tolerates and what its students lose; below, what noise at many places does."""
-    from .tables import nmse_text, print_text, seconds_text, table_of  # noqa: PLC0415
+    from ndonnx.runtime.units import seconds_text  # noqa: PLC0415
+
+    from .tables import nmse_text, print_text, table_of  # noqa: PLC0415
 
     multipliers = sorted({found.keep for found in report.width})
     drops = {(found.name, found.keep): found.drop for found in report.width}

@@ -28,9 +28,10 @@ from ndonnx.config.recipe import Recipe, parse_augmentations, parse_bytes
 from ndonnx.demo import data_path, teacher_path
 from ndonnx.report.inspection import Coverage, Inspection
 from ndonnx.report.piece import Piece
+from ndonnx.runtime.units import bytes_text, count_text, seconds_text
 from ndonnx_cli.main import build_app, main
 from ndonnx_cli.progress import BarTeller, LineTeller, Pace
-from ndonnx_cli.tables import bytes_text, count_text, print_inspection, seconds_text
+from ndonnx_cli.tables import print_inspection
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "command_line.txt"
 TEACHER = str(teacher_path())

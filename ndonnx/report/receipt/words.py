@@ -2,45 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from ndonnx.report.receipt.document import number
+from ndonnx.runtime import units
 
 
 def count_text(value: Any) -> str:
     """`156,210`, and from ten million on `11.7 M`; empty where there is no number."""
-    found = number(value)
-    if found is None:
-        return ""
-    for unit, scale in (("G", 1e9), ("M", 1e6)):
-        if found >= 10 * scale:
-            return f"{found / scale:,.1f} {unit}"
-    return f"{found:,.0f}"
+    return _told(value, units.count_text)
 
 
 def bytes_text(value: Any) -> str:
     """`626.4 kB`; empty where there is no number."""
-    found = number(value)
-    if found is None:
-        return ""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if found >= scale:
-            return f"{found / scale:,.1f} {unit}"
-    return f"{found:,.0f} B"
+    return _told(value, units.bytes_text)
 
 
 def seconds_text(value: Any) -> str:
     """`0.4 s`, `12 s`, `3 min 05 s`, `2 h 10 min`; empty where there is no number."""
+    return _told(value, units.seconds_text)
+
+
+def _told(value: Any, text: Callable[[float], str]) -> str:
     found = number(value)
-    if found is None:
-        return ""
-    if found < 10:
-        return f"{found:.1f} s"
-    minutes, seconds = divmod(round(found), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02} min"
-    return f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"
+    return "" if found is None else text(found)
 
 
 def digits_text(value: Any, digits: int = 3) -> str:
@@ -51,8 +37,7 @@ def digits_text(value: Any, digits: int = 3) -> str:
 
 def part_text(value: Any) -> str:
     """A part of one, as `99.6%`; empty where there is no number."""
-    found = number(value)
-    return "" if found is None else f"{found:.1%}"
+    return _told(value, units.part_text)
 
 
 def share_text(part: Any, whole: Any) -> str:

@@ -35,7 +35,7 @@ def fold_ahead(editor: Editor) -> bool:
     """Fold what stands in front of linear operators into them; whether anything did. In place."""
     changed = False
     for node in editor.nodes("Add", "Div", "Mul", "Sub"):
-        step = affine_of(editor, node) if node.graph is not None else None
+        step = affine_of(editor, node)
         if step is None or editor.shares(node) or is_part_of_norm(step.data) or is_gelu(step.data.producer()):
             continue
         if step.is_scale:

@@ -15,7 +15,7 @@ def combine_chains(editor: Editor) -> bool:
     """Write every chain of affine steps as few as can be; whether any became shorter. In place."""
     done, changed = set[ir.Node](), False
     for node in editor.nodes("Add", "Div", "Mul", "Sub"):
-        first = affine_of(editor, node) if node not in done and node.graph is not None else None
+        first = affine_of(editor, node) if node not in done else None
         if first is not None:
             steps = [first, *chain_from(editor, first.output)]
             done.update(step.node for step in steps)

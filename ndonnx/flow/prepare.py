@@ -20,6 +20,7 @@ from ndonnx.data.inputs import interface_of
 from ndonnx.data.source import RowSource
 from ndonnx.data.split import Split, compared_of, draw
 from ndonnx.data.subset import Joined, Subset
+from ndonnx.distill.finetune import why_not_converted, why_not_finetuned
 from ndonnx.distill.schedule import Schedule
 from ndonnx.distill.task import check_told
 from ndonnx.errors import DataError, ModelError, RecipeError
@@ -125,7 +126,10 @@ def prepare(request: Request, recipe: Recipe, progress: Progress, *, searched: b
             progress.note(remark)
         check_metric(recipe.metric)
         check_told(recipe.task, [value.name or "" for value in teacher.model.graph.outputs])
-        schedule = Schedule(recipe, finetunable=bool(float_outputs(teacher.model)))
+        reason = _why_not_finetuned(opened, recipe)
+        if reason is not None:
+            progress.note(f"the whole student will not be fine-tuned, which leaves the time to its parts: {reason}")
+        schedule = Schedule(recipe, finetunable=reason is None)
         recipe = learning_on(recipe, teacher.model, alone=schedule.alone and not searched)
         schedule = replace(schedule, recipe=recipe)
         study = study_of(recipe)
@@ -146,6 +150,23 @@ def prepare(request: Request, recipe: Recipe, progress: Progress, *, searched: b
         yield Run(
             directory, recipe, progress, clock, teacher, parts, split, judge, samples, schedule, study, candidates
         )
+
+
+def _why_not_finetuned(opened: Opened, recipe: Recipe) -> str | None:
+    """Why there will be no fine-tuning, where that is known before any time is shared out; None where it is not."""
+    teacher = opened.teacher
+    if not Schedule(recipe, finetunable=True).finetunes or recipe.changes_nothing:
+        return None
+    if (reason := why_not_finetuned(teacher.model)) is not None:
+        return reason
+    few = next(iter(opened.split.source.batches(_TRIED_ON, samples=_TRIED_ON)), None)
+    if recipe.time_budget is None or few is None or opened.split.source.fixed_batch is not None:
+        return None
+    return why_not_converted(teacher.model, teacher.interface, sorted(float_outputs(teacher.model)), few.inputs)
+
+
+_TRIED_ON = 2
+"""Samples by whose sizes the conversion of a whole teacher is tried."""
 
 
 def _augmented(recipe: Recipe, schedule: Schedule, opened: Opened, parts: Partition, progress: Progress) -> Recipe:

@@ -10,15 +10,17 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
+from onnx import helper
 
-from ndonnx.distill.finetune import finetune
+from ndonnx.distill.finetune import finetune, why_not_converted
 from ndonnx.distill.plan import Plan
 from ndonnx.distill.trainer import Training
 from ndonnx.distill.whole import Labels, WholeSettings, tasks_from
 from ndonnx.errors import SliceError
 from ndonnx.graph.dataflow import float_outputs
+from ndonnx.graph.interface import Interface
 from ndonnx.teacher import ActivationStore
-from tests.helpers.models import Array, Net, inputs_of, residual_cnn, run
+from tests.helpers.models import Array, Net, floats, inputs_of, residual_cnn, run, with_if
 from tests.helpers.training import silent, store_of
 
 PLAN = Plan(steps=80, batch_size=16, lr=0.05, warmup=0.05, seed=0)
@@ -71,6 +73,44 @@ def test_a_fine_tuned_student_answers_more_like_its_teacher_on_new_inputs(tmp_pa
     assert after < 0.5 * before
     assert training.loss < training.loss_start and training.steps == PLAN.steps
     assert [n.op_type for n in tuned.graph] == [n.op_type for n in student.graph]
+
+
+def squeezed_if_one() -> onnx.ModelProto:
+    """A filter over an open length, and `squeeze` as TorchScript writes it: an `If` on whether the length is 1."""
+    net = Net(3)
+    x = net.relu(net.op("Conv", net.input("x", "N", 4, "length"), net.weight("w", 6, 4, 3), strides=[3]))
+    length = net.op("Gather", net.op("Shape", x), net.constant("axis", np.array(2)))
+    alone = net.op("Equal", length, net.constant("one", np.array(1)))
+    axes = net.constant("axes", np.array([2]))
+    squeezed = helper.make_node("Squeeze", [x, axes], ["squeezed"])
+    largest = helper.make_node("ReduceMax", [x], ["largest"], axes=[2], keepdims=0)
+    then, other = (
+        helper.make_graph([node], node.op_type, [], [floats(node.output[0], "N", 6)]) for node in (squeezed, largest)
+    )
+    net.op("If", alone, out="either", then_branch=then, else_branch=other)
+    return net.proto(net.gemm("either", 6, 5), opset=13)
+
+
+def test_control_flow_that_asks_for_sizes_alone_does_not_keep_a_whole_from_training(tmp_path: Path) -> None:
+    model = squeezed_if_one()
+    loaded = ir.from_proto(model)
+    data = {"x": np.random.default_rng(0).standard_normal((120, 4, 3)).astype(np.float32)}
+    student = perturbed(model)
+    tuned, training = tune(student, store_of(tmp_path, {**data, **run(model, data)}))
+    assert training.loss < 0.5 * training.loss_start
+    assert [n.op_type for n in tuned.graph] == [n.op_type for n in loaded.graph]
+    longer = {"x": np.random.default_rng(1).standard_normal((7, 4, 9)).astype(np.float32)}
+    (name,) = run(model, longer)
+    error = [np.abs(run(m, longer)[name] - run(model, longer)[name]).mean() for m in (student, tuned)]
+    assert error[1] < error[0]
+
+
+def test_why_a_whole_does_not_convert_is_told_before_it_is_trained() -> None:
+    decided, opened = (ir.from_proto(model) for model in (with_if(), squeezed_if_one()))
+    image, line = np.zeros((2, 3, 6, 6), np.float32), np.zeros((2, 4, 3), np.float32)
+    reason = why_not_converted(decided, Interface(), ["logits"], {"x": image})
+    assert reason is not None and "If" in reason
+    assert why_not_converted(opened, Interface(), [str(opened.graph.outputs[0].name)], {"x": line}) is None
 
 
 def test_other_outputs_are_matched_by_the_squared_error(tmp_path: Path) -> None:

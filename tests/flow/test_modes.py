@@ -230,3 +230,11 @@ def test_a_time_budget_ends_what_steps_alone_would_not(tmp_path: Path) -> None:
     tuned = result.report.finetune
     assert tuned is not None and tuned.reason is None and 0 < tuned.steps < 10**6
     assert all(0 < n.steps < 10**6 for n in result.report.neighbourhoods if n.status == "distilled")
+
+
+def test_a_time_budget_goes_to_the_parts_where_the_whole_cannot_be_trained(tmp_path: Path) -> None:
+    recorder = Recorder()
+    result = go(tmp_path, unknown_tail(), time_budget=4, steps=10**6, finetune_steps=None, progress=recorder)
+    assert any("will not be fine-tuned" in note and "Col2Im" in note for note in recorder.notes)
+    seconds = result.report.seconds.distil
+    assert seconds > 0.4 * 4, "a tenth is what they get where a fine-tuning follows"

@@ -103,7 +103,7 @@ def _static(name: str, material: Material, worker: Executor) -> Made:
     target = best.replace(material.folder / "int8.onnx")
     for _, _, path in found:
         path.unlink(missing_ok=True)
-    return Made(name, target, f"{how} on {len(runs)} runs, the best of {len(found)} calibrations")
+    return Made(name, target, f"{how}, the best of {len(found)} calibrations")
 
 
 def _best(found: Sequence[tuple[Evaluation, str, Path]]) -> tuple[Evaluation, str, Path]:

@@ -26,6 +26,8 @@ Feeds = Mapping[str, NDArray[np.generic]]
 
 PER_CHANNEL = 13
 """First opset at which a `QuantizeLinear` has an axis."""
+_AT_ONCE = 16
+"""Runs whose inner values are held in memory together."""
 
 
 class Maker(Protocol):
@@ -96,20 +98,23 @@ class Static:
         with TemporaryDirectory(prefix="ndonnx-") as scratch:
             ready, opset = _prepared(teacher, Path(scratch))
             per_channel = opset >= PER_CHANNEL
+            # Entropy is searched over all bins of a histogram, whose number grows with every run that is wider than the
+            # first: it takes the values of all its runs at once. The others take in one run after the other.
+            at_once = self.calibration == "Entropy"
+            runs = self.runs[:_AT_ONCE] if at_once else self.runs
             quantize_static(
                 ready,
                 path,
-                _Reader(self.runs),
+                _Reader(runs),
                 quant_format=QuantFormat.QDQ,
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
                 per_channel=per_channel,
                 calibrate_method=CalibrationMethod[self.calibration],
-                # Histograms take in one run after the other, instead of the values of all runs at once.
-                extra_options={"CalibStridedMinMax": 1},
+                extra_options={} if at_once else {"CalibStridedMinMax": 1},
             )
         scope = "per channel" if per_channel else f"per tensor, as opset {opset} has no axis"
-        return f"QDQ, U8S8, {scope}, {self.calibration} calibration"
+        return f"QDQ, U8S8, {scope}, {self.calibration} calibration on {len(runs)} runs"
 
 
 class _Reader:

@@ -62,6 +62,7 @@ from benchmarks.measured import FIXED, Measured, measured_line
 from ndonnx.convert import to_torch
 from ndonnx.distill.job import DistilJob
 from ndonnx.distill.plan import Plan
+from ndonnx.distill.schedule import FIRST_LR
 from ndonnx.errors import ShrinkError, UsageError
 from ndonnx.graph import save, serialise
 from ndonnx.partition import Partition
@@ -127,7 +128,7 @@ class Bench:
         path = self.folder / f"{name}.onnx"
         save(part.model, path)
         assert part.neighbourhood.groups is not None
-        bf16 = common.in_bf16(recipe)
+        bf16, rate = common.in_bf16(recipe), FIRST_LR if recipe.lr is None else recipe.lr
         return DistilJob(
             name=name,
             slice_path=path,
@@ -137,7 +138,7 @@ class Bench:
             stores=dict.fromkeys((*part.samples.inputs, part.target), self.folder / "store"),
             entry=run.entry("students", name),
             method=method_of(recipe),
-            plan=Plan(recipe.steps, recipe.batch_size, recipe.lr, recipe.warmup, recipe.seed, self.device, bf16),
+            plan=Plan(recipe.steps, recipe.batch_size, rate, recipe.warmup, recipe.seed, self.device, bf16),
             holdout=recipe.holdout,
             parity=recipe.parity,
             threads=threads,
@@ -185,7 +186,7 @@ def bare_loop(bench: Bench, part: Slice, threads: int) -> Callable[[int], float]
         weights = [p for p in module.parameters() if p.requires_grad]
         size = min(recipe.batch_size, len(target))
         clock = Stopwatch()
-        optimiser = torch.optim.Adam(weights, lr=recipe.lr, fused=True)
+        optimiser = torch.optim.Adam(weights, lr=FIRST_LR if recipe.lr is None else recipe.lr, fused=True)
         for _ in range(steps):
             rows = torch.randint(len(target), (size,), device=device)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):

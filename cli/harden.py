@@ -45,7 +45,11 @@ Steps = Annotated[
     "cut",
     "freeze",
     "batch_size",
-    Changed("finetune_lr", "Peak learning rate, relative to the root mean square of each weight.", flag="--lr"),
+    Changed(
+        "finetune_lr",
+        "Peak learning rate, relative to the root mean square of each weight. Default: 0.01.",
+        flag="--lr",
+    ),
     "warmup",
     "task",
     Changed("temperature", "Softmax temperature of the distillation loss."),

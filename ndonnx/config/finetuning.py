@@ -24,8 +24,9 @@ class Finetuning(Section):
     augment: Annotated[Augmentations, Flag("KINDS", Panel.TRAIN)] = ("auto",)
     """Augmentation of images in fine-tuning: `flip`, `shift` and `mixup`, separated by commas, `none`, or `auto`: those
     of `flip` and `shift` that hardly change the teacher's answers. The teacher labels every augmented image."""
-    finetune_lr: Annotated[float, Flag("RATE", Panel.TRAIN)] = Field(0.01, gt=0)
-    """Peak learning rate of fine-tuning, relative to the root mean square of each weight."""
+    finetune_lr: Annotated[float | None, Flag("RATE", Panel.TRAIN)] = Field(None, gt=0)
+    """Peak learning rate of fine-tuning, relative to the root mean square of each weight. Default: found by short
+    trials, the first at 0.01; trainings of fewer than 250 steps take that."""
     task: Annotated[Tasks, Flag("KIND", Panel.TRAIN, repeatable=True)] = ()
     """What the outputs mean, which decides the loss of fine-tuning and what is told of the student: `classification`
     (of whole samples or of each position), `embedding`, `regression` or `auto`; `NAME=KIND` for one output;

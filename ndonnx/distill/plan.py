@@ -13,7 +13,7 @@ class Plan:
     steps: int
     batch_size: int
     lr: float
-    """Peak step, relative to each weight's root mean square."""
+    """Peak step, relative to each weight's root mean square; of several that are tried, the first."""
     warmup: float
     seed: int
     device: str = "cpu"
@@ -26,6 +26,8 @@ class Plan:
 
     optimiser: Literal["muon", "adam"] = "adam"
     """What moves matrices where that is cheap; see `ndonnx.distill.optimiser`."""
+    tries: bool = False
+    """Whether short trials find the peak step, see `ndonnx.distill.rates`; else it is as given."""
     memory: int | None = None
     """Bytes of activations that a step may keep, where memory is scarce; gradients are then added up from parts of a
     batch, whose sizes decide the last bits. None: as many as `ndonnx.distill.steps` gives to each thread."""
@@ -35,6 +37,6 @@ class Plan:
 
     def key(self) -> dict[str, Any]:
         """What a student depends on. Without what older students did not have, so that they are found again."""
-        older = {"enough": None, "optimiser": "adam", "memory": None}
+        older = {"enough": None, "optimiser": "adam", "memory": None, "tries": False}
         found = {name: value for name, value in asdict(self).items() if name != "threads"}
         return {name: value for name, value in found.items() if name not in older or value != older[name]}

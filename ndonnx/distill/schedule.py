@@ -34,6 +34,8 @@ _SEEN = 2
 _MOST_VIEWS = 64
 """Of one image."""
 _ENDLESS = 10**7
+FIRST_LR, FIRST_FINETUNE_LR = 0.1, 0.01
+"""Learning rates that are tried first, of a neighbourhood and of the whole: the best on a ResNet-20."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Schedule:
             part = _ALONE_PART if self.alone else _DISTIL_PART
             seconds = part * recipe.time_budget * min(workers, jobs) / max(1, jobs)
         steps = recipe.steps if seconds is None else min(_ENDLESS, max(recipe.steps, 1) * 1000)
-        return self.plan(steps, recipe.lr, seconds)
+        return self.plan(steps, seconds)
 
     def distil_samples(self, samples: int) -> int:
         """Samples of the neighbourhoods, when there are so many."""
@@ -115,29 +117,31 @@ class Schedule:
         """Training plan of the whole student; with a time budget, in what is left of it."""
         recipe = self.recipe
         if recipe.time_budget is None:
-            return self.plan(self.finetune_steps, recipe.finetune_lr)
+            return self.plan(self.finetune_steps, whole=True)
         kept = _RESERVE + (_QUANTISE_PART if recipe.bits < 32 else 0.0)
         left = (1 - kept) * recipe.time_budget - (time.perf_counter() - self._began)
-        return self.plan(_ENDLESS, recipe.finetune_lr, max(1.0, left))
+        return self.plan(_ENDLESS, max(1.0, left), whole=True)
 
     def ends(self) -> float | None:
         """Reading of `time.perf_counter` at which a time budget is over but for the last checks; None without one."""
         budget = self.recipe.time_budget
         return None if budget is None else self._began + (1 - _RESERVE) * budget
 
-    def plan(self, steps: int, lr: float, seconds: float | None = None) -> Plan:
-        """Plan of any training, by the recipe."""
+    def plan(self, steps: int, seconds: float | None = None, *, whole: bool = False) -> Plan:
+        """Plan of any training, by the recipe: of a neighbourhood, or of the whole."""
         recipe = self.recipe
+        told, first = (recipe.finetune_lr, FIRST_FINETUNE_LR) if whole else (recipe.lr, FIRST_LR)
         device = pick_device(recipe.device)
         bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and computes_in_bf16(device))
         return Plan(
             steps,
             recipe.batch_size,
-            lr,
+            first if told is None else told,
             recipe.warmup,
             recipe.seed,
             device,
             bf16,
             seconds,
             optimiser=recipe.optimiser,
+            tries=told is None,
         )

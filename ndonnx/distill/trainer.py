@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -20,6 +20,7 @@ from ndonnx.distill.draws import seeded
 from ndonnx.distill.losses import Objective, nmse, target_variance
 from ndonnx.distill.optimiser import Optimiser
 from ndonnx.distill.plan import Plan
+from ndonnx.distill.rates import best_rate, is_tried, trial_of
 from ndonnx.distill.samples import Rows, Samples
 from ndonnx.distill.steps import loss_of, samples_in_memory
 from ndonnx.errors import TrainingError
@@ -148,7 +149,13 @@ class _Descent:
         step, curve = 0, [(0, start.nmse)]
         trainable = any(weight.requires_grad for weight in module.parameters())
         if plan.steps and trainable and not _is_enough(best, plan):
-            for step, done in self._steps(apart):
+            if is_tried(plan):
+                plan, tried, moved = self._tried(judge)
+                if tried.loss < best.loss:
+                    best, state = tried, moved
+                if constraint is None:
+                    _restore(module, state)
+            for step, done in self._steps(plan, apart):
                 if constraint is None or done >= constraint.settled:
                     errors = judge.errors()
                     curve.append((step, errors.nmse))
@@ -163,13 +170,41 @@ class _Descent:
         told = tuple(point for point in curve if math.isfinite(point[1]))
         return Training(start.nmse, best.nmse, start.loss, best.loss, best_step, step, seconds, told)
 
-    def _steps(self, apart: float) -> Iterator[tuple[int, float]]:
+    def _tried(self, judge: _Judge) -> tuple[Plan, _Errors, list[Tensor]]:
+        """Try rates from where the module stands, and bring it back there.
+
+        Returns:
+            The plan of what is left of the training, at the best rate; the errors at the end of the best trial, and
+            the weights.
+        """
+        began, free = time.perf_counter(), _copy(self.module)
+        ends: dict[float, tuple[_Errors, list[Tensor]]] = {}
+
+        def loss_at(rate: float) -> float:
+            _restore(self.module, free)
+            try:
+                for _ in self._steps(trial_of(self.plan, rate), 1.0):
+                    pass
+            except TrainingError:  # far too high a rate
+                return math.inf
+            errors = judge.errors()
+            ends[rate] = errors, _copy(self.module)
+            return errors.loss if math.isfinite(errors.loss) else math.inf
+
+        rate = best_rate(loss_at, self.plan.lr)
+        _restore(self.module, free)
+        spent = time.perf_counter() - began
+        left = None if self.plan.seconds is None else max(0.0, self.plan.seconds - spent)
+        errors, state = ends.get(rate, (_Errors(math.inf, math.inf), free))
+        return replace(self.plan, lr=rate, seconds=left), errors, state
+
+    def _steps(self, plan: Plan, apart: float) -> Iterator[tuple[int, float]]:
         """Run the steps; yield the step and the part that is over whenever the held-out error is to be measured."""
-        slope, clock, measured = _Slope(self), _Clock(self.plan), 0.0
+        slope, clock, measured = _Slope(self), _Clock(plan), 0.0
         optimiser = self._optimiser(slope.weights)
-        for step, rows in enumerate(_batches(self.samples, self.plan), start=1):
+        for step, rows in enumerate(_batches(self.samples, plan), start=1):
             loss = slope.descend(rows)
-            optimiser.step(learning_rate(clock.done, self.plan))
+            optimiser.step(learning_rate(clock.done, plan))
             clock.tick(step)
             if self.constraint is not None:
                 impose(self.constraint, self.module, clock.done)

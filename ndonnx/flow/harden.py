@@ -52,7 +52,7 @@ class Hardening:
         if not tasks:
             raise SliceError(f"'{output.name}' holds no answer of its own for each sample of a batch")
         entry = Entry(self.folder / "hardened")
-        plan = Schedule(recipe, finetunable=True).plan(steps, recipe.finetune_lr)
+        plan = replace(Schedule(recipe, finetunable=True).plan(steps, whole=True), tries=False)
         memory = MemoryPlan.of(recipe, self.parts, usable_cores()).whole_step()
         plan = replace(plan, memory=memory, threads=usable_cores())
         settings = WholeSettings.of(recipe, plan, answers.holdout, self.parts.interface, tasks)

@@ -207,7 +207,7 @@ class SearchSession:
         """A student of a search, with a note for each part that is beyond what its place tolerates by the study."""
         if self.distillation.budgets is None:
             return whole
-        plan, judge = self.run.schedule.plan(self.library.steps, self.run.recipe.lr), self.distillation.budgets.judged
+        plan, judge = self.run.schedule.plan(self.library.steps), self.distillation.budgets.judged
         by_name = {n.name: n for n in self.run.parts.distillable}
         outcomes = {
             name: judge(by_name[name], ended, plan, self.run.progress) for name, ended in whole.outcomes.items()

@@ -1,0 +1,97 @@
+"""Learning rates found by short trials: the search goes where trials end lower, and a training is the better for it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ndonnx.convert import TorchSlice, to_torch
+from ndonnx.distill.losses import NeighbourhoodLoss
+from ndonnx.distill.plan import Plan
+from ndonnx.distill.rates import best_rate, is_tried, trial_of
+from ndonnx.distill.samples import SliceSamples
+from ndonnx.distill.trainer import Training, train
+from tests.helpers.models import Net
+from tests.helpers.training import silent, store_of
+
+PLAN = Plan(steps=300, batch_size=32, lr=0.1, warmup=0.05, seed=0, tries=True)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@given(st.floats(-8, 4), st.integers(-2, 2))
+def test_the_best_of_the_tried_rates_is_taken_wherever_it_lies(best: float, magnitude: int) -> None:
+    first, tried = 10.0**magnitude, {}
+
+    def loss_at(rate: float) -> float:
+        tried[rate] = abs(math.log(rate / first) / math.log(3) - best)
+        return tried[rate]
+
+    assert tried.get(best_rate(loss_at, first), -1) == min(tried.values())
+    assert len(tried) <= 6 and max(tried) < 3.01 * first
+    steps_from_first = round(math.log(min(tried, key=lambda rate: tried[rate]) / first) / math.log(3))
+    assert abs(steps_from_first - min(1, max(-5, best))) <= 1
+
+
+def test_rates_that_break_down_are_passed_by() -> None:
+    assert best_rate(lambda rate: math.inf if rate > 0.02 else 1 / rate, 0.1) == pytest.approx(0.1 / 9)
+    assert best_rate(lambda rate: 1.9 if rate > 0.02 else 1.0, 0.1) < 0.02, "all dead, and as bad"
+
+
+def test_a_trial_is_a_small_training_and_short_trainings_have_none() -> None:
+    assert trial_of(PLAN, 0.5) == replace(PLAN, steps=9, lr=0.5)
+    assert trial_of(replace(PLAN, steps=10**7, seconds=100.0), 0.5).seconds == pytest.approx(3.0)
+    assert is_tried(PLAN)
+    assert not is_tried(replace(PLAN, steps=100)) and not is_tried(replace(PLAN, tries=False))
+
+
+def _outliers(folder: Path) -> SliceSamples:
+    """A layer behind a ReLU, on inputs of which a few are far larger than the others, as spectra have them."""
+    rng = np.random.default_rng(0)
+    x = (rng.standard_normal((600, 24)) * np.exp(rng.standard_normal((600, 1)))).astype(np.float32)
+    hidden = np.maximum(x @ (rng.standard_normal((24, 32)) / 5), 0)
+    y = np.maximum(hidden @ (rng.standard_normal((32, 8)) / 6), 0).astype(np.float32)
+    return SliceSamples.of(store_of(folder, {"x": x, "y": y}), ["x"], ["y"], 0.2)
+
+
+def _student() -> TorchSlice:
+    net = Net(3)
+    net.relu(net.gemm(net.relu(net.gemm(net.input("x", "N", 24), 24, 16)), 16, 8), out="y")
+    return to_torch(ir.from_proto(net.proto("y")))
+
+
+def _trained(folder: Path, plan: Plan) -> tuple[Training, bytes]:
+    module = _student()
+    found = train(module, _outliers(folder), NeighbourhoodLoss("y"), plan, silent)
+    return found, b"".join(array.tobytes() for array in module.trained_weights().values())
+
+
+def test_a_rate_that_kills_a_slice_is_found_out_in_time(tmp_path: Path) -> None:
+    """Behind a last ReLU a step that is too far leaves nothing that could come back."""
+    far = replace(PLAN, lr=3.0)
+    as_given, _ = _trained(tmp_path / "given", replace(far, tries=False))
+    tried, _ = _trained(tmp_path / "tried", far)
+    assert tried.nmse < 0.7 * as_given.nmse
+    assert tried.nmse <= tried.nmse_start
+
+
+def test_trials_are_the_same_every_time(tmp_path: Path) -> None:
+    one, other = (_trained(tmp_path / name, PLAN) for name in ("one", "other"))
+    assert one[1] == other[1]
+    assert replace(one[0], seconds=0) == replace(other[0], seconds=0)
+
+
+def test_a_budget_of_time_holds_its_trials(tmp_path: Path) -> None:
+    found, _ = _trained(tmp_path, replace(PLAN, steps=10**7, seconds=0.5))
+    assert 0 < found.steps < 10**7 and found.nmse < found.nmse_start

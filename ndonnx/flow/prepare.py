@@ -24,7 +24,6 @@ from ndonnx.distill.finetune import why_not_converted, why_not_finetuned
 from ndonnx.distill.schedule import Schedule
 from ndonnx.distill.task import check_told
 from ndonnx.errors import DataError, ModelError, RecipeError
-from ndonnx.flow.augmentations import AUTO, TRIED, suiting
 from ndonnx.flow.run import Run, Teacher
 from ndonnx.flow.simplification import simplified
 from ndonnx.graph import load
@@ -46,6 +45,7 @@ from ndonnx.runtime.run_directory import RunDir
 from ndonnx.select import DEFAULT_CANDIDATES, Candidate, parse_candidates
 from ndonnx.students.registry import check_method, method_of, operators_around
 from ndonnx.teacher import make_session
+from ndonnx.teacher.augmentations import AUTO, TRIED, suiting
 from ndonnx.teacher.balance import POOL, balanced
 from ndonnx.teacher.outputs import outputs_a_second
 from ndonnx.teacher.synthetic_inputs import settings_for

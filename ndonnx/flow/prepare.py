@@ -22,7 +22,7 @@ from ndonnx.data.split import Split, compared_of, draw
 from ndonnx.data.subset import Joined, Subset
 from ndonnx.distill.finetune import why_not_converted, why_not_finetuned
 from ndonnx.distill.schedule import Schedule
-from ndonnx.distill.task import check_told
+from ndonnx.distill.tasks.outputs import check_told
 from ndonnx.errors import DataError, ModelError, RecipeError
 from ndonnx.flow.run import Run, Teacher
 from ndonnx.flow.simplification import simplified
@@ -33,8 +33,8 @@ from ndonnx.graph.interface import Interface
 from ndonnx.graph.passes.branches import open_branches
 from ndonnx.graph.save import check_writable
 from ndonnx.graph.working_copy import working_copy
+from ndonnx.metrics.registry import check_metric
 from ndonnx.metrics.sensitivity import study_of
-from ndonnx.metrics.user_metric import check_metric
 from ndonnx.partition import Partition, partition
 from ndonnx.runtime.clock import Clock
 from ndonnx.runtime.executor import check_executor

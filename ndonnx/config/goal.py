@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from ndonnx.config.setting import Flag, Panel, Section
+from ndonnx.config.panel import Panel
+from ndonnx.config.setting import Flag, Section
 from ndonnx.config.values import BaselineNames, Drop, Names
 
 

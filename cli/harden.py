@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import ndonnx
-from ndonnx.config.setting import Panel
+from ndonnx.config.panel import Panel
 from ndonnx.errors import UsageError
 
 from . import options

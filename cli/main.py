@@ -42,8 +42,12 @@ def _start(
     return DONE
 
 
-def build_app() -> typer.Typer:
-    """The command `ndonnx` with all its flags, those of the settings that are declared when it is called among them."""
+def build_app(asked: str | None = None) -> typer.Typer:
+    """The command `ndonnx` with all its flags, those of the settings that are declared when it is called among them.
+
+    Args:
+        asked: the one sub-command whose flags are needed; the others can only be listed. None: all.
+    """
     made = typer.Typer(
         add_completion=False,
         context_settings={"help_option_names": ["-h", "--help"]},
@@ -51,7 +55,8 @@ def build_app() -> typer.Typer:
     )
     made.callback()(_start)
     for command in _COMMANDS:
-        made.command()(command.build())
+        wanted = asked is None or command.function.__name__ == asked
+        made.command()(command.build() if wanted else command.listed())
     made.command()(demo)
     return made
 
@@ -66,8 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name must not end a run because a terminal lacks a letter
     try:
-        _load_methods(sys.argv[1:] if arguments is None else arguments)
-        return get_command(build_app()).main(arguments, prog_name="ndonnx", standalone_mode=False) or DONE
+        arguments = sys.argv[1:] if arguments is None else arguments
+        _load_methods(arguments)
+        asked = next((text for text in arguments if not text.startswith("-")), "")
+        return get_command(build_app(asked)).main(arguments, prog_name="ndonnx", standalone_mode=False) or DONE
     except typer.TyperException as error:
         return _fail(f"{error.format_message()} (see --help)", BAD_INPUT)
     except UsageError as error:

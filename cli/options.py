@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ndonnx.config.setting import Panel
+from ndonnx.config.panel import Panel
 
 from .settings import TELL, option
 

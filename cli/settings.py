@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ndonnx.config.recipe import parse_inputs, settings
-from ndonnx.config.setting import Panel, Setting
+from ndonnx.config.panel import Panel
+
+if TYPE_CHECKING:
+    from ndonnx.config.setting import Setting
 
 TELL = "What it tells"
 _PANELS = (None, *Panel, TELL)
@@ -64,7 +66,18 @@ class Command:
         command.__signature__ = inspect.Signature(parameters, return_annotation=int)  # type: ignore[attr-defined]
         return command
 
+    def listed(self) -> Callable[[], int]:
+        """The function as it stands in the list of commands: with what it says of itself, and without flags."""
+
+        def command() -> int:
+            raise NotImplementedError(f"{self.function.__name__} was made to be listed")
+
+        command.__name__, command.__doc__ = self.function.__name__, self.function.__doc__
+        return command
+
     def _settings(self) -> Iterator[Setting]:
+        from ndonnx.config.recipe import settings  # noqa: PLC0415 - pydantic is not for the list of commands
+
         known = settings()
         if self.taken is None:
             yield from (setting for name, setting in known.items() if "." not in name)
@@ -85,6 +98,8 @@ def takes_all(function: Callable[..., int]) -> Command:
 
 def given(context: typer.Context) -> dict[str, Any]:
     """What the flags of a command say of the recipe, by its keys; settings without a flag on the line are left out."""
+    from ndonnx.config.recipe import parse_inputs, settings  # noqa: PLC0415 - pydantic is not for the list of commands
+
     known, found = settings(), dict[str, Any]()
     for name, value in context.params.items():
         key = name.replace(_TABLE, ".")

@@ -214,6 +214,8 @@ def _of_output(name: str, found: OutputFidelity) -> Iterator[tuple[str, str]]:
     if found.agreement is not None and found.kl is not None:
         yield f"'{name}': same top class", part_text(found.agreement)
         yield f"'{name}': KL divergence, nats", nmse_text(found.kl)
+    elif found.distances:
+        yield from ((f"'{name}': {measure}", nmse_text(value)) for measure, value in found.distances.items())
     elif found.cosine is not None:
         yield f"'{name}': cosine with the teacher's", f"{found.cosine:.4f}"
     elif found.nmse is not None:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from ndonnx.data.source import DataSource, RowSource
     from ndonnx.data.sources.arrays import ArraySource
     from ndonnx.data.specs import Batch, InputSpec
+    from ndonnx.distill.tasks.base import Output, OutputTask, Recognised, TaskKind
+    from ndonnx.distill.tasks.fidelity import OutputFidelity
     from ndonnx.errors import (
         ConversionError,
         DataError,
@@ -47,8 +49,8 @@ if TYPE_CHECKING:
     from ndonnx.graph.load import load
     from ndonnx.metrics.baselines.comparison import BaselineRow, Baselines
     from ndonnx.metrics.evaluation import Evaluation
-    from ndonnx.metrics.fidelity import OutputFidelity
     from ndonnx.metrics.latency import Latency, ProviderSpeed, Ratio, Timing
+    from ndonnx.metrics.metric import register_metric
     from ndonnx.metrics.sensitivity import ThresholdReport
     from ndonnx.metrics.verdict import Verdict
     from ndonnx.partition import Partition
@@ -109,7 +111,9 @@ __all__ = [
     "NdonnxError",
     "NeighbourhoodReport",
     "Opening",
+    "Output",
     "OutputFidelity",
+    "OutputTask",
     "ParityError",
     "Partition",
     "Progress",
@@ -119,6 +123,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "RecipeLike",
+    "Recognised",
     "Removal",
     "RowSource",
     "RunDirError",
@@ -136,6 +141,7 @@ __all__ = [
     "Student",
     "StudentMethod",
     "TargetReport",
+    "TaskKind",
     "ThresholdReport",
     "Timing",
     "TrainingError",
@@ -153,6 +159,7 @@ __all__ = [
     "load_methods",
     "load_recipe",
     "partition_model",
+    "register_metric",
     "register_source",
     "search",
     "threshold",
@@ -193,8 +200,10 @@ _MODULES: Mapping[str, tuple[str, ...]] = {
     "ndonnx.graph.load": ("load",),
     "ndonnx.metrics.baselines.comparison": ("BaselineRow", "Baselines"),
     "ndonnx.metrics.evaluation": ("Evaluation",),
-    "ndonnx.metrics.fidelity": ("OutputFidelity",),
+    "ndonnx.distill.tasks.base": ("Output", "OutputTask", "Recognised", "TaskKind"),
+    "ndonnx.distill.tasks.fidelity": ("OutputFidelity",),
     "ndonnx.metrics.latency": ("Latency", "ProviderSpeed", "Ratio", "Timing"),
+    "ndonnx.metrics.metric": ("register_metric",),
     "ndonnx.metrics.sensitivity": ("ThresholdReport",),
     "ndonnx.metrics.verdict": ("Verdict",),
     "ndonnx.partition": ("Partition",),

@@ -9,8 +9,9 @@ from __future__ import annotations
 from itertools import groupby
 from pathlib import Path
 
+from ndonnx.config.panel import Panel
 from ndonnx.config.recipe import Recipe, SearchRecipe
-from ndonnx.config.setting import Panel, Setting, settings_of
+from ndonnx.config.setting import Setting, settings_of
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 BAR = "\\|"

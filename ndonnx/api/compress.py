@@ -9,13 +9,13 @@ from typing import Any
 import onnx_ir as ir
 
 from ndonnx.api.models import Model, Student, placed
+from ndonnx.api.origin import origin_of
 from ndonnx.api.settings import RecipeLike, recipe_of
 from ndonnx.config.recipe import Recipe
 from ndonnx.data import Data
 from ndonnx.errors import RecipeError
 from ndonnx.flow.baselines import beside_baselines
 from ndonnx.flow.build import Built, build, build_to_target
-from ndonnx.flow.origin import origin_of
 from ndonnx.flow.prepare import Request, prepare
 from ndonnx.graph import save
 from ndonnx.metrics.evaluation import Evaluation
@@ -96,7 +96,8 @@ def _compressed(
         with run.clock.measure("evaluate"):
             metrics = compare(request.model, built.model, run.judge, progress, run.recipe)
             before, after = summaries(run.teacher.original, request.model, built.model, request.output, run.parts)
-            baselines = beside_baselines(run, built.model, request.output)
+            named = run.recipe.baselines
+            baselines = beside_baselines(run, built.model, request.output) if named else None
         judged = None if request.eval_data is None else run.judge.spec
         report = CompressReport(
             teacher=before,

@@ -17,7 +17,7 @@ from ndonnx.assemble.verify import verify
 from ndonnx.config.recipe import Recipe
 from ndonnx.data import Data
 from ndonnx.distill.noisy_body import measure_noises
-from ndonnx.distill.task import check_told
+from ndonnx.distill.tasks.outputs import check_told
 from ndonnx.errors import ModelError, NdonnxError, SliceError, UsageError
 from ndonnx.flow.harden import Hardening
 from ndonnx.flow.prepare import Request, open_all, partition_model

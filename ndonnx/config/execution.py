@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ndonnx.config.setting import Flag, Panel, Section
+from ndonnx.config.panel import Panel
+from ndonnx.config.setting import Flag, Section
 from ndonnx.config.values import Bytes
 
 

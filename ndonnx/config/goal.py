@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from ndonnx.config.setting import Flag, Panel, Section
-from ndonnx.config.values import BaselineNames, Drop, Function, Names
+from ndonnx.config.panel import Panel
+from ndonnx.config.setting import Flag, Section
+from ndonnx.config.values import BaselineNames, Drop, Names
 
 
 class Goal(Section):
@@ -17,10 +18,11 @@ class Goal(Section):
     max_drop: Annotated[Drop | None, Flag("DROP", Panel.REACH)] = None
     """Largest loss of quality, as `1%` or `0.01`, promised with 95% confidence by a test on held-out samples. Default:
     any loss."""
-    metric: Annotated[Function | None, Flag("MODULE:FUNCTION", Panel.REACH)] = None
-    """Metric of one's own, higher is better: a function of the student's outputs and the teacher's (arrays by name) and
-    of the labels (or `None`) that returns a float. It is reported, and chooses which stage of the student is written;
-    `--target` and `--max-drop` do not go by it yet. Default: no such metric."""
+    metric: Annotated[str | None, Flag("METRIC", Panel.REACH)] = None
+    """Further metric, higher is better: `top5`, another one by its name, or `MODULE:FUNCTION`, a function of the
+    student's outputs and the teacher's (arrays by name) and of the labels (or `None`) that returns a float. It is
+    reported, and chooses which stage of the student is written; `--target` and `--max-drop` do not go by it yet.
+    Default: no such metric."""
     threshold: Annotated[str | None, Flag("FILE.json", Panel.REACH)] = None
     """Error budgets of the neighbourhoods, a file that `ndonnx threshold` wrote: none is trained further than its
     budget needs, and a student beyond its budget is reported. Default: the same training for all, no report."""

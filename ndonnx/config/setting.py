@@ -11,21 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from ndonnx.config.docstrings import field_docstrings
-
-
-class Panel(StrEnum):
-    """Heading under which a setting stands in `--help` and in README."""
-
-    BUILD = "What to build"
-    REACH = "What to reach"
-    TRAIN = "How to train it"
-    RUN = "How to run it"
+from ndonnx.config.panel import Panel
 
 
 @dataclass(frozen=True)

@@ -95,30 +95,12 @@ def _number(text: str) -> bool | int | float:
 
 
 def parse_tasks(value: object) -> object:
-    """Check `embedding`, `boxes=regression` or `module:function`, one or several; pass anything else to pydantic.
+    """Take `embedding`, `boxes=regression` or `module:function`, one or several; pass anything else to pydantic.
 
-    Raises:
-        ValueError: one of them is none of these.
+    Which kinds there are is not known here: they register themselves.
     """
     given = (value,) if isinstance(value, str) else value
-    if not isinstance(given, tuple | list):
-        return value
-    for each in given:
-        kind = str(each).rpartition("=")[2]
-        if kind not in TASKS and ":" not in kind:
-            raise ValueError(f"should be {', '.join(TASKS)} or module:function, as NAME=KIND for one output")
-    return tuple(given)
-
-
-def parse_function(value: object) -> object:
-    """Check `module:function`; pass anything that is no text to pydantic.
-
-    Raises:
-        ValueError: it is not written so.
-    """
-    if isinstance(value, str) and not all(value.partition(":")):
-        raise ValueError("should be module:function")
-    return value
+    return tuple(given) if isinstance(given, tuple | list) else value
 
 
 def parse_sizes(value: object) -> object:
@@ -130,10 +112,7 @@ Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
 Duration = Annotated[float, BeforeValidator(parse_duration), Field(gt=0)]
 Sparsity = Annotated[str, BeforeValidator(parse_sparsity)]
 Drop = Annotated[str, BeforeValidator(parse_plain)]
-TASKS = ("auto", "classification", "embedding", "regression")
-"""Kinds of outputs."""
 Tasks = Annotated[tuple[str, ...], BeforeValidator(parse_tasks)]
-Function = Annotated[str, BeforeValidator(parse_function)]
 Names = Annotated[tuple[str, ...], BeforeValidator(parse_names)]
 Augmentation = Literal["auto", "flip", "shift", "mixup"]
 Augmentations = Annotated[tuple[Augmentation, ...], BeforeValidator(parse_augmentations)]

@@ -10,12 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ndonnx.distill.task import Form
-
 _CHUNK = 2**22
 """Numbers that are converted at a time."""
-_LEAST_PROBABILITY = 1e-30
-"""What is less is taken for this before its logarithm."""
 LABEL = "label"
 """Under this name an objective finds the class numbers of the samples, where there are any."""
 
@@ -125,7 +121,7 @@ class DistillationLoss(Objective):
         label_weight: float = 0.0,
         *,
         axis: int = -1,
-        form: Form = Form.LOGITS,
+        least_probability: float | None = None,
     ) -> None:
         """Compare class scores.
 
@@ -134,13 +130,14 @@ class DistillationLoss(Objective):
             temperature: T, above 0.
             label_weight: w, from 0 to 1.
             axis: along which the classes lie.
-            form: how the scores are written.
+            least_probability: where the scores are probabilities, what is less is taken for this before its logarithm.
+                None: they are logits, or logarithms already.
         """
         self.target = target
         self.temperature = temperature
         self.label_weight = label_weight
         self.axis = axis
-        self.form = form
+        self.least_probability = least_probability
         self.values = (target, LABEL) if label_weight > 0 else (target,)
 
     def __call__(self, answer: Tensor, captured: Mapping[str, Tensor]) -> Tensor:
@@ -155,7 +152,7 @@ class DistillationLoss(Objective):
     def _logits(self, scores: Tensor) -> Tensor:
         """Float (positions, classes)."""
         last = scores.movedim(self.axis, -1).reshape(-1, scores.shape[self.axis])
-        return last.clamp(min=_LEAST_PROBABILITY).log() if self.form is Form.PROBABILITIES else last
+        return last if self.least_probability is None else last.clamp(min=self.least_probability).log()
 
 
 class EmbeddingLoss(Objective):
@@ -184,8 +181,8 @@ class RegressionLoss(Objective):
         return F.mse_loss(answer, captured[self.target]) / self.variance
 
 
-class CustomLoss(Objective):
-    """A function of the user's own: of the student's and the teacher's tensors, float32 (samples, ...), a scalar."""
+class FunctionLoss(Objective):
+    """A function of the student's and the teacher's tensors, float32 (samples, ...), a scalar."""
 
     def __init__(self, target: str, function: Callable[[Tensor, Tensor], Tensor]) -> None:
         self.target = target

@@ -19,17 +19,16 @@ from ndonnx.convert import TorchSlice
 from ndonnx.data.user_code import import_function
 from ndonnx.distill.losses import (
     LABEL,
-    CustomLoss,
-    DistillationLoss,
-    EmbeddingLoss,
+    FunctionLoss,
     Objective,
-    RegressionLoss,
     SeveralLosses,
     target_variance,
 )
 from ndonnx.distill.plan import Plan
 from ndonnx.distill.samples import SliceSamples, Source
-from ndonnx.distill.task import OutputTask, Task, fitting_temperature, tasks_of
+from ndonnx.distill.tasks.base import OutputTask, TrainedOutput
+from ndonnx.distill.tasks.kinds.classification import SCORES_RANK, Classification
+from ndonnx.distill.tasks.outputs import tasks_of
 from ndonnx.distill.trainer import OnStep, Training
 from ndonnx.errors import RecipeError
 from ndonnx.graph import fold_constants, load, save
@@ -45,8 +44,6 @@ Labels = npt.NDArray[np.int64]
 """Class numbers, int64 (samples,), one for each sample of a store."""
 
 _FLOAT = 4
-_SCORES_RANK = 2
-"""Rank of class scores of whole samples, (samples, classes)."""
 _FEW, _SEEN = 16, 256
 """Samples by which an output is told, and its size: from the fewest to the most."""
 _SEEN_BYTES = 32 * 2**20
@@ -106,12 +103,8 @@ class WholeSettings:
     def _loss(self, name: str, rows: npt.NDArray[np.generic], label_weight: float) -> Objective:
         task = self.tasks[name]
         if task.custom is not None:
-            return CustomLoss(name, loss_named(task.custom))
-        if task.task is Task.CLASSIFICATION:
-            temperature = self.temperature or fitting_temperature(rows, task.axis, task.form)
-            return DistillationLoss(name, temperature, label_weight, axis=task.axis, form=task.form)
-        variance = _variance(rows)
-        return EmbeddingLoss(name, variance) if task.task is Task.EMBEDDING else RegressionLoss(name, variance)
+            return FunctionLoss(name, loss_named(task.custom))
+        return task.kind.objective(task, TrainedOutput(name, rows, _variance(rows), self.temperature, label_weight))
 
 
 def _variance(rows: npt.NDArray[np.generic]) -> float:
@@ -121,13 +114,13 @@ def _variance(rows: npt.NDArray[np.generic]) -> float:
 
 def _of_whole_samples(task: OutputTask, rows: npt.NDArray[np.generic]) -> bool:
     """Whether an output holds one class for each sample, as labels do."""
-    return task.task is Task.CLASSIFICATION and task.custom is None and rows.ndim == _SCORES_RANK
+    return task.kind is Classification and task.custom is None and rows.ndim == SCORES_RANK
 
 
 def tasks_from(
     store: ActivationStore, outputs: Sequence[str], *, labelled: bool, told: Sequence[str]
 ) -> dict[str, OutputTask]:
-    """What captured outputs mean, see `ndonnx.distill.task.tasks_of`.
+    """What captured outputs mean, see `ndonnx.distill.tasks.outputs.tasks_of`.
 
     Raises:
         RecipeError: the user speaks of an output that there is not.

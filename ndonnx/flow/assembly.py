@@ -111,10 +111,11 @@ class Assembly:
         best = stages.best
         assert best is not None
         state_as_in_file(best.model, self.run.teacher.model)
-        quantised = Quantisation(self.run, stages).quantise()
-        best = stages.best
-        assert best is not None
-        return Assembled(best.model, tuned, {}, stages.reports(), quantised)
+        if self.run.recipe.bits == 32:
+            return Assembled(best.model, tuned, {}, stages.reports())
+        quantised = Quantisation(self.run, stages).quantise(best)
+        assert stages.best is not None
+        return Assembled(stages.best.model, tuned, {}, stages.reports(), quantised)
 
     def _finetuned(
         self, stages: Stages, replaced: Mapping[str, ir.Model], key: tuple[str, ...]

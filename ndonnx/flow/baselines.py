@@ -44,18 +44,14 @@ class _Beside:
         return Comparison(self.teacher, students, self.judge, self.recipe, progress).run(kinds, material, plan, feeds)
 
 
-def beside_baselines(run: Run, student: ir.Model, written: Path | None) -> Baselines | None:
-    """Teacher, student and baselines in one comparison; None where the recipe names no baseline.
-
-    The baselines stay in the run directory.
+def beside_baselines(run: Run, student: ir.Model, written: Path | None) -> Baselines:
+    """Teacher, student and the baselines that the recipe names in one comparison; they stay in the run directory.
 
     Args:
         run: the run that made the student.
         student: the finished student.
         written: its file. None: it was not written, and is for the comparison.
     """
-    if not run.recipe.baselines:
-        return None
     folder = run.directory.path / _FOLDER
     folder.mkdir(exist_ok=True)
     if written is None:

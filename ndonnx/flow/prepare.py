@@ -22,9 +22,8 @@ from ndonnx.data.split import Split, compared_of, draw
 from ndonnx.data.subset import Joined, Subset
 from ndonnx.distill.finetune import why_not_converted, why_not_finetuned
 from ndonnx.distill.schedule import Schedule
-from ndonnx.distill.task import check_told
+from ndonnx.distill.tasks.outputs import check_told
 from ndonnx.errors import DataError, ModelError, RecipeError
-from ndonnx.flow.augmentations import AUTO, TRIED, suiting
 from ndonnx.flow.run import Run, Teacher
 from ndonnx.flow.simplification import simplified
 from ndonnx.graph import load
@@ -34,8 +33,8 @@ from ndonnx.graph.interface import Interface
 from ndonnx.graph.passes.branches import open_branches
 from ndonnx.graph.save import check_writable
 from ndonnx.graph.working_copy import working_copy
+from ndonnx.metrics.registry import check_metric
 from ndonnx.metrics.sensitivity import study_of
-from ndonnx.metrics.user_metric import check_metric
 from ndonnx.partition import Partition, partition
 from ndonnx.runtime.clock import Clock
 from ndonnx.runtime.executor import check_executor
@@ -46,6 +45,7 @@ from ndonnx.runtime.run_directory import RunDir
 from ndonnx.select import DEFAULT_CANDIDATES, Candidate, parse_candidates
 from ndonnx.students.registry import check_method, method_of, operators_around
 from ndonnx.teacher import make_session
+from ndonnx.teacher.augmentations import AUTO, TRIED, suiting
 from ndonnx.teacher.balance import POOL, balanced
 from ndonnx.teacher.outputs import outputs_a_second
 from ndonnx.teacher.synthetic_inputs import settings_for

@@ -44,7 +44,7 @@ def check_quantisable(run: Run) -> None:
     Raises:
         ModelError: it has nothing.
     """
-    if run.recipe.bits < 32 and not can_be_quantised(run.teacher.model):
+    if not can_be_quantised(run.teacher.model):
         raise ModelError(
             f"{run.teacher.path}: nothing to quantise, as no Conv, Gemm, MatMul or Gather in it holds float weights; "
             "leave --bits out"
@@ -68,14 +68,11 @@ class Quantisation:
     run: Run
     stages: Stages
 
-    def quantise(self) -> QuantisationReport | None:
-        """Let the quantised student be the last stage and what is written; None where nobody asked for it.
+    def quantise(self, best: Stage) -> QuantisationReport:
+        """Let the best stage so far, quantised, be the last one and what is written.
 
         Where it is neither smaller nor faster than the student in float, this one stays, and the report says so.
         """
-        best = self.stages.best
-        if best is None or self.run.recipe.bits == 32:
-            return None
         with self.run.clock.measure("quantise"):
             self.run.progress.stage("quantise")
             entry = self.run.directory.entry("quantised", self._key(best.model))

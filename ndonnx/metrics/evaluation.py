@@ -19,13 +19,14 @@ from numpy.typing import NDArray
 
 from ndonnx.data import Batch, DataSource, input_specs
 from ndonnx.data.inputs import interface_of
-from ndonnx.distill.task import are_probabilities, class_scores, doubt, has_shape_of_scores, tasks_of
+from ndonnx.distill.tasks.fidelity import Fidelity, Measure, OutputFidelity, ratio
+from ndonnx.distill.tasks.outputs import class_scores, doubt, has_shape_of_scores, tasks_of
+from ndonnx.distill.tasks.scores import are_probabilities, nats, top_class
 from ndonnx.errors import DataError, ModelError, UsageError, first_line
 from ndonnx.graph import load
 from ndonnx.graph.interface import Interface
 from ndonnx.graph.passes.branches import open_branches
 from ndonnx.graph.working_copy import working_copy
-from ndonnx.metrics.fidelity import Fidelity, OutputFidelity, TaskFidelity, nats, ratio, top_class
 from ndonnx.metrics.user_metric import UserMetric
 from ndonnx.metrics.verdict import Verdict
 from ndonnx.runtime.progress import Progress, Silent
@@ -47,7 +48,7 @@ _UNKNOWN = 16
 class Evaluation:
     """What was measured; None where labels, a teacher or class scores were missing.
 
-    Class scores are the first output that is known to hold any, see `ndonnx.distill.task`.
+    Class scores are the first output that is known to hold any, see `ndonnx.distill.tasks.outputs`.
     """
 
     samples: int
@@ -255,7 +256,7 @@ class _Tally:
         self._name = name
         self._told = told
         self._metric = metric
-        self._tasks: dict[str, TaskFidelity] = {}
+        self._measures: dict[str, Measure] = {}
         self._samples = 0
         self._labelled = 0
         self._right = 0
@@ -280,7 +281,7 @@ class _Tally:
         if expected is not None:
             if not self._samples:
                 tasks = tasks_of(expected, count, labelled=labels is not None, told=self._told)
-                self._tasks = {name: TaskFidelity(task) for name, task in tasks.items()}
+                self._measures = {name: task.measure for name, task in tasks.items()}
             self._compare(outputs, expected, count)
         scores = self._class_scores(outputs if expected is None else expected, labels, count)
         if scores is not None and has_shape_of_scores(outputs[scores], count):
@@ -320,7 +321,7 @@ class _Tally:
             kl=self._divergence / self._compared if self._compared else None,
             worst_sample=worst,
             worst_nmse=None if worst is None else ratio(error * self._samples, spread),
-            outputs={name: task.result(self._fidelity[name]) for name, task in self._tasks.items()},
+            outputs={name: each.result(self._fidelity[name]) for name, each in self._measures.items()},
             metric=None if self._metric is None else self._metric.result(),
         )
 
@@ -334,8 +335,8 @@ class _Tally:
                 )
             if value.dtype.kind == "f":
                 error = self._fidelity.setdefault(name, Fidelity()).add(outputs[name], value)
-                if name in self._tasks:
-                    self._tasks[name].add(outputs[name], value)
+                if name in self._measures:
+                    self._measures[name].add(outputs[name], value)
                 if error.ndim and len(error) == count:
                     errors.append(error)
         if errors:

@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 
+from ndonnx.distill.tasks.intervals import Interval, of_part
+from ndonnx.distill.tasks.registry import all_kinds
 from ndonnx.errors import UsageError
 from ndonnx.metrics.evaluation import Evaluation
-from ndonnx.metrics.intervals import Interval, of_part
 from ndonnx.metrics.verdict import Verdict
 
 _SIGNS: Mapping[str, Callable[[float, float], bool]] = {
@@ -52,9 +53,15 @@ MEASURES: Mapping[str, Measure] = {
     "latency": Measure(0, _INF),
     "size": Measure(0, _INF),
 }
-"""All that can be required, by the name that is written."""
+"""All that can be required of any model, by the name that is written."""
 _LEAST_OF = ("agreement", "cosine")
 """Measures of which the worst of several outputs is the least one."""
+
+
+def measures() -> Mapping[str, Measure]:
+    """All that can be required, by the name that is written: the distances that kinds of tasks declare among them."""
+    declared = {kind.measure: Measure(0, _INF, of_output=True) for kind in all_kinds() if kind.measure}
+    return {**declared, **MEASURES}
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,7 @@ class Requirement:
     text: str
     """As it was written."""
     measure: str
-    """One of `MEASURES`."""
+    """One of `measures`."""
     output: str | None
     """The output that it is of. None: all, of which the worst counts."""
     sign: str
@@ -81,10 +88,11 @@ class Requirement:
         if found is None:
             raise UsageError(f"--require {text!r}: expected METRIC>=VALUE (or <=, >, <), as agreement>=99%")
         name, output = found["measure"].lower(), found["output"]
-        if name not in MEASURES:
-            raise UsageError(f"--require {text!r}: unknown metric '{found['measure']}'; known: {', '.join(MEASURES)}")
-        if output is not None and not MEASURES[name].of_output:
-            of_outputs = ", ".join(name for name, each in MEASURES.items() if each.of_output)
+        known = measures()
+        if name not in known:
+            raise UsageError(f"--require {text!r}: unknown metric '{found['measure']}'; known: {', '.join(known)}")
+        if output is not None and not known[name].of_output:
+            of_outputs = ", ".join(name for name, each in known.items() if each.of_output)
             raise UsageError(f"--require {text!r}: {name} is not told of a single output; those are {of_outputs}")
         requirement = cls(text, name, output, found["sign"], _number(text, found["value"]))
         requirement._refuse_impossible()
@@ -95,7 +103,7 @@ class Requirement:
         return _SIGNS[self.sign](found, self.value)
 
     def _refuse_impossible(self) -> None:
-        measure = MEASURES[self.measure]
+        measure = measures()[self.measure]
         best = measure.high if self.sign[0] == ">" else measure.low
         if not self.holds(best):
             bound = f"at {'most' if self.sign[0] == '>' else 'least'} {best:g}"
@@ -127,7 +135,7 @@ def read_requirements(texts: Sequence[str], *, teacher: bool, metric: bool) -> l
     """
     found = [Requirement.parse(text) for text in texts]
     for each in found:
-        if MEASURES[each.measure].beside_teacher and not teacher:
+        if measures()[each.measure].beside_teacher and not teacher:
             raise UsageError(f"--require {each.text!r}: {each.measure} is measured beside a teacher; give --teacher")
         if each.measure == "metric" and not metric:
             raise UsageError(f"--require {each.text!r}: there is no metric of your own; give --metric MODULE:FUNCTION")
@@ -173,12 +181,12 @@ def _verdict(requirement: Requirement, evaluation: Evaluation, beside: Mapping[s
 
 def _evaluated(requirement: Requirement, evaluation: Evaluation) -> tuple[Measured, str | None]:
     """What an evaluation tells of a requirement's measure, and the output that it is of."""
-    name, field = requirement.measure, MEASURES[requirement.measure].field
+    name, field = requirement.measure, measures()[requirement.measure].field
     whole = None if requirement.output else getattr(evaluation, field, None)
     if whole is not None:
         interval = of_part(whole, evaluation.samples) if name in ("accuracy", "agreement") else None
         return Measured(float(whole), interval), None
-    of_outputs = {key: getattr(each, field, None) for key, each in evaluation.outputs.items()}
+    of_outputs = {key: getattr(each, field, each.distances.get(name)) for key, each in evaluation.outputs.items()}
     told = {key: float(value) for key, value in of_outputs.items() if value is not None}
     if requirement.output is not None:
         told = {key: value for key, value in told.items() if key == requirement.output}

@@ -1,9 +1,8 @@
-"""A metric of the user's own: a function of all answers of student and teacher, and of the labels; higher is better."""
+"""The metric that the user asks for: a function of all outputs of student and teacher, and of the labels."""
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from numbers import Real
 
@@ -11,23 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ndonnx.data.source import first_line
-from ndonnx.data.user_code import import_function
-from ndonnx.errors import RecipeError, UsageError
+from ndonnx.errors import UsageError
+from ndonnx.metrics.registry import metric_of
 
 Array = NDArray[np.generic]
-
-
-def check_metric(spec: str | None) -> None:
-    """Refuse a metric that is not there, before anything is run.
-
-    Args:
-        spec: as `--metric` takes it. None: none.
-
-    Raises:
-        RecipeError: its module cannot be imported, or has no such function.
-    """
-    if spec is not None:
-        import_function(spec, os.getcwd(), RecipeError)
 
 
 class UserMetric:
@@ -37,13 +23,13 @@ class UserMetric:
         """Find the function.
 
         Args:
-            spec: `module:function`.
+            spec: a name, or `module:function`.
 
         Raises:
-            RecipeError: there is no such function.
+            RecipeError: there is no such metric.
         """
         self._spec = spec
-        self._function = import_function(spec, os.getcwd(), RecipeError)
+        self._function = metric_of(spec)
         self._student: dict[str, list[Array]] = {}
         self._teacher: dict[str, list[Array]] = {}
         self._labels: list[NDArray[np.int64] | None] = []

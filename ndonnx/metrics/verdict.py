@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ndonnx.metrics.intervals import Interval
+from ndonnx.distill.tasks.intervals import Interval
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ndonnx.distill.tasks.fidelity import OutputFidelity
 from ndonnx.metrics.baselines import Baselines
 from ndonnx.metrics.evaluation import Evaluation, finite
-from ndonnx.metrics.fidelity import OutputFidelity
 from ndonnx.runtime.atomic import atomic_write_json
 
 

@@ -6,14 +6,11 @@ because its class was defined. So a help text costs nothing, and a new method is
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Iterable
-from functools import cache
-from importlib.metadata import entry_points
 
 from ndonnx.config.recipe import Recipe
 from ndonnx.errors import RecipeError
+from ndonnx.runtime.plugins import Plugins
 from ndonnx.students import methods
 from ndonnx.students.base import REGISTERED, StudentMethod
 
@@ -22,12 +19,7 @@ DEFAULT_METHOD = str(Recipe.model_fields["method"].default)
 ENTRY_POINTS = "ndonnx.methods"
 """Group of entry points under which an installed package names its methods: `blur = "my_package.blur"`."""
 
-
-@cache
-def _homes() -> dict[str, str]:
-    """Modules by the name of the method that they define."""
-    built_in = {found.name: f"{methods.__name__}.{found.name}" for found in pkgutil.iter_modules(methods.__path__)}
-    return {point.name: point.module for point in entry_points(group=ENTRY_POINTS)} | built_in
+_PLUGINS = Plugins(methods, ENTRY_POINTS)
 
 
 def load_methods(names: Iterable[str]) -> None:
@@ -38,13 +30,13 @@ def load_methods(names: Iterable[str]) -> None:
             nothing and is not imported for it, since torch takes seconds.
     """
     for name in names:
-        if name in _homes() and name != DEFAULT_METHOD:
+        if name in _PLUGINS.homes() and name != DEFAULT_METHOD:
             method_class(name)
 
 
 def method_names() -> list[str]:
     """Names of all student methods, sorted."""
-    return sorted({*_homes(), *REGISTERED})
+    return sorted({*_PLUGINS.homes(), *REGISTERED})
 
 
 def check_method(name: str) -> None:
@@ -66,7 +58,7 @@ def method_class(name: str) -> type[StudentMethod]:
     """
     check_method(name)
     if name not in REGISTERED:
-        importlib.import_module(_homes()[name])
+        _PLUGINS.load(name)
     return REGISTERED[name]
 
 

@@ -56,6 +56,31 @@ def ndonnx(*sites: Path, arguments: tuple[str, ...] = ("--version",)) -> tuple[i
     return ended.returncode, ended.stdout, ended.stderr
 
 
+NEVER = ("numpy", "onnx", "onnx_ir", "onnxruntime", "torch", "scipy", "networkx", "matplotlib", "PIL", "pyarrow")
+"""What takes long to import and is for no help text."""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "further"),
+    [
+        (("--help",), ("pydantic", "rich.progress")),
+        (("--version",), ("pydantic",)),
+        (("compress", "--help"), ()),
+    ],
+    ids=str,
+)
+def test_a_help_text_imports_little(arguments: tuple[str, ...], further: tuple[str, ...]) -> None:
+    code = (
+        "import sys; from ndonnx_cli.start import main; code = main(); "
+        f"print(*(name for name in {(*NEVER, *further)} if name in sys.modules), file=sys.stderr); sys.exit(code)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert (ended.returncode, ended.stderr) == (0, "\n")
+    assert ended.stdout.startswith("ndonnx ") or "Usage: ndonnx" in ended.stdout
+
+
 def test_alone_it_starts(tmp_path: Path) -> None:
     install_ours(tmp_path)
     assert ndonnx(tmp_path) == (0, f"ndonnx {VERSION}\n", "")

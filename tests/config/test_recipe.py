@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError
 from typer.main import get_command
 
 from ndonnx.config.declared import declare, declared, withdraw
+from ndonnx.config.panel import Panel
 from ndonnx.config.recipe import (
     DataRecipe,
     InputRecipe,
@@ -22,7 +23,7 @@ from ndonnx.config.recipe import (
     parse_bytes,
     settings,
 )
-from ndonnx.config.setting import Panel, Section, Setting, helps_of
+from ndonnx.config.setting import Section, Setting, helps_of
 from ndonnx.errors import RecipeError
 from ndonnx_cli.main import build_app, main
 from scripts.recipe_table import README, with_tables

@@ -19,7 +19,7 @@ from ndonnx.distill.losses import (
     RegressionLoss,
     SeveralLosses,
 )
-from ndonnx.distill.task import Form
+from ndonnx.distill.tasks.scores import LEAST_PROBABILITY
 
 
 class Scale(nn.Module):
@@ -107,17 +107,17 @@ def test_probabilities_are_compared_at_the_input_of_their_softmax() -> None:
     by_position = [DistillationLoss("y", temperature=2.0)(student[:, n], {"y": teacher[:, n]}) for n in range(3)]
     assert by_logits.item() == pytest.approx(torch.stack(by_position).mean().item()), "the mean over positions"
     p, q = student.softmax(-1), teacher.softmax(-1)
-    loss = DistillationLoss("y", temperature=2.0, form=Form.PROBABILITIES)
+    loss = DistillationLoss("y", temperature=2.0, least_probability=LEAST_PROBABILITY)
     assert loss(p, {"y": q}).item() == pytest.approx(by_logits.item(), rel=1e-5)
-    logs = DistillationLoss("y", temperature=2.0, form=Form.LOG_PROBABILITIES)
+    logs = DistillationLoss("y", temperature=2.0)
     assert logs(p.log(), {"y": q.log()}).item() == pytest.approx(by_logits.item(), rel=1e-5)
-    maps = DistillationLoss("y", temperature=2.0, axis=1, form=Form.PROBABILITIES)
+    maps = DistillationLoss("y", temperature=2.0, axis=1, least_probability=LEAST_PROBABILITY)
     assert maps(p.movedim(-1, 1), {"y": q.movedim(-1, 1)}).item() == pytest.approx(by_logits.item(), rel=1e-5)
 
 
 def test_a_probability_of_zero_has_a_finite_gradient() -> None:
     student = torch.tensor([[200.0, 0.0, -200.0]], requires_grad=True)
-    loss = DistillationLoss("y", temperature=1.0, form=Form.PROBABILITIES)
+    loss = DistillationLoss("y", temperature=1.0, least_probability=LEAST_PROBABILITY)
     loss(student.softmax(-1), {"y": torch.tensor([[0.0, 0.0, 1.0]])}).backward()
     assert student.grad is not None and torch.isfinite(student.grad).all()
 

@@ -13,16 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ndonnx
-from ndonnx.distill.task import (
-    Form,
-    OutputTask,
-    Task,
-    class_scores,
-    doubt,
-    fitting_temperature,
-    task_of,
-    tasks_of,
-)
+from ndonnx.distill.tasks.base import OutputTask, TaskKind
+from ndonnx.distill.tasks.kinds.classification import Classification
+from ndonnx.distill.tasks.kinds.embedding import Embedding
+from ndonnx.distill.tasks.kinds.regression import Regression
+from ndonnx.distill.tasks.outputs import class_scores, doubt, task_of, tasks_of
+from ndonnx.distill.tasks.scores import Form, fitting_temperature
 from ndonnx.errors import RecipeError
 from ndonnx.metrics.partial import Quality
 from tests.helpers.models import Array, Net, inputs_of
@@ -55,15 +51,15 @@ def unit(values: Array) -> Array:
 def test_values_speak_for_class_scores_and_against_them(classes: int, seed: int, dtype: Any, name: str) -> None:
     raw = scores(classes, seed)
 
-    def task(values: Array, **labelled: bool) -> Task:
+    def task(values: Array, **labelled: bool) -> type[TaskKind]:
         return task_of(name, values.astype(dtype), ROWS, **labelled)
 
-    assert task(softmax(raw)) is Task.CLASSIFICATION
-    assert task(np.log(softmax(raw))) is Task.CLASSIFICATION
-    assert task(unit(raw)) is task(unit(raw), labelled=True) is Task.EMBEDDING
-    assert task(raw) is Task.REGRESSION
-    assert task(raw, labelled=True) is Task.CLASSIFICATION
-    assert task_of("logits", raw.astype(dtype), ROWS) is Task.CLASSIFICATION
+    assert task(softmax(raw)) is Classification
+    assert task(np.log(softmax(raw))) is Classification
+    assert task(unit(raw)) is task(unit(raw), labelled=True) is Embedding
+    assert task(raw) is Regression
+    assert task(raw, labelled=True) is Classification
+    assert task_of("logits", raw.astype(dtype), ROWS) is Classification
 
 
 @pytest.mark.parametrize(
@@ -77,17 +73,17 @@ def test_values_speak_for_class_scores_and_against_them(classes: int, seed: int,
     ],
 )
 def test_other_shapes_are_no_class_scores(values: Array) -> None:
-    assert task_of("logits", np.asarray(values), ROWS, labelled=True) is Task.REGRESSION
+    assert task_of("logits", np.asarray(values), ROWS, labelled=True) is Regression
 
 
 @pytest.mark.parametrize(
     ("shape", "axis", "found"),
     [
-        ((ROWS, 7, 5), -1, OutputTask(Task.CLASSIFICATION, -1, Form.PROBABILITIES)),
-        ((ROWS, 5, 4, 6), 1, OutputTask(Task.CLASSIFICATION, 1, Form.PROBABILITIES)),
-        ((ROWS, 5, 4, 6), -1, OutputTask(Task.CLASSIFICATION, -1, Form.PROBABILITIES)),
-        ((ROWS, 5, 7), 1, OutputTask(Task.REGRESSION)),
-        ((ROWS, 7, 1), -1, OutputTask(Task.REGRESSION)),
+        ((ROWS, 7, 5), -1, OutputTask(Classification, -1, Form.PROBABILITIES)),
+        ((ROWS, 5, 4, 6), 1, OutputTask(Classification, 1, Form.PROBABILITIES)),
+        ((ROWS, 5, 4, 6), -1, OutputTask(Classification, -1, Form.PROBABILITIES)),
+        ((ROWS, 5, 7), 1, OutputTask(Regression)),
+        ((ROWS, 7, 1), -1, OutputTask(Regression)),
     ],
 )
 def test_positions_have_classes_of_their_own(shape: tuple[int, ...], axis: int, found: OutputTask) -> None:
@@ -97,18 +93,18 @@ def test_positions_have_classes_of_their_own(shape: tuple[int, ...], axis: int, 
     assert tasks_of({"y": values}, ROWS) == {"y": found}
     if found.form is Form.PROBABILITIES:
         logs = tasks_of({"y": np.log(values)}, ROWS)["y"]
-        assert logs == OutputTask(Task.CLASSIFICATION, axis, Form.LOG_PROBABILITIES)
+        assert logs == OutputTask(Classification, axis, Form.LOG_PROBABILITIES)
     assert class_scores({"y": values}, ROWS) is None, "no one class for each sample"
 
 
 def test_the_user_has_the_last_word() -> None:
     outputs = {"a": softmax(scores()), "b": scores(), "c": unit(scores()), "ids": np.zeros((ROWS, 2), np.int64)}
-    assert tasks_of(outputs, ROWS, told=("regression",)) == dict.fromkeys("abc", OutputTask(Task.REGRESSION))
+    assert tasks_of(outputs, ROWS, told=("regression",)) == dict.fromkeys("abc", OutputTask(Regression))
     told = tasks_of(outputs, ROWS, told=("embedding", "b=classification", "c=auto", "a=mine:loss"))
     assert told == {
-        "a": OutputTask(Task.REGRESSION, custom="mine:loss"),
-        "b": OutputTask(Task.CLASSIFICATION),
-        "c": OutputTask(Task.EMBEDDING),
+        "a": OutputTask(Regression, custom="mine:loss"),
+        "b": OutputTask(Classification),
+        "c": OutputTask(Embedding),
     }
     assert tasks_of(outputs, ROWS, told=("classification",))["a"].form is Form.PROBABILITIES
     with pytest.raises(RecipeError, match="no output 'boxes'; it has a, b, c, ids"):
@@ -118,8 +114,8 @@ def test_the_user_has_the_last_word() -> None:
 def test_samples_that_are_not_finite_say_nothing() -> None:
     values = softmax(scores())
     values[3] = np.nan
-    assert task_of("y", values, ROWS) is Task.CLASSIFICATION
-    assert task_of("y", np.full((ROWS, 4), np.nan), ROWS) is Task.REGRESSION
+    assert task_of("y", values, ROWS) is Classification
+    assert task_of("y", np.full((ROWS, 4), np.nan), ROWS) is Regression
 
 
 def test_of_several_outputs_the_first_with_class_scores_counts() -> None:

@@ -234,7 +234,7 @@ def test_a_function_is_a_metric_of_the_whole_run(tmp_path: Path, capsys: pytest.
     [
         ("nobody:metric", "cannot import 'nobody'"),
         ("os:nothing", "no function 'nothing'"),
-        ("accuracy", "should be module:function"),
+        ("accuracy", "--metric accuracy: expected top5 or module:function"),
         (lambda student, teacher, labels: 1.0, "metric <lambda>: cannot be imported by its name"),
         (math.hypot, "no function 'hypot'"),
         (3, "'metric'"),

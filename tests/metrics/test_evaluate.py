@@ -18,10 +18,14 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ndonnx.config.recipe import DataRecipe
 from ndonnx.data import DataSource, InputSpec, input_specs, open_source
-from ndonnx.distill.task import OutputTask, Task, tasks_of
+from ndonnx.distill.tasks.base import OutputTask
+from ndonnx.distill.tasks.fidelity import Fidelity
+from ndonnx.distill.tasks.kinds.classification import Classification
+from ndonnx.distill.tasks.kinds.embedding import Embedding
+from ndonnx.distill.tasks.kinds.regression import Regression
+from ndonnx.distill.tasks.outputs import tasks_of
 from ndonnx.errors import DataError, ModelError, RecipeError, UsageError
 from ndonnx.metrics.evaluation import evaluate
-from ndonnx.metrics.fidelity import Fidelity, TaskFidelity
 from ndonnx.runtime.progress import Silent
 from ndonnx.teacher.sessions import make_session
 
@@ -323,12 +327,12 @@ def test_outputs_without_numbers_have_no_error(shape: tuple[int, ...]) -> None:
     found = Fidelity()
     rows = found.add(values, values)
     assert rows.shape == shape[:1] and not rows.any() and found.error == 0
-    for task in (OutputTask(Task.CLASSIFICATION), OutputTask(Task.EMBEDDING), OutputTask(Task.REGRESSION)):
+    for task in (OutputTask(Classification), OutputTask(Embedding), OutputTask(Regression)):
         if shape:
-            told = TaskFidelity(task)
+            told = task.measure
             told.add(values.reshape(*shape, 1), values.reshape(*shape, 1))
             assert told.result(found).nmse == 0
-    assert all(found.task is Task.REGRESSION for found in tasks_of({"y": values}, len(values) if shape else 1).values())
+    assert all(found.kind is Regression for found in tasks_of({"y": values}, len(values) if shape else 1).values())
 
 
 def test_intervals_are_of_samples_not_of_positions() -> None:
@@ -337,7 +341,7 @@ def test_intervals_are_of_samples_not_of_positions() -> None:
     student = teacher + rng.standard_normal((40, 1, 1)).astype(np.float32) * rng.standard_normal((40, 6, 5), np.float32)
     agreed = (student.argmax(2) == teacher.argmax(2)).mean(axis=1)
     reach = 1.959964 * agreed.std(ddof=1) / np.sqrt(40)
-    tally, squares = TaskFidelity(OutputTask(Task.CLASSIFICATION)), Fidelity()
+    tally, squares = OutputTask(Classification).measure, Fidelity()
     for rows in (slice(0, 15), slice(15, 40)):
         squares.add(student[rows], teacher[rows])
         tally.add(student[rows], teacher[rows])
@@ -346,7 +350,7 @@ def test_intervals_are_of_samples_not_of_positions() -> None:
     assert found.interval == (pytest.approx(agreed.mean() - reach), pytest.approx(agreed.mean() + reach))
     errors = np.square(student - teacher).sum(axis=(1, 2)) * 40 / np.square(teacher - teacher.mean()).sum()
     reach = 1.959964 * errors.std(ddof=1) / np.sqrt(40)
-    low, high = TaskFidelity(OutputTask(Task.REGRESSION)).result(squares).interval or (0, 0)
+    low, high = OutputTask(Regression).measure.result(squares).interval or (0, 0)
     assert (low, high) == (
         pytest.approx(errors.mean() - reach, rel=1e-4),
         pytest.approx(errors.mean() + reach, rel=1e-4),

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 import ndonnx
+from ndonnx.distill.tasks.fidelity import OutputFidelity
+from ndonnx.distill.tasks.intervals import of_mean, of_part
 from ndonnx.errors import UsageError
 from ndonnx.metrics.evaluation import Evaluation
-from ndonnx.metrics.fidelity import OutputFidelity
-from ndonnx.metrics.intervals import of_mean, of_part
 from ndonnx.metrics.requirements import MEASURES, Requirement, judge, read_requirements
 from ndonnx.report.junit import junit
 from ndonnx_cli.main import main

@@ -99,7 +99,6 @@ def test_a_file_among_the_methods_is_found_with_its_settings(
 ) -> None:
     (tmp_path / "grid.py").write_text(block_of("adding-a-method.md"), encoding="utf-8")
     monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
-    registry._homes.cache_clear()
     try:
         assert "grid" in registry.method_names() and "grid" not in REGISTERED
         assert main(["compress", "--method", "grid", "--help"]) == 0
@@ -107,7 +106,6 @@ def test_a_file_among_the_methods_is_found_with_its_settings(
         (tmp_path / "recipe.toml").write_text('method = "grid"\nlevels = 5\n', encoding="utf-8")
         assert ndonnx.load_recipe(tmp_path / "recipe.toml").extra["levels"] == 5
     finally:
-        registry._homes.cache_clear()
         sys.modules.pop("ndonnx.students.methods.grid", None)
         REGISTERED.pop("grid", None)
         withdraw("levels")

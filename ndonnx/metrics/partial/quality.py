@@ -10,9 +10,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from ndonnx.distill.task import are_probabilities, class_scores
+from ndonnx.distill.tasks.fidelity import Fidelity
+from ndonnx.distill.tasks.outputs import class_scores
+from ndonnx.distill.tasks.scores import are_probabilities, nats, top_class
 from ndonnx.errors import DataError, ModelError
-from ndonnx.metrics.fidelity import Fidelity, nats, top_class
 
 Array = npt.NDArray[Any]
 Float = npt.NDArray[np.float64]
@@ -40,7 +41,7 @@ class Quality:
         """Take the teacher's answers as the measure.
 
         Args:
-            outputs: the teacher's, all samples; `ndonnx.distill.task` says which of them holds class scores.
+            outputs: the teacher's, all samples; `ndonnx.distill.tasks.outputs` says which of them holds class scores.
             labels: whole numbers (samples,), the classes; None where they are not known.
             samples: how many; None takes the length of the first float output.
             like: of other samples of the same data, which says already what the outputs hold.

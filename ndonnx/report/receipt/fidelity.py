@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ndonnx.metrics.intervals import of_part
+from ndonnx.distill.tasks.intervals import of_part
 from ndonnx.report.receipt.document import at, number, text
 from ndonnx.report.receipt.words import digits_text, part_text, range_text
 
@@ -41,13 +41,20 @@ def _output(found: Any) -> Iterator[tuple[str, str, str]]:
     agreement, cosine, nmse = (number(at(found, key)) for key in ("agreement", "cosine", "nmse"))
     ends = at(found, "interval")
     low, high = ends if isinstance(ends, list) and len(ends) == 2 else (None, None)
+    distances = at(found, "distances")
+    for name, value in distances.items() if isinstance(distances, Mapping) else ():
+        yield text(name), digits_text(value), range_text(digits_text(low), digits_text(high))
     if agreement is not None:
         yield "agreement", part_text(agreement), range_text(part_text(low), part_text(high))
         yield "divergence (nats)", digits_text(at(found, "kl")), ""
     elif cosine is not None:
         yield "cosine", digits_text(cosine, 4), range_text(digits_text(low, 4), digits_text(high, 4))
     if nmse is not None:
-        interval = range_text(digits_text(low), digits_text(high)) if agreement is None and cosine is None else ""
+        interval = (
+            range_text(digits_text(low), digits_text(high))
+            if agreement is None and cosine is None and not distances
+            else ""
+        )
         yield "NMSE", digits_text(nmse), interval
 
 

@@ -13,8 +13,8 @@ import pytest
 import ndonnx
 from ndonnx.config.recipe import DataRecipe, Recipe
 from ndonnx.data import input_specs, open_source
-from ndonnx.flow.augmentations import suiting
 from ndonnx.teacher import make_session
+from ndonnx.teacher.augmentations import suiting
 from tests.helpers.models import Net, mlp, residual_cnn
 from tests.helpers.runs import ALONE, Recorder
 

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ndonnx.distill.task import Form, OutputTask, Task, fitting_temperature
-from ndonnx.metrics.intervals import Interval, of_mean, of_part
+from ndonnx.distill.tasks.intervals import Interval, of_mean
+from ndonnx.distill.tasks.scores import vectors
+from ndonnx.errors import UsageError
 
 Array = NDArray[Any]
 Float = NDArray[np.float64]
 
 _CHUNK_NUMBERS = 2**16
 """Numbers of an output, about, that are compared at a time."""
-_LEAST = 1e-30
-"""Least norms of two vectors, multiplied: a vector of zeros has no angle."""
 
 
 @dataclass(frozen=True)
@@ -37,18 +37,22 @@ class OutputFidelity:
     nmse: float | None = None
     """Squared error over the teacher's variance."""
     softened_kl: float | None = None
-    """As `kl`, of classes softened as for distillation (see `ndonnx.distill.task.fitting_temperature`): what few
+    """As `kl`, of classes softened as for distillation (see `ndonnx.distill.tasks.scores`): what few
     samples tell of a student, in which a single confident mistake does not outweigh all others."""
     interval: Interval | None = None
-    """95% confidence interval of the measure of its task: of `agreement`, `cosine` or `nmse`. Samples are taken to be
-    independent, the positions of one sample are not. None where there are too few."""
+    """95% confidence interval of the measure of its task: of `agreement`, `cosine`, the distance or `nmse`. Samples are
+    taken to be independent, the positions of one sample are not. None where there are too few."""
+    distances: Mapping[str, float] = field(default_factory=dict)
+    """Mean distance from the teacher in the measure that the task's kind declares, by its name: 0 is the same."""
 
     @property
     def loss(self) -> float:
-        """One figure by which students are compared, less is better: softened divergence, one minus the cosine, or the
-        NMSE."""
+        """One figure by which students are compared, less is better: softened divergence, one minus the cosine, the
+        distance, or the NMSE."""
         if self.softened_kl is not None:
             return self.softened_kl
+        if self.distances:
+            return sum(self.distances.values())
         found = 1 - self.cosine if self.cosine is not None else self.nmse
         return math.inf if found is None else found
 
@@ -83,6 +87,11 @@ class Fidelity:
             self._squares += float(np.sum(np.square(errors)))
         return errors
 
+    @property
+    def nmse(self) -> float:
+        """Error over spread."""
+        return ratio(self.error, self.spread)
+
     def interval(self) -> Interval | None:
         """95% confidence interval of the error over the spread, by how the errors of the rows differ."""
         found = of_mean(self.error, self._squares, self._rows)
@@ -116,28 +125,60 @@ class Fidelity:
         self._count = total
 
 
-class TaskFidelity:
+class Measure(ABC):
     """Sums of an output's measure, batch after batch."""
 
-    def __init__(self, task: OutputTask) -> None:
-        self._task = task
-        self._count = 0
-        self._agreed = 0
-        self._nats = self._softened = 0.0
-        self._temperature: float | None = None
-        self._cosines = 0.0
+    @abstractmethod
+    def add(self, student: Array, teacher: Array) -> None:
+        """Take in one batch, the samples along the first axis."""
+
+    @abstractmethod
+    def result(self, squares: Fidelity) -> OutputFidelity:
+        """Everything so far, with the squared error that was summed beside it."""
+
+
+class SquaredError(Measure):
+    """Of numbers of which nothing else is known: what is summed beside it is all."""
+
+    def __init__(self, name: str) -> None:
+        """Of an output with a task of this name."""
+        self.name = name
+
+    def add(self, student: Array, teacher: Array) -> None:
+        """Nothing is learnt from a batch."""
+
+    def result(self, squares: Fidelity) -> OutputFidelity:
+        return OutputFidelity(self.name, nmse=squares.nmse, interval=squares.interval())
+
+
+class VectorMeasure(Measure):
+    """A number for each vector along an axis, of which the mean over all vectors is told."""
+
+    def __init__(self, name: str, axis: int) -> None:
+        """Of an output with a task of this name, whose vectors lie along an axis."""
+        self.name = name
+        self._axis = axis
+        self.count = 0
+        """Vectors so far."""
         self._samples = 0
         self._sum = self._squares = 0.0
 
+    @abstractmethod
+    def of_vectors(self, student: Array, teacher: Array) -> Float:
+        """The measure of each vector, (vectors,), of (vectors, length)."""
+
+    @abstractmethod
+    def told(self, squares: Fidelity) -> OutputFidelity:
+        """What there is to tell of at least one vector, without its interval."""
+
+    def start(self, teacher: Array) -> None:
+        """Look at all vectors of a batch before they are measured; by default at nothing."""
+
     def add(self, student: Array, teacher: Array) -> None:
-        """Take in one batch; nothing is learnt from outputs that are numbers."""
-        if self._task.task is Task.REGRESSION:
-            return
-        ours, theirs = (_vectors(values, self._task.axis) for values in (student, teacher))
-        self._count += len(theirs)
-        if self._temperature is None and self._task.task is Task.CLASSIFICATION:
-            self._temperature = fitting_temperature(theirs, -1, self._task.form)
-        parts = [self._add(ours[rows], theirs[rows]) for rows in _chunks(len(theirs), theirs.shape[1])]
+        ours, theirs = (vectors(values, self._axis) for values in (student, teacher))
+        self.count += len(theirs)
+        self.start(theirs)
+        parts = [self.of_vectors(ours[rows], theirs[rows]) for rows in _chunks(len(theirs), theirs.shape[1])]
         if parts:
             self._by_sample(np.concatenate(parts), len(teacher))
 
@@ -148,38 +189,53 @@ class TaskFidelity:
         self._sum += float(means.sum())
         self._squares += float(np.square(means).sum())
 
-    def _interval(self) -> Interval | None:
-        if self._task.task is Task.CLASSIFICATION and self._samples == self._count:
-            return of_part(self._agreed / self._count, self._count)
+    @property
+    def one_a_sample(self) -> bool:
+        """Whether each sample has one vector."""
+        return self._samples == self.count
+
+    def interval(self) -> Interval | None:
+        """95% confidence interval of the mean over the samples."""
         return of_mean(self._sum, self._squares, self._samples)
 
-    def _add(self, student: Array, teacher: Array) -> Float:
-        """The measure of each vector: its cosine, or 1 where its class is the teacher's."""
-        if self._task.task is Task.EMBEDDING:
-            ours, theirs = student.astype(np.float64), teacher.astype(np.float64)
-            product = (ours * theirs).sum(axis=1)
-            norms = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
-            cosines = product / np.maximum(norms, _LEAST)
-            self._cosines += float(np.sum(cosines))
-            return np.asarray(cosines)
-        agreed = top_class(student) == top_class(teacher)
-        self._agreed += int(np.sum(agreed))
-        probabilities = self._task.form is Form.PROBABILITIES
-        self._nats += nats(student, teacher, probabilities=probabilities)
-        self._softened += nats(student, teacher, probabilities=probabilities, temperature=self._temperature or 1.0)
-        return np.asarray(agreed, dtype=np.float64)
+    def result(self, squares: Fidelity) -> OutputFidelity:
+        if not self.count:
+            return OutputFidelity(self.name, nmse=squares.nmse, interval=squares.interval())
+        return replace(self.told(squares), interval=self.interval())
+
+
+class MeanDistance(Measure):
+    """The mean over samples of a distance between student and teacher: 0 where both are the same."""
+
+    def __init__(self, name: str, measure: str, distance: Callable[[Array, Array], Array]) -> None:
+        """Of an output.
+
+        Args:
+            name: of its task.
+            measure: what the distance is called.
+            distance: of student and teacher, (samples, ...), one number for each sample, (samples,).
+        """
+        self.name = name
+        self._measure = measure
+        self._distance = distance
+        self._samples = 0
+        self._sum = self._squares = 0.0
+
+    def add(self, student: Array, teacher: Array) -> None:
+        found = np.asarray(self._distance(student, teacher), dtype=np.float64)
+        if found.shape != (len(teacher),):
+            raise UsageError(
+                f"task {self.name}: {self._measure} gave shape {list(found.shape)} for {len(teacher)} samples; "
+                "give one number for each"
+            )
+        self._samples += len(found)
+        self._sum += float(found.sum())
+        self._squares += float(np.square(found).sum())
 
     def result(self, squares: Fidelity) -> OutputFidelity:
-        """Everything so far, with the squared error that was summed beside it."""
-        nmse, name = ratio(squares.error, squares.spread), str(self._task)
-        if not self._count:
-            return OutputFidelity(name, nmse=nmse, interval=squares.interval())
-        told = self._interval()
-        if self._task.task is Task.EMBEDDING:
-            cosine = _or_worst(self._cosines / self._count, -1.0)
-            return OutputFidelity(name, cosine=cosine, nmse=nmse, interval=told)
-        kl, softened = (_or_worst(max(0.0, found) / self._count, math.inf) for found in (self._nats, self._softened))
-        return OutputFidelity(name, self._agreed / self._count, kl, nmse=nmse, softened_kl=softened, interval=told)
+        mean = or_worst(self._sum / max(1, self._samples), math.inf)
+        told = of_mean(self._sum, self._squares, self._samples)
+        return OutputFidelity(self.name, nmse=squares.nmse, interval=told, distances={self._measure: mean})
 
 
 def ratio(error: float, spread: float) -> float:
@@ -189,46 +245,12 @@ def ratio(error: float, spread: float) -> float:
     return error / spread if spread > 0 else math.inf
 
 
-def top_class(scores: Array) -> NDArray[np.int64]:
-    """The class with the largest score; -1, which is no class, where a score is NaN."""
-    top = np.argmax(scores, axis=1).astype(np.int64)
-    top[np.isnan(scores).any(axis=1)] = -1
-    return np.asarray(top)
-
-
-def _vectors(values: Array, axis: int) -> Array:
-    """Vectors along an axis, (vectors, length)."""
-    last = np.moveaxis(values, axis, -1)
-    return last.reshape(math.prod(last.shape[:-1]), last.shape[-1])
-
-
 def _chunks(rows: int, each: int) -> Iterator[slice]:
     """All rows, so many at a time that what is computed of them stays in a core's cache."""
     step = max(1, _CHUNK_NUMBERS // max(1, each))
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
-def nats(student: Array, teacher: Array, *, probabilities: bool, temperature: float = 1.0) -> float:
-    """Kullback-Leibler divergence of the student's classes from the teacher's, the sum over rows (rows, classes)."""
-    log_p, log_q = (log_probabilities(values, probabilities) for values in (teacher, student))
-    if temperature != 1:
-        log_p, log_q = (log_probabilities(values / temperature, False) for values in (log_p, log_q))
-    p = np.exp(log_p)
-    with np.errstate(invalid="ignore"):
-        terms = p * (log_p - log_q)
-    terms[~(p > 0)] = 0  # a class that the teacher masks adds nothing
-    return float(np.sum(terms, dtype=np.float64))
-
-
-def log_probabilities(scores: Array, probabilities: bool) -> Float:
-    """Logarithms of the class probabilities, float64; `probabilities` says that the scores are such already."""
-    values = scores.astype(np.float64)
-    if probabilities:
-        return np.asarray(np.log(np.maximum(values, np.finfo(np.float32).tiny)))
-    with np.errstate(invalid="ignore"):  # Inf - Inf: a broken model, whose divergence is reported as inf
-        values -= values.max(axis=1, keepdims=True)
-        return np.asarray(values - np.log(np.sum(np.exp(values), axis=1, keepdims=True)))
-
-
-def _or_worst(value: float, worst: float) -> float:
+def or_worst(value: float, worst: float) -> float:
+    """The value, or the worst one where it is none."""
     return worst if math.isnan(value) else value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import logging
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -65,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name must not end a run because a terminal lacks a letter
+    # Without a handler, Python prints what libraries warn of; what matters of it, the commands say themselves.
+    logging.getLogger().addHandler(logging.NullHandler())
     try:
         _load_methods(sys.argv[1:] if arguments is None else arguments)
         return get_command(build_app()).main(arguments, prog_name="ndonnx", standalone_mode=False) or DONE

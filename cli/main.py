@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import logging
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -70,6 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name must not end a run because a terminal lacks a letter
+    # Without a handler, Python prints what libraries warn of; what matters of it, the commands say themselves.
+    logging.getLogger().addHandler(logging.NullHandler())
     try:
         arguments = sys.argv[1:] if arguments is None else arguments
         _load_methods(arguments)

@@ -13,8 +13,9 @@ from typing import TypeAlias
 import onnx
 import onnx_ir as ir
 
-from ndonnx.errors import ModelError, RunDirError
+from ndonnx.errors import ModelError, NdonnxError, RunDirError
 from ndonnx.graph import save, serialise, to_proto
+from ndonnx.graph.refusal import refusal
 from ndonnx.graph.save import PROTOBUF_LIMIT, tensor_bytes
 from ndonnx.graph.storage.external import external_tensors
 
@@ -70,18 +71,21 @@ class Placed:
 def placed(model: Model, run_dir: str | Path | None = None) -> Iterator[Placed]:
     """A model as a file, inside the `with` block.
 
+    An error of the block that nobody foresaw is the file's where onnxruntime or ONNX's own checks refuse it.
+
     Args:
         model: a path; or an object, which is written into the run directory, or where there is none into a temporary
             folder, in which the run keeps its state too and which is deleted in the end.
         run_dir: folder of the run's state, if the user names one.
 
     Raises:
-        ModelError: it is none of these, or it keeps its weights in other files.
+        ModelError: it is none of these, it keeps its weights in other files, or it is not valid and the block failed.
         RunDirError: it cannot be written.
     """
     folder = None if run_dir is None else Path(run_dir)
     if isinstance(model, str | Path):
-        yield Placed(Path(model), str(model), folder)
+        with _blamed(Path(model), str(model)):
+            yield Placed(Path(model), str(model), folder)
         return
     name = (model.graph.name if isinstance(model, onnx.ModelProto | ir.Model) else None) or "model"
     with ExitStack() as stack:
@@ -89,7 +93,22 @@ def placed(model: Model, run_dir: str | Path | None = None) -> Iterator[Placed]:
         if where is None:
             where = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ndonnx-", ignore_cleanup_errors=True)))
         path = _written(model, where)
-        yield Placed(path, name, folder or where / "run", temporary=folder is None)
+        with _blamed(path, name):
+            yield Placed(path, name, folder or where / "run", temporary=folder is None)
+
+
+@contextmanager
+def _blamed(path: Path, name: str) -> Iterator[None]:
+    """Tell whoever gave an invalid model that it is invalid, whatever it brought to fall."""
+    try:
+        yield
+    except (NdonnxError, MemoryError):
+        raise
+    except Exception as error:  # as many as there are ways to break a model
+        reason = refusal(path)
+        if reason is None:
+            raise
+        raise ModelError(f"{name}: not a valid model, export it again: {reason}") from error
 
 
 def _written(model: object, folder: Path) -> Path:

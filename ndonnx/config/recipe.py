@@ -191,7 +191,9 @@ def _read(path: str | Path) -> dict[str, Any]:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"{path}: cannot read the recipe: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except RecursionError as error:
+        raise RecipeError(f"{path}: not a recipe: its values are nested too deeply") from error
+    except ValueError as error:  # a number of thousands of digits is none of tomllib's own errors
         raise RecipeError(f"{path}: not a TOML file: {error}") from error
 
 

@@ -17,6 +17,7 @@ from ndonnx.graph.storage.external import resolve_external_data
 from ndonnx.graph.storage.maps import remember_maps, set_maps_aside
 from ndonnx.graph.storage.opsets import ONNX_NAMES, let_functions_follow, remember_opsets, settle_opsets
 from ndonnx.graph.storage.sparse import remember, unfold
+from ndonnx.graph.storage.well_formed import check_well_formed
 from ndonnx.runtime.gc_pause import gc_paused
 
 
@@ -28,7 +29,7 @@ def load(path: str | Path) -> ir.Model:
     are kept as they are.
 
     Raises:
-        ModelError: the file is missing, empty, not ONNX, or names external data outside its folder.
+        ModelError: the file is missing, empty, not ONNX, breaks its rules, or names external data outside its folder.
     """
     path = Path(path)
     try:
@@ -46,6 +47,7 @@ def load(path: str | Path) -> ir.Model:
     if not any(entry.domain in ONNX_NAMES for entry in proto.opset_import):
         raise ModelError(f"{path}: the model states no opset for the ONNX operators; export it again")
     try:
+        check_well_formed(proto)
         opsets, maps = settle_opsets(proto), set_maps_aside(proto.graph)
         model = _read(proto)
         in_order = _sort(model.graph)

@@ -16,6 +16,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as _ort
 
 from ndonnx.errors import ModelError, UsageError, first_line
 from ndonnx.graph.save import PROTOBUF_LIMIT
+from ndonnx.runtime.endless import session_class
 from ndonnx.runtime.machine import usable_cores
 
 OrtError: tuple[type[Exception], ...] = (
@@ -48,7 +49,7 @@ def make_session(
     spin: bool = True,
     rest: bool = False,
 ) -> ort.InferenceSession:
-    """Open a model in onnxruntime.
+    """Open a model in onnxruntime; a run that may have no end is stopped (`ndonnx.runtime.endless`).
 
     Args:
         model: an IR model, a serialised one, or the path of a file (external data beside it is found).
@@ -107,7 +108,7 @@ def _options(threads: int | None, optimise: bool, spin: bool, rest: bool) -> ort
 def _open(model: bytes | str, name: str, options: ort.SessionOptions, providers: list[str]) -> ort.InferenceSession:
     try:
         # With its fallback, onnxruntime prints on stdout and goes on with another provider than the one asked for.
-        return ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
+        return session_class(model)(model, options, providers=providers, enable_fallback=0)
     except OrtError as error:
         raise ModelError(f"{name}: onnxruntime cannot open the model: {first_line(error)}") from error
     except (RuntimeError, ValueError) as error:  # of the provider's own libraries

@@ -15,6 +15,7 @@ from ndonnx.graph.dataflow import sub_graphs
 from ndonnx.graph.shapes.onnx_inference import weightless_of
 from ndonnx.graph.shapes.trial import shapes_by_trying
 from ndonnx.graph.storage.maps import map_values
+from ndonnx.runtime.endless import session_class
 
 _ELEMENTS = {
     "bfloat16": ir.DataType.BFLOAT16, "bool": ir.DataType.BOOL, "double": ir.DataType.DOUBLE,
@@ -30,13 +31,13 @@ Types = Mapping[str, tuple[ir.DataType, Sequence[int | str | None]]]
 """Element type and sizes by the name of a value; no sizes where onnxruntime does not know them."""
 
 
-def open_quietly(model: bytes) -> ort.InferenceSession:
-    """A session that changes nothing of the graph, on one thread, without a word on the terminal."""
+def open_quietly(model: bytes | str) -> ort.InferenceSession:
+    """A session of a model or its path that changes nothing of the graph, on one thread, without a word."""
     options = ort.SessionOptions()
     options.log_severity_level = _FATAL
     options.intra_op_num_threads = 1
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return session_class(model)(model, options, providers=["CPUExecutionProvider"])
 
 
 def ask_onnxruntime(model: ir.Model) -> Types:

@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS := $(VENV)/.docs
 
-.PHONY: help install demo test test-all lint format bench check-install check-installs clean distclean
+.PHONY: help install demo docs test test-all lint format bench check-install check-installs clean distclean
 
 help:
 	@echo "make demo       compress the small model that ships inside the package"
@@ -12,6 +13,7 @@ help:
 	@echo "make test-all   run all tests, the slow ones too"
 	@echo "make lint       ruff, mypy and the import rules"
 	@echo "make format     let ruff rewrite what it can"
+	@echo "make docs       build the documentation as a site, into site/"
 	@echo "make bench      measure the SDK's own overhead on the demo model"
 	@echo "make check-install   install the wheel in an empty home and try it there (5.7 GB on Linux, deleted afterwards)"
 	@echo "make check-installs  the same with the newest and the lowest versions, and with each torchvision"
@@ -33,6 +35,15 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/ndonnx demo
+
+$(DOCS): $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[docs]'
+	@touch $@
+
+# Strict: a link that leads nowhere, or an API name that is not there, ends it. The variable silences an advertisement.
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "site/index.html"
 
 # One thread for each test process: threads of several would wait for each other inside every operator.
 test: $(STAMP)
@@ -63,7 +74,7 @@ check-installs:
 	$(PYTHON) scripts/check_install.py pinned broken absent newest lowest
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find ndonnx cli tests benchmarks scripts -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean

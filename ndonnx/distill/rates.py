@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from ndonnx.distill.plan import Plan
 
@@ -18,11 +18,32 @@ _PART = 0.03
 steps each: the best of five rates after a fiftieth of the steps was the best, or as good, after all of them."""
 _LEAST_STEPS = 250
 """Of a training, from which there are trials: a shorter one would give too much of itself to them."""
+_COMPARING = 0.5
+"""Time for comparing trials, over theirs."""
+_GRADIENT = 3
+"""Time of a gradient over that of an answer, about."""
 
 
-def is_tried(plan: Plan) -> bool:
-    """Whether a training is long enough for its rate to be tried out, and that is wanted."""
-    return plan.tries and plan.steps >= _LEAST_STEPS
+@dataclass(frozen=True)
+class Pace:
+    """How fast a module is, from which follows whether there is room for trials, and what they are compared on."""
+
+    seconds_a_sample: float
+    """Of an answer, measured; a gradient takes about three times as long."""
+
+    def has_room(self, plan: Plan) -> bool:
+        """Whether a training is long enough for its rate to be tried out, and that is wanted."""
+        return plan.tries and self._steps(plan) >= _LEAST_STEPS
+
+    def compared(self, plan: Plan) -> int:
+        """Held-out samples that trials are compared on: their answers take half of a trial's time."""
+        return max(1, round(_COMPARING * _PART * self._steps(plan) * _GRADIENT * plan.batch_size))
+
+    def _steps(self, plan: Plan) -> float:
+        """The plan's steps, or as many as its time has room for."""
+        if plan.seconds is None:
+            return plan.steps
+        return min(plan.steps, plan.seconds / max(1e-12, _GRADIENT * plan.batch_size * self.seconds_a_sample))
 
 
 def trial_of(plan: Plan, rate: float) -> Plan:

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from ndonnx.convert import TorchSlice
 from ndonnx.distill.draws import seeded
-from ndonnx.distill.losses import Objective, nmse, target_variance
+from ndonnx.distill.heldout import Errors, HeldOut
+from ndonnx.distill.losses import Objective
 from ndonnx.distill.optimiser import Optimiser
 from ndonnx.distill.plan import Plan
-from ndonnx.distill.rates import best_rate, is_tried, trial_of
-from ndonnx.distill.samples import Rows, Samples
+from ndonnx.distill.rates import Pace, best_rate, trial_of
+from ndonnx.distill.samples import Samples
 from ndonnx.distill.steps import loss_of, samples_in_memory
 from ndonnx.errors import TrainingError
 from ndonnx.students import Constraint
@@ -38,11 +39,8 @@ _LEAST_EVALUATIONS = 5
 """The same where a time is given that many would take too much of."""
 _EVALUATING = 0.1
 """Part of a given time that measuring may take."""
-_HOLDOUT_BYTES = 32 * 2**20
-"""Most bytes of held-out samples that are kept in memory, as float32."""
-_HOLDOUT_SAMPLES = 1024
-"""Most of them."""
-_EVALUATION_BATCH = 64
+_LEAST_SECONDS = 1e-3
+"""Of a training whose time its trials have used up."""
 _GRADIENT = 6
 """Operations of a gradient for each multiply-accumulate of the answer: forwards, and twice that backwards."""
 
@@ -134,12 +132,14 @@ class _Descent:
     def run(self, on_step: OnStep) -> Training:
         began = time.perf_counter()
         module, plan, constraint = self.module, self.plan, self.constraint
-        judge = _Judge(self)
+        held = self._held()
         free = _copy(module)
         if constraint is not None:
             impose(constraint, module, 1.0)
-        start = best = judge.errors()
-        apart = _apart(time.perf_counter() - began, plan)
+        clock = time.perf_counter()
+        start = best = held.errors()
+        seconds = time.perf_counter() - clock
+        apart = _apart(seconds, plan)
         if not math.isfinite(start.loss):
             raise TrainingError(
                 f"the held-out error is {start.loss} before the first step; the captured activations overflow"
@@ -149,15 +149,12 @@ class _Descent:
         step, curve = 0, [(0, start.nmse)]
         trainable = any(weight.requires_grad for weight in module.parameters())
         if plan.steps and trainable and not _is_enough(best, plan):
-            if is_tried(plan):
-                plan, tried, moved = self._tried(judge)
-                if tried.loss < best.loss:
-                    best, state = tried, moved
-                if constraint is None:
-                    _restore(module, state)
+            pace = Pace(seconds / max(1, held.count))
+            if pace.has_room(plan):
+                plan = self._tried(held, pace)
             for step, done in self._steps(plan, apart):
                 if constraint is None or done >= constraint.settled:
-                    errors = judge.errors()
+                    errors = held.errors()
                     curve.append((step, errors.nmse))
                     if errors.loss < best.loss:
                         best, best_step, state = errors, step, _copy(module)
@@ -170,15 +167,19 @@ class _Descent:
         told = tuple(point for point in curve if math.isfinite(point[1]))
         return Training(start.nmse, best.nmse, start.loss, best.loss, best_step, step, seconds, told)
 
-    def _tried(self, judge: _Judge) -> tuple[Plan, _Errors, list[Tensor]]:
-        """Try rates from where the module stands, and bring it back there.
+    def _held(self) -> HeldOut:
+        module, samples, objective = self.module, self.samples, self.objective
+        device = torch.device(self.plan.device)
+        return HeldOut(module, samples, objective, self.pool, device=device, at_once=self.at_once)
+
+    def _tried(self, held: HeldOut, pace: Pace) -> Plan:
+        """Try rates from where the module stands, and leave it at the end of the best trial, where that is better.
 
         Returns:
-            The plan of what is left of the training, at the best rate; the errors at the end of the best trial, and
-            the weights.
+            The plan of what is left of the training, at the best rate.
         """
-        began, free = time.perf_counter(), _copy(self.module)
-        ends: dict[float, tuple[_Errors, list[Tensor]]] = {}
+        began, free, rows = time.perf_counter(), _copy(self.module), pace.compared(self.plan)
+        ends = {0.0: (held.errors(rows).loss, free)}
 
         def loss_at(rate: float) -> float:
             _restore(self.module, free)
@@ -187,16 +188,16 @@ class _Descent:
                     pass
             except TrainingError:  # far too high a rate
                 return math.inf
-            errors = judge.errors()
-            ends[rate] = errors, _copy(self.module)
-            return errors.loss if math.isfinite(errors.loss) else math.inf
+            loss = held.errors(rows).loss
+            ends[rate] = loss if math.isfinite(loss) else math.inf, _copy(self.module)
+            return ends[rate][0]
 
         rate = best_rate(loss_at, self.plan.lr)
-        _restore(self.module, free)
+        start, end = ends[0.0], ends.get(rate, (math.inf, free))
+        _restore(self.module, min(start, end, key=lambda each: each[0])[1] if self.constraint is None else free)
         spent = time.perf_counter() - began
-        left = None if self.plan.seconds is None else max(0.0, self.plan.seconds - spent)
-        errors, state = ends.get(rate, (_Errors(math.inf, math.inf), free))
-        return replace(self.plan, lr=rate, seconds=left), errors, state
+        left = None if self.plan.seconds is None else max(_LEAST_SECONDS, self.plan.seconds - spent)
+        return replace(self.plan, lr=rate, seconds=left)
 
     def _steps(self, plan: Plan, apart: float) -> Iterator[tuple[int, float]]:
         """Run the steps; yield the step and the part that is over whenever the held-out error is to be measured."""
@@ -249,7 +250,7 @@ def _expected_steps(step: int, done: float, plan: Plan) -> int:
     return min(plan.steps, max(step + 1, round(step / done)))
 
 
-def _is_enough(best: _Errors, plan: Plan) -> bool:
+def _is_enough(best: Errors, plan: Plan) -> bool:
     return plan.enough is not None and best.nmse <= plan.enough
 
 
@@ -355,74 +356,6 @@ def _batches(samples: Samples, plan: Plan) -> Iterator[np.ndarray]:
             order, position = samples.order(rng, size), 0
         yield np.sort(order[position : position + size])
         position += size
-
-
-@dataclass(frozen=True)
-class _Errors:
-    loss: float
-    nmse: float
-
-
-@dataclass(frozen=True, eq=False)
-class _Held:
-    """Held-out rows of one shape."""
-
-    values: Mapping[str, Tensor]
-    constant: frozenset[str]
-    count: int
-
-    @classmethod
-    def of(cls, rows: Rows, target: str) -> _Held:
-        values = {name: torch.from_numpy(array) for name, array in rows.arrays.items()}
-        return cls(values, rows.constant, len(values[target]))
-
-
-def _variance(targets: Sequence[Tensor]) -> float:
-    """Variance of a target over samples; of several, the mean that counts every element alike."""
-    found = [target_variance(target if len(target) > 1 else target.reshape(-1, 1)) for target in targets]
-    if len(found) == 1:
-        return found[0]
-    sizes = [target.numel() for target in targets]
-    return sum(size * variance for size, variance in zip(sizes, found, strict=True)) / sum(sizes)
-
-
-class _Judge:
-    """The held-out errors of a module, in float32 whatever it is trained in."""
-
-    def __init__(self, descent: _Descent) -> None:
-        samples, objective = descent.samples, descent.objective
-        self._module = descent.module
-        self._inputs = samples.inputs
-        self._objective = objective
-        self._device = torch.device(descent.plan.device)
-        self._pool = descent.pool
-        self._batch = min(_EVALUATION_BATCH, descent.at_once)
-        most = max(1, _HOLDOUT_BYTES // max(1, samples.bytes_per_sample()))
-        rows = samples.heldout(min(samples.blocks.holdout, _HOLDOUT_SAMPLES, most))
-        self._sets = [_Held.of(each, objective.target) for each in rows]
-        self._count = sum(held.count for held in self._sets)
-        self._variance = _variance([objective.reference(held.values) for held in self._sets])
-        self._batches = [(h, start) for h in self._sets for start in range(0, h.count, self._batch)]
-
-    def errors(self) -> _Errors:
-        """The objective, and the NMSE of the target, on the held-out samples."""
-        loss, squared, elements = map(sum, zip(*self._pool.map(self._of, self._batches), strict=True))
-        return _Errors(loss / self._count, nmse(squared / elements, self._variance))
-
-    def _of(self, part: tuple[_Held, int]) -> tuple[float, float, int]:
-        """Loss times samples, squared error and number of elements of one batch."""
-        held, start = part
-        stop = min(start + self._batch, held.count)
-        batch = {
-            name: (tensor if name in held.constant else tensor[start:stop]).to(self._device)
-            for name, tensor in held.values.items()
-        }
-        with torch.no_grad():
-            answer = self._module(*(batch[name] for name in self._inputs))
-            target = self._objective.reference(batch)
-            loss = float(self._objective(answer, batch)) * (stop - start)
-            difference = self._objective.compared(answer, batch) - target
-            return loss, float((difference.double() ** 2).sum()), target.numel()
 
 
 def _copy(module: TorchSlice) -> list[Tensor]:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from ndonnx.convert import TorchSlice, to_torch
 from ndonnx.distill.losses import NeighbourhoodLoss
 from ndonnx.distill.plan import Plan
-from ndonnx.distill.rates import best_rate, is_tried, trial_of
+from ndonnx.distill.rates import Pace, best_rate, trial_of
 from ndonnx.distill.samples import SliceSamples
 from ndonnx.distill.trainer import Training, train
 from tests.helpers.models import Net
@@ -52,8 +52,12 @@ def test_rates_that_break_down_are_passed_by() -> None:
 def test_a_trial_is_a_small_training_and_short_trainings_have_none() -> None:
     assert trial_of(PLAN, 0.5) == replace(PLAN, steps=9, lr=0.5)
     assert trial_of(replace(PLAN, steps=10**7, seconds=100.0), 0.5).seconds == pytest.approx(3.0)
-    assert is_tried(PLAN)
-    assert not is_tried(replace(PLAN, steps=100)) and not is_tried(replace(PLAN, tries=False))
+    pace = Pace(1e-3)
+    assert pace.has_room(PLAN) and pace.compared(PLAN) == round(0.5 * 9 * 3 * 32)
+    assert not pace.has_room(replace(PLAN, steps=100)) and not pace.has_room(replace(PLAN, tries=False))
+    timed = replace(PLAN, steps=10**7, seconds=3 * 32 * 1e-3 * 300)
+    assert pace.has_room(timed) and pace.compared(timed) == pace.compared(PLAN)
+    assert not pace.has_room(replace(timed, seconds=3 * 32 * 1e-3 * 200)), "room for 200 steps"
 
 
 def _outliers(folder: Path) -> SliceSamples:

@@ -30,7 +30,8 @@ class Finetuning(Section):
     trials, the first at 0.01; trainings of fewer than 250 steps take that."""
     task: Annotated[Tasks, Flag("KIND", Panel.TRAIN, repeatable=True)] = ()
     """What the outputs mean, which decides the loss of fine-tuning and what is told of the student: `classification`
-    (of whole samples or of each position), `embedding`, `regression` or `auto`; `NAME=KIND` for one output;
+    (of whole samples or of each position), `multilabel` (probabilities that do not exclude each other, maps of a
+    detector), `embedding`, `regression` or `auto`; `NAME=KIND` for one output;
     `module:function` for a loss of one's own, of the student's and the teacher's tensors. Default: auto, which goes by
     the teacher's answers, the labels and the output's name."""
     temperature: Annotated[float | None, Flag("T", Panel.TRAIN)] = Field(None, gt=0)

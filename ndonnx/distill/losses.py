@@ -155,6 +155,33 @@ class DistillationLoss(Objective):
         return last if self.least_probability is None else last.clamp(min=self.least_probability).log()
 
 
+class MultilabelLoss(Objective):
+    """For probabilities that do not exclude each other: the divergence of each number's two answers from the teacher's.
+
+    t log(t / s) + (1 - t) log((1 - t) / (1 - s)), the mean over all numbers, over that of a constant answer, which costs 1,
+    as it is for squared errors.
+    """
+
+    def __init__(self, target: str, constant: float, least_probability: float) -> None:
+        """Compare probabilities.
+
+        Args:
+            target: name of the teacher's value.
+            constant: divergence of the teacher's mean answer, in nats, above 0.
+            least_probability: what is less than this, or nearer to 1, is taken for this before its logarithm.
+        """
+        self.target = target
+        self.constant = constant
+        self.least_probability = least_probability
+        self.values = (target,)
+
+    def __call__(self, answer: Tensor, captured: Mapping[str, Tensor]) -> Tensor:
+        least = self.least_probability
+        ours, theirs = (each.float().clamp(least, 1 - least) for each in (answer, captured[self.target]))
+        entropy = F.binary_cross_entropy(theirs, theirs)
+        return (F.binary_cross_entropy(ours, theirs) - entropy) / self.constant
+
+
 class EmbeddingLoss(Objective):
     """For vectors: one minus the cosine with the teacher's, and the squared error over its variance."""
 

@@ -15,6 +15,7 @@ from ndonnx.distill.losses import (
     EmbeddingLoss,
     Head,
     LookAheadLoss,
+    MultilabelLoss,
     NeighbourhoodLoss,
     RegressionLoss,
     SeveralLosses,
@@ -127,6 +128,18 @@ def test_embeddings_by_angle_and_error() -> None:
     # Cosines 0.6 and 1; squared errors 4, 16, 0 and 1 over a variance of 2.
     found = EmbeddingLoss("y", variance=2.0)(answer, {"y": teacher})
     assert found.item() == pytest.approx((0.4 + 0.0) / 2 + (4 + 16 + 0 + 1) / 4 / 2)
+
+
+def test_answers_by_their_divergence_over_that_of_a_constant() -> None:
+    teacher, student = torch.tensor([[0.9, 0.2]]), torch.tensor([[0.8, 0.2]], requires_grad=True)
+    kl = 0.9 * math.log(0.9 / 0.8) + 0.1 * math.log(0.1 / 0.2)
+    found = MultilabelLoss("y", 0.25, 1e-6)(student, {"y": teacher})
+    assert found.item() == pytest.approx(kl / 2 / 0.25, rel=1e-4)
+    sides = torch.tensor([[1.0, 0.0, 0.0]])
+    wrong = torch.tensor([[1e-5, 1 - 1e-5, 0.5]], requires_grad=True)
+    MultilabelLoss("y", 1.0, 1e-6)(wrong, {"y": sides}).backward()
+    assert wrong.grad is not None and torch.isfinite(wrong.grad).all()
+    assert (wrong.grad[0, :2].abs() > 1e3).all(), "a confident mistake weighs most"
 
 
 def test_numbers_by_their_error_over_the_variance() -> None:

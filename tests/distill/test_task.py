@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 
 import ndonnx
 from ndonnx.distill.tasks.base import OutputTask, TaskKind
+from ndonnx.distill.tasks.fidelity import Fidelity
 from ndonnx.distill.tasks.kinds.classification import Classification
 from ndonnx.distill.tasks.kinds.embedding import Embedding
+from ndonnx.distill.tasks.kinds.multilabel import Multilabel
 from ndonnx.distill.tasks.kinds.regression import Regression
 from ndonnx.distill.tasks.outputs import class_scores, doubt, task_of, tasks_of
 from ndonnx.distill.tasks.scores import Form, fitting_temperature
@@ -95,6 +97,32 @@ def test_positions_have_classes_of_their_own(shape: tuple[int, ...], axis: int, 
         logs = tasks_of({"y": np.log(values)}, ROWS)["y"]
         assert logs == OutputTask(Classification, axis, Form.LOG_PROBABILITIES)
     assert class_scores({"y": values}, ROWS) is None, "no one class for each sample"
+
+
+def test_numbers_that_decide_are_answers_of_their_own() -> None:
+    rng = np.random.default_rng(0)
+    maps = 1 / (1 + np.exp(-8 * rng.standard_normal((ROWS, 1, 12, 12))))
+    rare = np.where(rng.random((ROWS, 30)) < 0.03, 0.9, 0.004)
+    for values in (maps, rare, maps[:, 0, 0, :1]):
+        assert task_of("y", values.astype(np.float32), ROWS) is Multilabel
+    boxes = rng.random((ROWS, 20, 4))
+    for values in (boxes, maps * 1.01, maps - 0.01, np.zeros((ROWS, 5)), np.ones((ROWS, 5)), 0.3 * maps):
+        assert task_of("y", values.astype(np.float32), ROWS) is Regression
+    assert task_of("y", softmax(scores() * 5), ROWS) is Classification, "these exclude each other"
+
+
+def test_answers_are_compared_by_their_side_of_a_half() -> None:
+    measure = Multilabel.measure_of(OutputTask(Multilabel))
+    teacher, student = np.array([[0.9, 0.2], [0.6, 0.1]]), np.array([[0.8, 0.2], [0.4, 0.1]])
+    squares = Fidelity()
+    squares.add(student, teacher)
+    measure.add(student[:1], teacher[:1])
+    measure.add(student[1:], teacher[1:])
+    found = measure.result(squares)
+    first = 0.9 * np.log(0.9 / 0.8) + 0.1 * np.log(0.1 / 0.2)
+    second = 0.6 * np.log(0.6 / 0.4) + 0.4 * np.log(0.4 / 0.6)
+    assert found.agreement == 0.75
+    assert found.kl == found.loss == pytest.approx((first + second) / 4)
 
 
 def test_the_user_has_the_last_word() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -18,20 +19,22 @@ import ray
 from ray.cluster_utils import Cluster
 
 from ndonnx.runtime.executor import Demands, MovableJob, OnStep, Outcome, make_executor
+from ndonnx.runtime.executor.ray import _Shift
+from tests.helpers.models import residual_cnn
+from tests.helpers.runs import UNITS, Bench, Recorder, statuses
+from tests.helpers.searches import searched
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_core")]
 _STORE = 80 * 2**20
 """Bytes of a node's object store."""
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """A head with two cores and two nodes with one each."""
-    found = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 2, "object_store_memory": _STORE, "include_dashboard": False},
-    )
-    for _ in range(2):
+    """Three nodes with a core each, and one for this process alone."""
+    head = {"num_cpus": 0, "object_store_memory": _STORE, "include_dashboard": False}
+    found = Cluster(initialize_head=True, head_node_args=head)
+    for _ in range(3):
         found.add_node(num_cpus=1, object_store_memory=_STORE)
     ray.init(found.address, log_to_driver=False)
     yield found
@@ -114,3 +117,48 @@ def test_a_worker_that_dies_is_replaced_elsewhere_and_one_that_dies_always_ends_
     assert len(set(nodes)) > 1, "the second and third time on other nodes"
     fault = ended["always"].fault
     assert fault is not None and not fault.foreseen and fault.reason.startswith("lost 3 times with the worker")
+
+
+def test_a_node_is_killed_and_the_students_bytes_are_those_of_processes(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost: list[str] = []
+    end = _Shift._lost
+    monkeypatch.setattr(_Shift, "_lost", lambda self, task, error: lost.append(task.name) or end(self, task, error))
+    nodes = [node for node in cluster.list_all_nodes() if not node.head]
+
+    def kill(kind: str) -> None:
+        if kind == "step" and nodes:
+            cluster.remove_node(nodes.pop(), allow_graceful=False)
+            nodes.clear()
+
+    bench = Bench(tmp_path).put(residual_cnn())
+    settings = {"steps": 1500, "finetune_steps": 3, "workers": 3}
+    result = bench.compress("cluster", Recorder(kill), executor="ray", **settings)
+    assert {name for name, status in statuses(result).items() if status == "distilled"} == UNITS
+    assert len(lost) == 1, "the job of the node that died, and no other"
+    student = bench.student.read_bytes()
+    assert bench.bytes("processes", executor="process", **settings) == student
+    cluster.add_node(num_cpus=1, object_store_memory=_STORE)
+
+
+def test_a_search_and_a_run_by_error_budgets_are_the_same_on_it(cluster: Cluster, tmp_path: Path) -> None:
+    students = {}
+    for executor in ("ray", "process"):
+        bench = Bench(tmp_path / executor)
+        bench.folder.mkdir()
+        bench.put(residual_cnn(), 160)
+        searched(bench.folder, executor=executor, workers=3)
+        _budgets(bench.folder / "budgets.json")
+        bench.compress("budgeted", executor=executor, workers=3, threshold=str(bench.folder / "budgets.json"))
+        students[executor] = {
+            path.parent.name: path.read_bytes() for path in sorted(bench.folder.glob("*/students/*/student.onnx"))
+        }
+    assert len(students["ray"]) == 12 and students["ray"] == students["process"]
+
+
+def _budgets(path: Path) -> None:
+    """What `ndonnx threshold` found, cut down to what is read."""
+    entries = [{"name": name, "nmse": 0.5, "largest": 2.0} for name in sorted(UNITS)]
+    found = {"max_drop": 0.01, "metric": "agreement", "tolerances": entries, "student_tolerances": []}
+    path.write_text(json.dumps(found), encoding="utf-8")

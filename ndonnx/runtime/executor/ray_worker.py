@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 from ndonnx.runtime.executor.base import OnStep
@@ -59,8 +60,7 @@ def run_order(order: Order, board: Any) -> Returned:
         order: the job.
         board: handle of the `Board` to which its steps are told.
     """
-    import ray  # noqa: PLC0415 - an extra
-
+    ray: Any = import_module("ray")  # an extra
     sys.path.extend(place for place in order.places if place not in sys.path)
     context = ray.get_runtime_context()
     node, process = context.get_node_id(), context.get_worker_id()

@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DOCS := $(VENV)/.docs
 
-.PHONY: help install demo docs test test-all lint format bench check-install check-installs clean distclean
+.PHONY: help install demo docs test test-all test-ray lint format bench check-install check-installs clean distclean
 
 help:
 	@echo "make demo       compress the small model that ships inside the package"
 	@echo "make test       run the fast tests"
 	@echo "make test-all   run all tests, the slow ones too"
+	@echo "make test-ray   install Ray (70 MB) and run the tests that need it"
 	@echo "make lint       ruff, mypy and the import rules"
 	@echo "make format     let ruff rewrite what it can"
 	@echo "make docs       build the documentation as a site, into site/"
@@ -52,6 +53,11 @@ test: $(STAMP)
 # Properties try new examples here; the fast tests always try the same ones.
 test-all: $(STAMP)
 	HYPOTHESIS_PROFILE=new OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+# Ray is large, and only these tests need it: a cluster of several nodes on this machine, some of which die.
+test-ray: $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[ray]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/runtime/test_ray.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

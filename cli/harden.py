@@ -59,6 +59,7 @@ Steps = Annotated[
     "parity",
     "seed",
     "executor",
+    "ray_address",
     "device",
     "precision",
     "cache_budget",

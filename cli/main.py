@@ -50,7 +50,6 @@ def build_app(asked: str | None = None) -> typer.Typer:
         asked: the one sub-command whose flags are needed; the others can only be listed. None: all.
     """
     made = typer.Typer(
-        add_completion=False,
         context_settings={"help_option_names": ["-h", "--help"]},
         invoke_without_command=True,
     )

@@ -68,6 +68,7 @@ DryRun = Annotated[
     "seed",
     "workers",
     "executor",
+    "ray_address",
     "device",
     "precision",
     "cache_budget",

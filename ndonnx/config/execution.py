@@ -16,9 +16,12 @@ class Execution(Section):
 
     workers: Annotated[int | None, Flag("N", Panel.RUN)] = Field(None, ge=1)
     """Number of neighbourhoods trained at the same time. Default: one per core, fewer for few neighbourhoods."""
-    executor: Annotated[str, Flag("serial|process", Panel.RUN)] = "process"
+    executor: Annotated[str, Flag("serial|process|ray", Panel.RUN)] = "process"
     """Executor of the training jobs: one after the other in this process (`serial`), in worker processes (`process`),
-    or one that an installed package or the program itself has registered."""
+    on a Ray cluster (`ray`), or one that an installed package or the program itself has registered."""
+    ray_address: Annotated[str | None, Flag("ADDRESS", Panel.RUN)] = None
+    """Address of the Ray cluster of `--executor ray`. Default: `RAY_ADDRESS`, else a cluster on this machine, which is
+    started where there is none."""
     device: Annotated[Literal["auto", "cpu", "cuda"], Flag("auto|cpu|cuda", Panel.RUN)] = "auto"
     """Device of training and inference; `auto` is cuda where torch has it."""
     precision: Annotated[Literal["auto", "fp32", "bf16"], Flag("auto|fp32|bf16", Panel.RUN)] = "auto"

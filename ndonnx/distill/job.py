@@ -23,7 +23,9 @@ from ndonnx.distill.trainer import OnStep, points, train
 from ndonnx.errors import ConversionError
 from ndonnx.graph import load, save, slice_cost
 from ndonnx.graph.precision import in_float32, in_own_types, rounding_error
+from ndonnx.graph.storage.files import model_files
 from ndonnx.partition import ChannelGroups
+from ndonnx.runtime.executor import Demands, MovableJob
 from ndonnx.runtime.run_directory import Entry
 from ndonnx.students import StudentMethod, TeacherSlice
 from ndonnx.students.base import probe_samples
@@ -69,7 +71,7 @@ class HeadSlice:
 
 
 @dataclass(frozen=True)
-class DistilJob:
+class DistilJob(MovableJob):
     """Everything that a worker needs, by value or by path."""
 
     name: str
@@ -151,6 +153,40 @@ class DistilJob:
         return result
 
     @property
+    def reads(self) -> list[Path]:
+        """The slices, and of each store the values that the job looks at.
+
+        Raises:
+            RunDirError: a store is damaged.
+        """
+        models = [file for path in (self.slice_path, *(head.path for head in self.heads)) for file in model_files(path)]
+        return [*models, *(file for path, names in self._read().items() for file in ActivationStore.files(path, names))]
+
+    @property
+    def writes(self) -> Path:
+        """The entry."""
+        return self.entry.path
+
+    @property
+    def demands(self) -> Demands:
+        """As many threads as it was given, and the plan's device."""
+        return Demands(self.threads, self.plan.device == "cuda")
+
+    def _places(self) -> list[Mapping[str, tuple[Path, str]]]:
+        """For each place of the student: by the name of a value here, its store, and its name in there."""
+        names = (*self.inputs, self.target, *(name for head in self.heads for name in (*head.context, head.output)))
+        return [{name: (self.stores[name], name) for name in names}, *self.further]
+
+    def _read(self) -> dict[Path, set[str]]:
+        """By store: names of the values that are read from it."""
+        read: dict[Path, set[str]] = {}
+        for path, name in (each for place in self._places() for each in place.values()):
+            read.setdefault(path, set()).add(name)
+        if self.padding is not None:
+            read.setdefault(self.stores[self.padding], set()).add(self.padding)
+        return read
+
+    @property
     def _slice_name(self) -> str:
         return self.neighbourhood or self.name
 
@@ -166,17 +202,16 @@ class DistilJob:
 
     def _samples(self, slice_: ir.Model) -> Samples:
         """The captured rows; without their padding where the slice answers the same then."""
-        names = (*self.inputs, self.target, *(name for head in self.heads for name in (*head.context, head.output)))
-        places = [{name: (self.stores[name], name) for name in names}, *self.further]
-        paths = dict.fromkeys(path for place in places for path, _ in place.values())
-        stores = {path: ActivationStore.open(path) for path in paths}
-        sources = [{name: Source(stores[path], there) for name, (path, there) in each.items()} for each in places]
+        stores = {path: ActivationStore.open(path, names) for path, names in self._read().items()}
+        sources = [
+            {name: Source(stores[path], there) for name, (path, there) in place.items()} for place in self._places()
+        ]
         opened = [SliceSamples(each, self.inputs, self.holdout) for each in sources]
         if len(opened) > 1:
             return SharedSamples(opened)
         if self.padding is None:
             return opened[0]
-        mask = np.asarray(ActivationStore.open(self.stores[self.padding]).rows(self.padding)[:])
+        mask = np.asarray(stores[self.stores[self.padding]].rows(self.padding)[:])
         return cut_where_same(slice_, opened[0], mask, self.threads)
 
     def _heads(self) -> list[Head]:

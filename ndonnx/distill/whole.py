@@ -37,6 +37,8 @@ from ndonnx.graph.dataflow import real_inputs
 from ndonnx.graph.interface import Interface
 from ndonnx.graph.macs import sample_cost
 from ndonnx.graph.shapes.inference import infer_shapes
+from ndonnx.graph.storage.files import model_files
+from ndonnx.runtime.executor import Demands, MovableJob
 from ndonnx.runtime.run_directory import Entry
 from ndonnx.teacher import ActivationStore
 
@@ -142,7 +144,7 @@ def loss_named(path: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor
 
 
 @dataclass(frozen=True)
-class WholeJob(ABC):
+class WholeJob(MovableJob, ABC):
     """The training of a whole model as an executor's job: everything by value or by path."""
 
     name: str
@@ -167,6 +169,26 @@ class WholeJob(ABC):
         save(trained, folder / MODEL_FILE)
         self.entry.commit(asdict(training))
         return training
+
+    @property
+    def reads(self) -> list[Path]:
+        """The model, the store and the labels.
+
+        Raises:
+            RunDirError: the store is damaged.
+        """
+        labels = [] if self.labels_path is None else [self.labels_path]
+        return [*model_files(self.model_path), *ActivationStore.files(self.store_path), *labels]
+
+    @property
+    def writes(self) -> Path:
+        """The entry."""
+        return self.entry.path
+
+    @property
+    def demands(self) -> Demands:
+        """The plan's threads and device."""
+        return Demands(self.settings.plan.threads, self.settings.plan.device == "cuda")
 
     @abstractmethod
     def trained(

@@ -246,7 +246,7 @@ def open_all(
     Raises:
         UsageError: something is missing or damaged; the output is the teacher itself; or there is no such executor.
     """
-    check_executor(recipe.executor)
+    check_executor(recipe)
     model, output, data, eval_data = request.model, request.output, request.data, request.eval_data
     if output is not None:
         check_writable(output)

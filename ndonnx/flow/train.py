@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,7 @@ from ndonnx.flow.jobs import Jobs, NeighbourhoodResult, Trial
 from ndonnx.flow.run import Run
 from ndonnx.partition import Neighbourhood
 from ndonnx.partition.removable import step_of_integers
-from ndonnx.runtime.executor import Executor, make_executor
+from ndonnx.runtime.executor import Executor, machines_of, make_executor
 from ndonnx.runtime.faults import Fault, tried
 from ndonnx.runtime.machine import pick_device, usable_cores
 from ndonnx.runtime.run_directory import Entry
@@ -86,7 +87,7 @@ class Distillation:
     ) -> Trial:
         """A student of a neighbourhood, as the recipe says where nothing else is given."""
         plan = self.run.schedule.distil(len(self.run.parts.trained), self._workers())
-        plan = replace(plan, memory=self.run.memory.step(self._workers()))
+        plan = replace(plan, memory=self.run.memory.step(math.ceil(self._workers() / len(self._machines))))
         plan = plan if steps is None else replace(plan, steps=steps)
         return Trial(label or neighbourhood.name, neighbourhood, method or self._method(neighbourhood), plan)
 
@@ -189,13 +190,20 @@ class Distillation:
     @contextmanager
     def workers_kept(self) -> Iterator[None]:
         """Keep worker processes from one training to the next."""
-        with make_executor(self.run.recipe.executor, self._workers()) as self._executor:
+        recipe = self.run.recipe
+        with make_executor(recipe.executor, self._workers(), recipe) as self._executor:
             yield
 
     @cached_property
+    def _machines(self) -> Sequence[int]:
+        """Cores of each machine that jobs run on."""
+        return machines_of(self.run.recipe) or [usable_cores()]
+
+    @cached_property
     def _most_workers(self) -> int:
-        wanted = self.run.recipe.workers or min(usable_cores(), len(self.run.parts.trained))
-        found = self.run.memory.workers(wanted)
+        machines = len(self._machines)
+        wanted = self.run.recipe.workers or min(sum(self._machines), len(self.run.parts.trained))
+        found = min(wanted, machines * self.run.memory.workers(math.ceil(wanted / machines)))
         if found < wanted:
             self.run.progress.note(
                 f"{found} of {wanted} workers: more would take more than the memory budget of "
@@ -218,7 +226,7 @@ class Distillation:
 
     def _jobs(self, trials: Iterable[Trial], stores: Mapping[str, Stores]) -> Iterator[DistilJob]:
         """The job of each trial, made when it is asked for; a trial of which none can be made ends here."""
-        threads = max(1, usable_cores() // self._workers())
+        threads = max(1, min(*self._machines, sum(self._machines) // self._workers()))
         for trial in trials:
             first, *further = stores[trial.label]
             job = tried(partial(self.jobs.job, trial, first, threads, further or None))

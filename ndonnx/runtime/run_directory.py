@@ -28,7 +28,8 @@ from ndonnx.runtime.faults import Fault
 from ndonnx.runtime.fingerprints import digest_of
 
 _LOCK = "lock"
-_DONE = "done.json"
+DONE = "done.json"
+"""Name of the file of an entry that is written last."""
 _FAULTS = "faults"
 _LOCK_ATTEMPTS = 100
 _LONGEST_NAME = 100
@@ -93,9 +94,9 @@ class Entry:
         files = {}
         with explained(self.path, "complete"):
             for path in sorted(self.path.rglob("*")):
-                if path.is_file() and path != self.path / _DONE:
+                if path.is_file() and path != self.path / DONE:
                     files[path.relative_to(self.path).as_posix()] = self._describe(path, digest)
-        atomic_write_json(self.path / _DONE, {"meta": dict(meta), "files": files})
+        atomic_write_json(self.path / DONE, {"meta": dict(meta), "files": files})
 
     def meta(self) -> dict[str, Any]:
         """What `commit` was given, as JSON gives it back (tuples as lists).
@@ -105,7 +106,7 @@ class Entry:
         """
         record = self._record()
         if record is None:
-            raise RunDirError(f"{self.path / _DONE}: missing or damaged; run again to make this entry anew")
+            raise RunDirError(f"{self.path / DONE}: missing or damaged; run again to make this entry anew")
         meta: dict[str, Any] = record["meta"]
         return meta
 
@@ -113,7 +114,7 @@ class Entry:
         """Delete the entry: the done-marker first, so that no moment shows it done and half there."""
         with explained(self.path, "remove"):
             with suppress(FileNotFoundError):
-                (self.path / _DONE).unlink()
+                (self.path / DONE).unlink()
             with suppress(FileNotFoundError):
                 shutil.rmtree(self.path)
 
@@ -126,7 +127,7 @@ class Entry:
     def _record(self) -> dict[str, Any] | None:
         """The done-marker's contents; None where it is missing or not what `commit` writes."""
         try:
-            record = json.loads((self.path / _DONE).read_bytes())
+            record = json.loads((self.path / DONE).read_bytes())
         except (OSError, ValueError, RecursionError):
             return None
         match record:

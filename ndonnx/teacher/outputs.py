@@ -187,6 +187,6 @@ def run_alone(job: Job, stage: str, steps: int | None, recipe: Recipe, progress:
         reached = step
         progress.step(name, step, steps, nmse)
 
-    executor = make_executor(recipe.executor, 1)
+    executor = make_executor(recipe.executor, 1, recipe)
     (outcome,) = executor.run([job], on_step)
     return outcome, executor.peak_rss_bytes

@@ -13,7 +13,7 @@ import io
 import mmap
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -71,16 +71,32 @@ class ActivationStore:
         return writer
 
     @classmethod
-    def open(cls, directory: Path) -> ActivationStore:
+    def open(cls, directory: Path, names: Collection[str] | None = None) -> ActivationStore:
         """Open a finished store.
+
+        Args:
+            directory: its folder.
+            names: values that will be read; files of others need not be there. None: all.
 
         Raises:
             RunDirError: the manifest is missing or damaged, or a file is not what it says.
         """
         manifest = read_manifest(directory / MANIFEST)
         for name, entry in manifest.values.items():
-            check_file(directory / entry.file, name, entry)
+            if names is None or name in names:
+                check_file(directory / entry.file, name, entry)
         return cls(directory, manifest)
+
+    @staticmethod
+    def files(directory: Path, names: Collection[str] | None = None) -> list[Path]:
+        """The files that `open` looks at, the manifest first.
+
+        Raises:
+            RunDirError: the manifest is missing or damaged.
+        """
+        values = read_manifest(directory / MANIFEST).values
+        files = [entry.file for name, entry in values.items() if names is None or name in names]
+        return [directory / file for file in (MANIFEST, *files)]
 
     @property
     def samples(self) -> int:

@@ -63,6 +63,8 @@ def imported_modules(path: Path) -> set[str]:
     return found
 
 
+OF_EXTRAS = {"olive"}
+"""Modules of extras that a file of `ndonnx.integrations` imports, and that nothing else does."""
 PACKAGES = package_folders()
 REQUIREMENTS = {requirement.name: requirement for requirement in direct_requirements()}
 
@@ -95,10 +97,17 @@ def test_every_import_is_declared() -> None:
         module
         for folder in PACKAGES.values()
         for path in folder.glob("*.py")
-        for module in imported_modules(path) - sys.stdlib_module_names - {"ndonnx", "ndonnx_cli"}
+        for module in imported_modules(path) - sys.stdlib_module_names - {"ndonnx", "ndonnx_cli"} - OF_EXTRAS
         if declared.isdisjoint(canonicalize_name(name) for name in distributions.get(module, [module]))
     }
     assert not undeclared, "add to dependencies in pyproject.toml"
+
+
+def test_modules_of_extras_are_imported_by_integrations_alone() -> None:
+    folders = {
+        folder for folder in PACKAGES.values() for path in folder.glob("*.py") if imported_modules(path) & OF_EXTRAS
+    }
+    assert folders == {PACKAGES["ndonnx.integrations"]}
 
 
 def test_constraints_are_exact_and_carry_no_local_version() -> None:

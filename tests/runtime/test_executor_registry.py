@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import ClassVar
@@ -102,7 +103,8 @@ def test_an_unknown_one_is_refused_before_anything_runs(
     assert main([command, *files, "--executor", "cloud", "-q"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "'executor' = 'cloud'" in line
-    assert "listing (here, and tells which), process (in worker processes) or serial (one after" in line
+    known = "listing (here, and tells which), process (in worker processes), ray (on the nodes of a Ray cluster)"
+    assert f"{known} or serial (one after" in line
     assert {path.name for path in tmp_path.iterdir()} == {"teacher.onnx", "data.npz"}
 
 
@@ -121,3 +123,17 @@ def test_a_package_that_fails_is_told_of_in_one_line(installed: Path, name: str,
     bench = Bench(installed).put(residual_cnn())
     with pytest.raises(ndonnx.RecipeError, match=told):
         bench.compress(executor=name)
+
+
+@pytest.mark.parametrize("command", ["compress", "search", "harden"])
+def test_without_ray_the_way_out_is_told_in_one_line(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    make_executor("serial", 1)  # so that the file of the Ray executor is imported
+    monkeypatch.setitem(sys.modules, "ray", None)
+    sys.modules["ndonnx.runtime.executor.ray"]._ray.cache_clear()
+    files = [str(bench.model), "--data", str(bench.data), "-o", str(bench.student)]
+    assert main([command, *files, "--executor", "ray", "-q"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "pip install 'ndonnx-compress[ray]'" in line and "--executor process" in line
+    assert {path.name for path in bench.folder.iterdir()} == {"teacher.onnx", "data.npz"}

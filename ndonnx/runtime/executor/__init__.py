@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
-from ndonnx.runtime.executor.base import Executor, Job, OnStep, OnStepNamed, Outcome, attempt
+from ndonnx.runtime.executor.base import (
+    Demands,
+    Executor,
+    Job,
+    MovableJob,
+    OnStep,
+    OnStepNamed,
+    Outcome,
+    attempt,
+)
 from ndonnx.runtime.executor.processes import ProcessExecutor
-from ndonnx.runtime.executor.registry import check_executor, make_executor, register_executor
+from ndonnx.runtime.executor.registry import (
+    check_executor,
+    machines_of,
+    make_executor,
+    register_configured,
+    register_executor,
+)
 from ndonnx.runtime.executor.serial import SerialExecutor
 
 __all__ = [
+    "Demands",
     "Executor",
     "Job",
+    "MovableJob",
     "OnStep",
     "OnStepNamed",
     "Outcome",
@@ -17,6 +34,8 @@ __all__ = [
     "SerialExecutor",
     "attempt",
     "check_executor",
+    "machines_of",
     "make_executor",
+    "register_configured",
     "register_executor",
 ]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeAlias
 
@@ -30,6 +31,39 @@ class Job(Protocol):
 
     def __call__(self, on_step: OnStep) -> Any:
         """Do the work; whatever is raised is the reason why there is no result (see `ndonnx.runtime.faults`)."""
+
+
+@dataclass(frozen=True)
+class Demands:
+    """What a job takes of the machine that it runs on."""
+
+    threads: int = 1
+    """Threads that it computes with."""
+    cuda: bool = False
+    """Whether it computes on a CUDA device."""
+
+
+class MovableJob(ABC):
+    """A job that can run where the run directory is not, because it names all files that it needs.
+
+    Whatever it holds of files is a `Path`, or an `Entry` with one: those are what an executor changes when it moves the
+    job. Executors of this machine take no notice.
+    """
+
+    @property
+    @abstractmethod
+    def reads(self) -> Sequence[Path]:
+        """Files that have to be there when it starts; no folders."""
+
+    @property
+    @abstractmethod
+    def writes(self) -> Path:
+        """The folder that it fills, and that is whole when the job ends well: an entry of the run directory."""
+
+    @property
+    @abstractmethod
+    def demands(self) -> Demands:
+        """What it takes of a machine."""
 
 
 @dataclass(frozen=True)

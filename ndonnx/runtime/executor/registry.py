@@ -14,13 +14,17 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import TypeAlias, TypeVar
 
+from ndonnx.config.execution import Execution
 from ndonnx.errors import RecipeError, first_line
 from ndonnx.runtime.executor.base import Executor
 
 MakeExecutor: TypeAlias = Callable[[int], Executor]
 """Makes an executor for a number of workers, which is at least 1."""
+MakeConfigured: TypeAlias = Callable[[int, Execution], Executor]
+"""The same, of what else the recipe says of how to run."""
 
 _Made = TypeVar("_Made", bound=MakeExecutor)
+_Configured = TypeVar("_Configured", bound=MakeConfigured)
 
 ENTRY_POINTS = "ndonnx.executors"
 """Group of entry points under which an installed package names its executors: `ray = "my_package.ray"`."""
@@ -32,8 +36,12 @@ class ExecutorKind:
 
     says: str
     """How it runs jobs, in words for messages: `one after the other in this process`."""
-    make: MakeExecutor
+    make: MakeConfigured
     """Makes one."""
+    check: Callable[[Execution], None] | None = None
+    """Refuses settings with which it could not run."""
+    machines: Callable[[Execution], list[int]] | None = None
+    """Cores of each machine that jobs run on; None: they run on this one."""
 
 
 REGISTERED: dict[str, ExecutorKind] = {}
@@ -49,30 +57,69 @@ def register_executor(name: str, says: str) -> Callable[[_Made], _Made]:
     """
 
     def register(make: _Made) -> _Made:
-        REGISTERED[name] = ExecutorKind(says, make)
+        REGISTERED[name] = ExecutorKind(says, lambda workers, _: make(workers))
         return make
 
     return register
 
 
-def check_executor(name: str) -> None:
-    """Refuse an executor that is not known, before anything is computed.
+def register_configured(
+    name: str,
+    says: str,
+    *,
+    check: Callable[[Execution], None] | None = None,
+    machines: Callable[[Execution], list[int]] | None = None,
+) -> Callable[[_Configured], _Configured]:
+    """Declare an executor that is made of a number of workers and of the recipe's other settings of how to run.
+
+    Args:
+        name: the value of the recipe's `executor`.
+        says: how it runs jobs, in words for messages.
+        check: called before anything is computed; it raises a `UsageError` where the executor could not run.
+        machines: tells the cores of each machine that jobs run on, where that is not this one alone: by default there
+            are as many workers as cores.
+    """
+
+    def register(make: _Configured) -> _Configured:
+        REGISTERED[name] = ExecutorKind(says, make, check, machines)
+        return make
+
+    return register
+
+
+def check_executor(execution: Execution) -> None:
+    """Refuse a recipe's executor that is not known, or could not run, before anything is computed.
 
     Raises:
         RecipeError: it is not known, or its module cannot be imported.
+        UsageError: it could not run.
     """
-    _kind(name)
+    kind = _kind(execution.executor)
+    if kind.check is not None:
+        kind.check(execution)
 
 
-def make_executor(name: str, workers: int) -> Executor:
+def machines_of(execution: Execution) -> list[int] | None:
+    """Cores of each machine that the executor of a recipe runs jobs on; None: they run on this one."""
+    machines = _kind(execution.executor).machines
+    return None if machines is None else machines(execution)
+
+
+def make_executor(name: str, workers: int, execution: Execution | None = None) -> Executor:
     """The executor of a recipe's `executor` and `workers`; `serial` runs one job at a time whatever `workers` is.
+
+    Args:
+        name: of the executor.
+        workers: how many jobs it runs at a time.
+        execution: the recipe. None: its defaults.
 
     Raises:
         RecipeError: `name` is unknown or `workers` is below 1.
+        UsageError: the executor cannot run as the recipe says.
     """
     if workers < 1:
         raise RecipeError(f"workers = {workers}: at least 1 is needed")
-    return _kind(name).make(workers)
+    return _kind(name).make(workers, Execution() if execution is None else execution)
 
 
 def _kind(name: str) -> ExecutorKind:

@@ -13,13 +13,15 @@ import pickle
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.process import parent_process
 
 from ndonnx.errors import RunDirError
-from ndonnx.runtime.executor.base import Job, Outcome, attempt
+from ndonnx.runtime.executor.base import Job, OnStep, Outcome, attempt
 from ndonnx.runtime.faults import fault_of
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -66,8 +68,8 @@ def serve(pipe: Connection, threads: int) -> None:
             packed = pipe.recv_bytes()
         except EOFError:
             return
-        _tell(pipe, _run(packed, pipe))
-        _give_back()
+        _tell(pipe, perform(partial(pickle.loads, packed), partial(_tell_step, pipe)))
+        give_back()
 
 
 def _settle(threads: int) -> None:
@@ -80,16 +82,23 @@ def _settle(threads: int) -> None:
     # What a library prints must not end up in the main process's results. Closed streams are no harm.
     with suppress(OSError):
         os.dup2(2, 1)
-    for variable in _THREAD_VARIABLES:
+    os.environ.update(thread_variables(threads))
+
+
+def thread_variables(threads: int) -> dict[str, str]:
+    """What the environment of a worker has to say, before it imports the numerical libraries, of its threads."""
+
+    def allowed(variable: str) -> str:
         asked = os.environ.get(variable, "")
-        fewer = asked.isdecimal() and 0 < int(asked) < threads
-        os.environ[variable] = asked if fewer else str(threads)
+        return asked if asked.isdecimal() and 0 < int(asked) < threads else str(threads)
+
     # Threads that spin while they wait starve each other as soon as anything else runs on the machine:
     # measured, a slice trained by two threads beside one busy process took thirty times as long.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    policy = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
+    return {variable: allowed(variable) for variable in _THREAD_VARIABLES} | policy
 
 
-def _give_back() -> None:
+def give_back() -> None:
     """Return memory that a job has freed to the system; the C library would keep it for the next one."""
     gc.collect()
     if sys.platform == "linux":
@@ -105,20 +114,19 @@ def _die_with_parent() -> None:
         os._exit(1)
 
 
-def _run(packed: bytes, pipe: Connection) -> bytes:
-    """Run one pickled job; the pickled `Done` or `RunEnds` that tells how it ended."""
-
-    def on_step(step: int, steps: int, nmse: float) -> None:
-        _tell(pipe, pickle.dumps(Step(step, steps, nmse, peak_rss())))
-
+def perform(unpack: Callable[[], Job], on_step: OnStep) -> bytes:
+    """Run a job here; the pickled `Done` or `RunEnds` that tells how it ended."""
     try:
         try:
-            job: Job = pickle.loads(packed)
-            return pickle.dumps(Done(attempt(job, on_step), peak_rss()))
+            return pickle.dumps(Done(attempt(unpack(), on_step), peak_rss()))
         except Exception as error:  # code of others, such as a student method's, may not survive the way here or back
             return pickle.dumps(Done(Outcome("", None, fault_of(error)), peak_rss()))
     except RunDirError as error:
         return pickle.dumps(RunEnds(error, peak_rss()))
+
+
+def _tell_step(pipe: Connection, step: int, steps: int, nmse: float) -> None:
+    _tell(pipe, pickle.dumps(Step(step, steps, nmse, peak_rss())))
 
 
 def _tell(pipe: Connection, message: bytes) -> None:

@@ -175,13 +175,13 @@ def _baselines(
     """Baselines of the model that is compared with, or of the only one, beside both of them."""
     teacher = models.get(AGAINST, models[MODEL])
     students = {"student": models[MODEL]} if AGAINST in models else {}
-    fits = chooses = judges = None
+    fits = chooses = compares = None
     if source is not None:
         split = draw(source, CALIBRATION, seed=recipe.seed, holdout=recipe.holdout, choosing=_CHOSEN_ON)
-        fits, chooses, judges = split.to_fit(CALIBRATION), split.to_choose(), split.to_compare()
+        fits, chooses, compares = split.to_fit(CALIBRATION), split.to_choose(), split.to_compare()
     with TemporaryDirectory(prefix="ndonnx-", ignore_cleanup_errors=True) as folder:
         material = Material(teacher, Path(folder), fits, chooses, recipe.task, recipe.metric)
-        comparison = Comparison(teacher, students, judges, recipe, progress)
+        comparison = Comparison(teacher, students, compares, recipe, progress)
         return comparison.run(recipe.baselines, material, plan, feeds)
 
 

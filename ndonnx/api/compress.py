@@ -94,11 +94,11 @@ def _compressed(
             if not searched:
                 write(built.model)
         with run.clock.measure("evaluate"):
-            metrics = compare(request.model, built.model, run.judge, progress, run.recipe)
+            metrics = compare(request.model, built.model, run.comparison_data, progress, run.recipe)
             before, after = summaries(run.teacher.original, request.model, built.model, request.output, run.parts)
             named = run.recipe.baselines
             baselines = beside_baselines(run, built.model, request.output) if named else None
-        judged = None if request.eval_data is None else run.judge.spec
+        eval_spec = None if request.eval_data is None else run.comparison_data.spec
         report = CompressReport(
             teacher=before,
             student=after,
@@ -113,7 +113,7 @@ def _compressed(
             simplified=run.teacher.simplified,
             unchanged=run.recipe.changes_nothing and not searched and built.quantised is None,
             shapes=told_shapes(run.parts),
-            target=None if built.target is None else _held(built.target, metrics, judged),
+            target=None if built.target is None else _held(built.target, metrics, eval_spec),
             task={name: found.task for name, found in metrics["student"].outputs.items()},
             versions=versions(),
             machine=machine(),

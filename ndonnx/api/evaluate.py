@@ -20,7 +20,7 @@ from ndonnx.graph.storage.files import file_bytes
 from ndonnx.metrics.evaluation import Evaluation
 from ndonnx.metrics.evaluation import evaluate as measure
 from ndonnx.metrics.latency import PROCESSES, Plan, measure_beside, plan_for
-from ndonnx.metrics.requirements import Measured, Requirement, judge, read_requirements
+from ndonnx.metrics.requirements import Measured, Requirement, read_requirements, verdicts_of
 from ndonnx.report.junit import check_junit, write_junit
 from ndonnx.report.summary import drop_of
 from ndonnx.runtime.machine import usable_cores
@@ -85,7 +85,7 @@ def evaluate(
         found = measure(place.path, source, teacher=reference, tasks=chosen.task, metric=chosen.metric, progress=told)
         if wanted:
             beside = _Beside(place.path, reference, source, chosen, plan, told)
-            found = replace(found, requirements=judge(wanted, found, beside.measured(wanted, found)))
+            found = replace(found, requirements=verdicts_of(wanted, found, beside.measured(wanted, found)))
     if junit is not None:
         write_junit(Path(junit), place.name, found.requirements, time.perf_counter() - began)
     return found

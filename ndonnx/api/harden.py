@@ -171,8 +171,8 @@ def _hardened(
         nmse_start=training.nmse_start,
         nmse=training.nmse,
         metrics={
-            "teacher": evaluate(path, given.judge),
-            "hardened": evaluate(hardened, given.judge, teacher=path, progress=progress),
+            "teacher": evaluate(path, given.comparison_data),
+            "hardened": evaluate(hardened, given.comparison_data, teacher=path, progress=progress),
         },
     )
     return HardenResult(hardened, report)

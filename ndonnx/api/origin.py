@@ -41,7 +41,7 @@ def origin_of(run: Run, request: Request, recipe: Recipe, *, of_file: bool) -> O
     asked = {
         "model": str(request.model) if of_file else None,
         "data": None if request.data is None else run.split.source.spec,
-        "eval": None if request.eval_data is None else run.judge.spec,
+        "eval": None if request.eval_data is None else run.comparison_data.spec,
         "output": None if request.output is None else str(request.output),
         "recipe": recipe.model_dump(mode="json"),
     }
@@ -77,6 +77,6 @@ def _files(run: Run, request: Request, recipe: Path) -> dict[str, Any]:
         "teacher": described_model(request.model),
         "student": None if student is None else described_model(student),
         "data": described_data(run.split.source),
-        "eval": None if request.eval_data is None else described_data(run.judge),
+        "eval": None if request.eval_data is None else described_data(run.comparison_data),
         "recipe": {"path": str(recipe), "sha256": sha256_of(recipe)},
     }

@@ -63,7 +63,7 @@ def threshold(
     """Measure how much error a model tolerates, and where: the thresholding effect (figures 1, 4 and 6).
 
     Noise goes in behind one, half and all neighbourhoods, and on the weights of one after the other; each
-    neighbourhood is replaced, alone, by untrained students of several widths. All is judged by accuracy where the
+    neighbourhood is replaced, alone, by untrained students of several widths. All is compared by accuracy where the
     data has labels, else by agreement with the model, or by the NMSE of its outputs where it has no class scores.
 
     Args:
@@ -71,7 +71,7 @@ def threshold(
         data: inputs to measure on, as `compress` takes them.
         recipe: the partition, `round_to`, `cache_budget`, `seed` and how the data become inputs, as a `Recipe`, its
             keys in a mapping, or the path of a TOML file.
-        samples: most samples on which answers are judged, three quarters of those at hand; students are shaped on
+        samples: most samples on which outputs are compared, three quarters of those at hand; students are shaped on
             others. Fewer where the activations would not fit into half of `cache_budget`.
         amplitudes: of the noise, as parts of each value's deviation. None: 0.05 to 1.6.
         repeats: draws of the noise at each amplitude. None: 3.
@@ -138,8 +138,8 @@ def _studied(place: Placed, data: Data, recipe: Recipe, progress: Progress, want
         raise ModelError(f"{place.name}: no neighbourhood can be distilled; `ndonnx inspect {place.name}` says why")
     if wanted.folder is not None:
         make_folder(wanted.folder)
-    judged, shaping = Rows(split.to_choose(), parts), Rows(split.to_fit(SHAPING_SAMPLES), parts)
-    progress.stage("capture", judged.count + shaping.count, "samples")
+    held, shaping = Rows(split.to_choose(), parts), Rows(split.to_fit(SHAPING_SAMPLES), parts)
+    progress.stage("capture", held.count + shaping.count, "samples")
 
     def captured(rows: Rows, folder: Path, labels: NDArray[np.int64] | None) -> PartialModels:
         return PartialModels(
@@ -153,12 +153,12 @@ def _studied(place: Placed, data: Data, recipe: Recipe, progress: Progress, want
 
     with (
         tempfile.TemporaryDirectory(prefix=".ndonnx-", dir=wanted.folder, ignore_cleanup_errors=True) as scratch,
-        captured(judged, Path(scratch) / "judged", judged.labels) as partials,
+        captured(held, Path(scratch) / "held-out", held.labels) as partials,
         captured(shaping, Path(scratch) / "shaping", None) as shaped_on,
     ):
-        if partials.samples < judged.count:
+        if partials.samples < held.count:
             progress.note(
-                f"{partials.samples} of {judged.count} samples fit into half of the cache budget; "
+                f"{partials.samples} of {held.count} samples fit into half of the cache budget; "
                 "--cache-budget raises it"
             )
         plan = StudyPlan(

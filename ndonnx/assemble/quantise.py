@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal, TypeAlias
 
-import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass, RemoveUnusedNodesPass
 
@@ -20,9 +19,10 @@ from ndonnx.assemble.quantise_dynamic import TYPES, DynamicQuantiser, dynamic_no
 from ndonnx.assemble.quantise_numbers import Weights
 from ndonnx.assemble.quantise_ranges import Histograms, Range, Rule
 from ndonnx.assemble.quantise_static import ACTIVATIONS, FURTHER, LINEAR, MOVING, StaticQuantiser
-from ndonnx.errors import SliceError, first_line
+from ndonnx.errors import SliceError
 from ndonnx.graph.costs import constant_of, weights_of
 from ndonnx.graph.passes.fold_scales import fold_scales
+from ndonnx.graph.passes.raise_opset import raise_opset
 from ndonnx.graph.save import PROTOBUF_LIMIT, tensor_bytes, to_proto
 from ndonnx.graph.shapes.declared import copy_of
 from ndonnx.graph.shapes.inference import infer_shapes
@@ -33,7 +33,6 @@ Operators: TypeAlias = Literal["linear", "all"]
 
 _OPSETS: dict[Mode, int] = {"static": 13, "dynamic": 11}
 """Opset from which scales per channel, and quantisation in every run, can be written down."""
-_IR_VERSIONS = {11: 6, 13: 7}
 
 
 @dataclass(frozen=True)
@@ -91,14 +90,7 @@ def raised(model: ir.Model, opset: int) -> ir.Model:
     """
     if model.opset_imports.get("", opset) >= opset:
         return model
-    try:
-        proto = onnx.version_converter.convert_version(to_proto(model), opset)
-    except Exception as error:  # of the converter's own, without a common base
-        raise SliceError(
-            f"its opset {model.opset_imports['']} cannot be raised to {opset}: {first_line(error)}"
-        ) from error
-    proto.ir_version = max(proto.ir_version, _IR_VERSIONS[opset])
-    later = ir.from_proto(proto)
+    later = ir.from_proto(raise_opset(to_proto(model), opset))
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(later)
     later.metadata_props.update(model.metadata_props)
     later.producer_name, later.producer_version = model.producer_name, model.producer_version

@@ -20,7 +20,7 @@ class SearchRecipe(Section):
     steps: Annotated[int | None, Flag("N", Panel.TRAIN)] = Field(None, ge=0)
     """Number of optimizer steps of a candidate in the search. Default: a fifth of the recipe's `steps`, 200."""
     quality: Annotated[Literal["divergence", "metric", "nmse"], Flag("NAME", Panel.REACH)] = "divergence"
-    """Quality loss by which a candidate is judged: divergence from the teacher of the model with it alone
+    """Quality loss by which candidates are compared: divergence from the teacher of the model with it alone
     (`divergence`), drop of the metric (`metric`, the paper's), or its own NMSE times the sensitivity of its
     neighbourhood (`nmse`, cheap)."""
     solver: Annotated[Literal["milp", "greedy"], Flag("milp|greedy", Panel.REACH)] = "milp"

@@ -38,22 +38,22 @@ def image_axes(inputs: Sequence[InputSpec], recipe: DataRecipe) -> dict[str, tup
     return axes if len(axes) == 1 else {}
 
 
-def with_views(
+def with_augmented(
     batches: Iterable[Mapping[str, Array]],
     kinds: Sequence[str],
     axes: Mapping[str, tuple[int, int]],
     *,
-    views: int,
+    per_sample: int,
     after: int,
     seed: int,
 ) -> Iterator[Mapping[str, Array]]:
-    """Each batch, and behind it `views` - 1 changed copies of it.
+    """Each batch, and behind it `per_sample` - 1 changed copies of it.
 
     Args:
         batches: inputs by name, (n, ...).
         kinds: what is done to each copy, of `KINDS`, in this order.
         axes: of the images, see `image_axes`.
-        views: batches for each that comes in.
+        per_sample: batches for each that comes in.
         after: so many samples at the beginning come once only, as they are; copies begin with the first batch
             behind them. They can be held out: nothing of them is in what follows.
         seed: of all chance.
@@ -63,7 +63,7 @@ def with_views(
         yield batch
         if seen >= after:
             rng = np.random.default_rng((seed, number))
-            for _ in range(views - 1):
+            for _ in range(per_sample - 1):
                 yield {name: _changed(array, axes[name], kinds, rng) for name, array in batch.items()}
         seen += len(next(iter(batch.values())))
 

@@ -23,7 +23,7 @@ _MEGABYTE = 10**6
 _PROCESS = 600 * _MEGABYTE
 """What a process takes with its libraries; 500 MB were measured with torch 2.13 and onnxruntime 1.31."""
 _ROWS = 300 * _MEGABYTE
-"""Samples that a student is shaped on and judged by, and rows of its closed forms."""
+"""Samples that a student is shaped on and compared on, and rows of its closed forms."""
 _TIMES_WEIGHTS = 12
 """Copies of a slice's weights: as a model, in torch, in sessions, gradients, moments, the best state."""
 _TIMES_MOMENTS = 5

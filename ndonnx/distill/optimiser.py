@@ -45,7 +45,7 @@ class Optimiser:
 
         Args:
             weights: what is trained.
-            work: multiplications and additions of the gradient of one batch, by which what is cheap is judged.
+            work: multiplications and additions of the gradient of one batch, which decides what is cheap.
             muon: False moves all weights by Adam.
             masked: matrices that hold zeros, which move by Adam: what is orthogonal before the zeros are put back is
                 not any more afterwards.

@@ -31,7 +31,7 @@ _LEAST_SAMPLES = 256
 """Drawn in any case: where they take too long, the budget was too small."""
 _SEEN = 2
 """Times that fine-tuning sees the same answer, where the images can be changed."""
-_MOST_VIEWS = 64
+_MOST_COPIES = 64
 """Of one image."""
 _ENDLESS = 10**7
 FIRST_LR, FIRST_FINETUNE_LR = 0.1, 0.01
@@ -101,12 +101,12 @@ class Schedule:
         budget = self.recipe.time_budget
         return samples if budget is None else min(samples, max(least, int(part * budget * self.rate)))
 
-    def views(self, samples: int) -> int:
+    def per_sample(self, samples: int) -> int:
         """How often each of so many images comes in fine-tuning, changed each time; 1 is as they are."""
         recipe = self.recipe
         seen = self.finetune_steps * recipe.batch_size / _SEEN
         answers = seen if recipe.time_budget is None else self._answers
-        return max(1, min(_MOST_VIEWS, round(answers / samples)))
+        return max(1, min(_MOST_COPIES, round(answers / samples)))
 
     @property
     def _answers(self) -> int:

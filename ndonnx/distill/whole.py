@@ -202,7 +202,7 @@ MODEL_FILE = "student.onnx"
 
 
 def macs_of(model: ir.Model, shapes: Mapping[str, Sequence[int]]) -> int:
-    """Multiplications of a whole model for one sample, by which the optimiser judges what is cheap; 0 if unknown.
+    """Multiplications of a whole model for one sample, by which the optimiser decides what is cheap; 0 if unknown.
 
     Args:
         model: as it is trained.

@@ -30,7 +30,7 @@ class _Beside:
     teacher: Path
     student: Path
     split: Split
-    judge: DataSource
+    comparison_data: DataSource
     recipe: Recipe
 
     def baselines(self, kinds: Sequence[str], folder: Path, progress: Progress) -> Baselines:
@@ -40,8 +40,10 @@ class _Beside:
         students = {"student": self.student}
         plan = Plan((1,), ("cpu",), usable_cores())
         models = {"teacher": self.teacher, **students}
-        plan, feeds = plan_for(models, self.judge, self.recipe.model_inputs, plan)
-        return Comparison(self.teacher, students, self.judge, self.recipe, progress).run(kinds, material, plan, feeds)
+        plan, feeds = plan_for(models, self.comparison_data, self.recipe.model_inputs, plan)
+        return Comparison(self.teacher, students, self.comparison_data, self.recipe, progress).run(
+            kinds, material, plan, feeds
+        )
 
 
 def beside_baselines(run: Run, student: ir.Model, written: Path | None) -> Baselines:
@@ -57,7 +59,7 @@ def beside_baselines(run: Run, student: ir.Model, written: Path | None) -> Basel
     if written is None:
         written = folder / "student.onnx"
         save(student, written)
-    found = _Beside(run.teacher.path, written, run.split, run.judge, run.recipe)
+    found = _Beside(run.teacher.path, written, run.split, run.comparison_data, run.recipe)
     return found.baselines(run.recipe.baselines, folder, run.progress)
 
 
@@ -83,5 +85,5 @@ def beside_baselines_later(
     opened = open_all(request, recipe, held_out=held_out)
     files = folder / _FOLDER
     files.mkdir(exist_ok=True)
-    found = _Beside(request.model, request.output, opened.split, opened.judge, recipe)
+    found = _Beside(request.model, request.output, opened.split, opened.comparison_data, recipe)
     return found.baselines(kinds, files, progress)

@@ -71,7 +71,7 @@ def build_to_target(run: Run, on_better: Callable[[Whole], None]) -> Built:
         with run.clock.measure("evaluate"):
             table = session.library.table(latency="latency" in shares)
         found = ConstrainedSearch(session, shares, max_drop, True, on_better).search(table)
-        best = session.judged(found.whole)
+        best = session.within_budgets(found.whole)
         on_better(best)
         target = TargetReport(
             target=shares,

@@ -26,7 +26,7 @@ _LEAST_NMSE = 1e-9
 """Tolerances below are alike."""
 _SHARE = 0.25
 """Part of a drop up to which no training is worth its time. The rest is for students that cannot come so near, for
-errors that add up to more than their sum, and for the confidence bound by which a drop is judged."""
+errors that add up to more than their sum, and for the confidence bound by which a drop is tested."""
 _MOST_NMSE = 1.0
 """An answer that is the same for every sample has it: nothing with more is trained enough."""
 _NEAR = 4.0
@@ -84,7 +84,7 @@ class ErrorBudgets:
         plan = even if need is None else replace(even, enough=need.enough)
         return plan if even.seconds is None else replace(plan, seconds=self._seconds(even.seconds, at_once)[name])
 
-    def judged(
+    def compared(
         self, n: Neighbourhood, outcome: NeighbourhoodResult, planned: Plan, progress: Progress
     ) -> NeighbourhoodResult:
         """An outcome with what it is measured against, and a note where a student is beyond it."""

@@ -1,4 +1,4 @@
-"""After the neighbourhoods: the refit walk and the fine-tuning, each kept in the run directory when done."""
+"""After the neighbourhoods: sequential reconstruction and fine-tuning, each kept in the run directory when done."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ndonnx.teacher.batches import read_batch, value_bytes, whole_batches
 from ndonnx.teacher.outputs import Wanted, capture_outputs, run_alone, storable
 
 _REFIT_SAMPLES = 2048
-"""Most samples of the refit walk."""
+"""Most samples of sequential reconstruction."""
 _LEAST_REFIT = 2
 """One to fit on, and one to tell whether that helped."""
 
@@ -60,7 +60,7 @@ class Finish:
         if not entry.done:
             self.run.progress.stage("refit", len(students), "neighbourhoods")
             folder = entry.begin()
-            scratch = self.run.directory.path / "walk"
+            scratch = self.run.directory.path / "propagated"
             try:
                 refitted = reconstruct_in_order(
                     self.run.parts,
@@ -113,7 +113,7 @@ class Finish:
         if (reason := why_not_finetuned(student)) is not None:
             return self._not_finetuned(student, Fault(reason))
         plan = replace(self.run.schedule.finetune(), memory=self.run.memory.whole_step())
-        samples, views = self._finetune_samples()
+        samples, per_sample = self._finetune_samples()
         rows = self.run.split.to_train(samples).fingerprint()
         settings: list[object] = [
             self.run.recipe.temperature,
@@ -122,14 +122,14 @@ class Finish:
             rows,
             *self.run.recipe.task,
         ]
-        if views > 1:
-            settings += [views, *self.run.recipe.augment]
+        if per_sample > 1:
+            settings += [per_sample, *self.run.recipe.augment]
         # Of a time budget, not what is left of it: a run that goes on finds what it has done.
         length = (str(self.run.recipe.time_budget), str(self.run.schedule.finetune_steps))
         same = replace(plan, steps=0, seconds=None).key()
         entry = self.run.directory.entry("finetuned", fingerprint(*key, same, *length, *map(str, settings)))
         if not entry.done:
-            fault = tried(lambda: self._train(student, self._kept(replaced), entry, samples, views))
+            fault = tried(lambda: self._train(student, self._kept(replaced), entry, samples, per_sample))
             if fault is not None:
                 return self._not_finetuned(student, fault)
         found = Training.read(entry.meta())
@@ -149,18 +149,20 @@ class Finish:
         told = None if path is None else str(path)
         return student, FinetuneReport(steps=0, seconds=0.0, reason=fault.reason, traceback=told)
 
-    def _train(self, student: ir.Model, kept: frozenset[str], entry: Entry, samples: int, views: int) -> Fault | None:
+    def _train(
+        self, student: ir.Model, kept: frozenset[str], entry: Entry, samples: int, per_sample: int
+    ) -> Fault | None:
         """Why there is no fine-tuned student; None when there is one."""
         scratch = self.run.directory.path / "finetune"
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
         try:
-            wanted = Wanted(self._outputs(student), samples, views)
-            answers = capture_outputs(
+            wanted = Wanted(self._outputs(student), samples, per_sample)
+            captured = capture_outputs(
                 self.run.parts, self.run.split, wanted, scratch, self.run.recipe, self.run.progress
             )
             told = self.run.recipe.task
-            tasks = tasks_from(answers.store, wanted.outputs, labelled=answers.labels is not None, told=told)
+            tasks = tasks_from(captured.store, wanted.outputs, labelled=captured.labels is not None, told=told)
             if not tasks:
                 names = " and ".join(f"'{name}'" for name in float_outputs(student))
                 return Fault(f"{names} holds no answer of its own for each sample of a batch")
@@ -168,10 +170,10 @@ class Finish:
             # Now, when the answers' time is spent.
             plan = replace(self.run.schedule.finetune(), memory=self.run.memory.whole_step())
             plan = replace(plan, threads=usable_cores())
-            settings = WholeSettings.of(self.run.recipe, plan, answers.holdout, self.run.parts.interface, tasks)
+            settings = WholeSettings.of(self.run.recipe, plan, captured.holdout, self.run.parts.interface, tasks)
             settings = replace(settings, padding=self.run.padding)
             job = FinetuneJob(
-                "student", scratch / MODEL_FILE, answers.store.path, answers.labels, entry, settings, kept=kept
+                "student", scratch / MODEL_FILE, captured.store.path, captured.labels, entry, settings, kept=kept
             )
             steps = plan.steps if plan.seconds is None else None
             outcome, rss = run_alone(job, "finetune", steps, self.run.recipe, self.run.progress)
@@ -198,5 +200,5 @@ class Finish:
         held = max(2, storable(self.run.parts.model, source, self.run.recipe.cache_budget))
         samples = max(2, min(available, held))
         images = image_axes(source.inputs, source.recipe)
-        views = self.run.schedule.views(samples) if self.run.recipe.augment and images else 1
-        return samples, max(1, min(views, held // samples))
+        per_sample = self.run.schedule.per_sample(samples) if self.run.recipe.augment and images else 1
+        return samples, max(1, min(per_sample, held // samples))

@@ -46,18 +46,18 @@ class Hardening:
         )
         recipe, (output,) = self.recipe, self.parts.model.graph.outputs
         wanted = Wanted((output.name or "",), samples)
-        answers = capture_outputs(self.parts, self.given.split, wanted, self.folder, recipe, self.progress)
-        labelled = answers.labels is not None
-        tasks = tasks_from(answers.store, wanted.outputs, labelled=labelled, told=recipe.task)
+        captured = capture_outputs(self.parts, self.given.split, wanted, self.folder, recipe, self.progress)
+        labelled = captured.labels is not None
+        tasks = tasks_from(captured.store, wanted.outputs, labelled=labelled, told=recipe.task)
         if not tasks:
             raise SliceError(f"'{output.name}' holds no answer of its own for each sample of a batch")
         entry = Entry(self.folder / "hardened")
         plan = replace(Schedule(recipe, finetunable=True).plan(steps, whole=True), tries=False)
         memory = MemoryPlan.of(recipe, self.parts, usable_cores()).whole_step()
         plan = replace(plan, memory=memory, threads=usable_cores())
-        settings = WholeSettings.of(recipe, plan, answers.holdout, self.parts.interface, tasks)
+        settings = WholeSettings.of(recipe, plan, captured.holdout, self.parts.interface, tasks)
         path = self.given.teacher.path
-        job = HardenJob("model", path, answers.store.path, answers.labels, entry, settings, noises=noises)
+        job = HardenJob("model", path, captured.store.path, captured.labels, entry, settings, noises=noises)
         outcome, _ = run_alone(job, "harden", steps, recipe, self.progress)
         if (fault := outcome.fault) is not None:
             if fault.foreseen or not fault.traceback:

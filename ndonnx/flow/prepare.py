@@ -79,7 +79,7 @@ class Opened:
 
     teacher: Teacher
     split: Split
-    judge: DataSource
+    comparison_data: DataSource
     """Data of the final comparison: those given for it, else rows that nothing else reads."""
     samples: int
     """Maximum number of training samples."""
@@ -146,9 +146,20 @@ def prepare(request: Request, recipe: Recipe, progress: Progress, *, searched: b
             recipe = _augmented(recipe, schedule, opened, parts, progress)
             schedule = replace(schedule, recipe=recipe)
         samples = schedule.distil_samples(opened.samples)
-        split, judge = opened.split, opened.judge
+        split, comparison_data = opened.split, opened.comparison_data
         yield Run(
-            directory, recipe, progress, clock, teacher, parts, split, judge, samples, schedule, study, candidates
+            directory,
+            recipe,
+            progress,
+            clock,
+            teacher,
+            parts,
+            split,
+            comparison_data,
+            samples,
+            schedule,
+            study,
+            candidates,
         )
 
 
@@ -279,15 +290,15 @@ def open_all(
         confirming=confirming,
         made_up=trained,
     )
-    judge = source_of(eval_data, fixed=source.fixed) if eval_data is not None else split.to_compare()
+    comparison_data = source_of(eval_data, fixed=source.fixed) if eval_data is not None else split.to_compare()
     if mixed:
-        judge.inputs = held(judge.inputs)
+        comparison_data.inputs = held(comparison_data.inputs)
     few = _remarks(split, compared=eval_data is None, searched=choosing > 0)
     remarks = [*_remarks_on(teacher, recipe, source), *([ONE_AT_A_TIME] if mixed else []), *few]
     interface = interface_of(source.inputs, source.fixed)
     opened = open_branches(teacher, interface.fixed)
     found = Teacher(model, teacher, opened, interface)
-    return Opened(found, split, judge, min(wanted, split.available), tuple(remarks))
+    return Opened(found, split, comparison_data, min(wanted, split.available), tuple(remarks))
 
 
 ONE_AT_A_TIME = (

@@ -1,9 +1,9 @@
 """The last stage that changes a student: 8 bits, in the way and in the places that cost least of its quality.
 
 Several ways to quantise the whole are measured; the best of them gives those pieces back to float that gain most
-quality for the time that they cost. Every move is judged by the whole student, its answers on the rows that choose and
-its latency beside the float student's. What was decided stays in the run directory: a continued run takes no second
-measurement.
+quality for the time that they cost. Every move is measured on the whole student: its outputs on the rows that choose,
+and its latency beside the float student's. What was decided stays in the run directory: a continued run takes no
+second measurement.
 """
 
 from __future__ import annotations

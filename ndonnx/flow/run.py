@@ -66,7 +66,7 @@ class Run:
     parts: Partition
     split: Split
     """The data, and which of its rows do what."""
-    judge: DataSource
+    comparison_data: DataSource
     """Data of the final comparison: those given for it, else rows that nothing else reads."""
     samples: int
     """Maximum number of training samples of a neighbourhood."""

@@ -203,14 +203,14 @@ class SearchSession:
             return None
         return allowed_divergence(self.library.losses().values(), parse_drop(self.run.recipe.max_drop))
 
-    def judged(self, whole: Whole) -> Whole:
+    def within_budgets(self, whole: Whole) -> Whole:
         """A student of a search, with a note for each part that is beyond what its place tolerates by the study."""
         if self.distillation.budgets is None:
             return whole
-        plan, judge = self.run.schedule.plan(self.library.steps), self.distillation.budgets.judged
+        plan, compared = self.run.schedule.plan(self.library.steps), self.distillation.budgets.compared
         by_name = {n.name: n for n in self.run.parts.distillable}
         outcomes = {
-            name: judge(by_name[name], ended, plan, self.run.progress) for name, ended in whole.outcomes.items()
+            name: compared(by_name[name], ended, plan, self.run.progress) for name, ended in whole.outcomes.items()
         }
         return replace(whole, outcomes=outcomes)
 

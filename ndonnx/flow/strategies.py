@@ -256,5 +256,5 @@ def distil_all(distillation: Distillation) -> dict[str, NeighbourhoodResult]:
     if distillation.budgets is not None:
         for n in parts.distillable:
             plan = distillation.needed(n).plan
-            results[n.name] = distillation.budgets.judged(n, results[n.name], plan, distillation.run.progress)
+            results[n.name] = distillation.budgets.compared(n, results[n.name], plan, distillation.run.progress)
     return results

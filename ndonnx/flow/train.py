@@ -67,7 +67,7 @@ class Distillation:
         return None if self.run.study is None else ErrorBudgets(self.run.study, self.run.parts)
 
     def _beside(self) -> int:
-        """Bytes of one sample that a walk down the chain holds at most."""
+        """Bytes of one sample that sequential propagation holds at most."""
         held = held_values(self.run.parts, self.run.parts.in_order)
         sizes = value_bytes(self.run.parts.model, sorted(set().union(*held)), self.run.split.source)
         return max((sum(sizes.get(name, 0) for name in names) for names in held), default=0)

@@ -150,7 +150,7 @@ class Measured:
     interval: Interval | None = None
 
 
-def judge(
+def verdicts_of(
     requirements: Sequence[Requirement], evaluation: Evaluation, beside: Mapping[str, Measured]
 ) -> tuple[Verdict, ...]:
     """Hold what was measured against the requirements.

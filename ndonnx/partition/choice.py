@@ -143,7 +143,7 @@ class Chooser:
             best.append(total)
             came.append(segment)
             arriving[i + 1].clear()
-        return _sum(segment.choice for segment in self._joined(atoms, _walked(came), outermost))
+        return _sum(segment.choice for segment in self._joined(atoms, _path(came), outermost))
 
     def _worth(self, run: Run) -> Choice:
         return Choice(worth(run.weights, self._total), 1, run.nodes, run.touched, (run,))
@@ -193,7 +193,7 @@ def worth(weights: int, total: int) -> int:
     return weights * (_PENALTY * total - weights)
 
 
-def _walked(came: list[_Segment]) -> list[_Segment]:
+def _path(came: list[_Segment]) -> list[_Segment]:
     """The segments of the best way, from the step by which each place was reached."""
     back: list[_Segment] = []
     at = len(came)

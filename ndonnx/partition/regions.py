@@ -160,10 +160,10 @@ def _link(atoms: dict[ir.Value, Atom], post_dominator: dict[Hashable, Hashable])
     after = {atom: successor for atom in atoms.values() if (successor := following(atom)) is not None}
     followers = set(after.values())
     heads = [atom for atom in atoms.values() if atom not in followers]
-    return [Chain(list(_walk(head, after))) for head in heads]
+    return [Chain(list(_following(head, after))) for head in heads]
 
 
-def _walk(atom: Atom | None, after: dict[Atom, Atom]) -> Iterator[Atom]:
+def _following(atom: Atom | None, after: dict[Atom, Atom]) -> Iterator[Atom]:
     while atom is not None:
         yield atom
         atom = after.get(atom)
@@ -174,7 +174,7 @@ def _nest(
 ) -> list[Chain]:
     """Hang each chain into the smallest atom that holds it; return those that none holds.
 
-    From an atom's exit the walk goes backwards and leaps over atoms that it meets, whose inside
+    From an atom's exit the search goes backwards and leaps over atoms that it meets, whose inside
     is known: each value is visited once in all.
     """
     owner: dict[ir.Value, Atom] = {}

@@ -22,14 +22,14 @@ _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE}
 
 
 def compare(
-    teacher: Path, student: ir.Model, judge: DataSource, progress: Progress, recipe: Recipe
+    teacher: Path, student: ir.Model, comparison_data: DataSource, progress: Progress, recipe: Recipe
 ) -> dict[str, Evaluation]:
     """Both on the data of the final comparison.
 
     Args:
         teacher: its file.
         student: compared with it.
-        judge: the data.
+        comparison_data: the data.
         progress: told how far it is.
         recipe: what the user says of the outputs, and a metric of the user's own.
 
@@ -37,8 +37,8 @@ def compare(
         UsageError: the metric raises, or gives no finite number.
     """
     told, metric = recipe.task, recipe.metric
-    ours = evaluate(student, judge, teacher=teacher, tasks=told, metric=metric, progress=progress)
-    theirs = evaluate(teacher, judge, tasks=told, metric=metric)
+    ours = evaluate(student, comparison_data, teacher=teacher, tasks=told, metric=metric, progress=progress)
+    theirs = evaluate(teacher, comparison_data, tasks=told, metric=metric)
     return {"teacher": theirs, "student": ours}
 
 

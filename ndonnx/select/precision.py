@@ -1,4 +1,4 @@
-"""Which pieces of a quantised model go back to float: quality against cost, each move judged on the whole."""
+"""Which pieces of a quantised model go back to float: quality against cost, each move measured on the whole."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def give_back(
     Args:
         order: numbers of the pieces, those first that promise most.
         whole: all of them quantised.
-        merit: by which moves are judged.
+        merit: by which moves are compared.
         measure: measures the student with the first pieces in float beside the one with the second, both timed in turn;
             None ends the choice, as when time is up.
     """

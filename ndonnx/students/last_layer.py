@@ -169,11 +169,11 @@ def reconstruct_last_layer(
         return None
     exit_ = teacher.graph.outputs[0].name or ""
     pairs = _Pairs(teacher, student, teacher_rows, student_rows, constants, threads)
-    fitted, judged = pairs.split(_HOLDOUT)
+    fitted, held_out = pairs.split(_HOLDOUT)
     copy = student.clone()
     _apply(copy, end, pairs.missing(end, fitted))
-    before = pairs.error(student, judged, exit_)
-    after = pairs.error(copy, judged, exit_)
+    before = pairs.error(student, held_out, exit_)
+    after = pairs.error(copy, held_out, exit_)
     return copy if after < before else None
 
 
@@ -189,7 +189,7 @@ class _Pairs:
     threads: int
 
     def split(self, holdout: float) -> tuple[range, range]:
-        """Samples to fit on, and those to judge by."""
+        """Samples to fit on, and those that are held out."""
         count = sample_count(self.student_rows, self.constants)
         fitted = max(1, count - max(1, round(holdout * count)))
         return range(fitted), range(min(fitted, count - 1), count)

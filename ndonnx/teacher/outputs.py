@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from ndonnx.config.recipe import Recipe
 from ndonnx.data import DataSource
-from ndonnx.data.augmentation import image_axes, with_views
+from ndonnx.data.augmentation import image_axes, with_augmented
 from ndonnx.data.split import Split
 from ndonnx.graph.dataflow import real_inputs
 from ndonnx.partition import Partition
@@ -72,7 +72,7 @@ class Wanted:
     """Names of those that are stored beside the inputs."""
     samples: int
     """How many samples, those that choose the best state among them."""
-    views: int = 1
+    per_sample: int = 1
     """How often each image comes, once as it is and then changed; see `ndonnx.data.augmentation`."""
 
 
@@ -91,10 +91,10 @@ def capture_outputs(
         split: the data.
         wanted: which outputs, of how many samples.
         folder: exists; the store goes to `answers` in it.
-        recipe: the seed of the views, the device and the kinds of views; a `label_weight` without labels is told of.
+        recipe: the seed of the copies, the device and the kinds of change; a `label_weight` without labels is told of.
         progress: told how far it is.
     """
-    copies = _Copies.of(split, wanted.samples, recipe, wanted.views)
+    copies = _Copies.of(split, wanted.samples, recipe, wanted.per_sample)
     source = split.to_train(copies.samples, copies.held)
     # Two images in one have no class number.
     kinds = [kind for kind in recipe.augment if kind != "mixup" or recipe.label_weight == 0]
@@ -103,7 +103,9 @@ def capture_outputs(
     def batches() -> Iterator[Mapping[str, npt.NDArray[Any]]]:
         labels.clear()
         drawn = whole_batches(source, copies.batch, on_labels=labels.append)
-        yield from with_views(drawn, kinds, copies.axes, views=copies.views, after=copies.held, seed=recipe.seed)
+        yield from with_augmented(
+            drawn, kinds, copies.axes, per_sample=copies.per_sample, after=copies.held, seed=recipe.seed
+        )
 
     progress.stage("answers", copies.total, "samples")
     store = capture(
@@ -133,16 +135,16 @@ class _Copies:
     samples: int
     held: int
     """Samples at the beginning without copies."""
-    views: int
+    per_sample: int
     holdout: float
 
     @classmethod
-    def of(cls, split: Split, samples: int, recipe: Recipe, views: int) -> _Copies:
+    def of(cls, split: Split, samples: int, recipe: Recipe, per_sample: int) -> _Copies:
         samples = min(samples, split.available)
         wanted, size = split.held(samples), read_batch(split.source)
         once = cls({}, size, samples, wanted, 1, wanted / samples)
         axes = image_axes(split.source.inputs, split.source.recipe)
-        if views == 1 or not recipe.augment or not axes:
+        if per_sample == 1 or not recipe.augment or not axes:
             return once
         fixed = split.source.fixed_batch
         batch = fixed or min(size, wanted)
@@ -151,17 +153,17 @@ class _Copies:
         samples -= samples % fixed if fixed else 0  # a batch that is filled up has no copies
         if held >= samples:
             return once
-        return cls(axes, batch, samples, held, views, held / (held + (samples - held) * views))
+        return cls(axes, batch, samples, held, per_sample, held / (held + (samples - held) * per_sample))
 
     @property
     def total(self) -> int:
-        return self.held + (self.samples - self.held) * self.views
+        return self.held + (self.samples - self.held) * self.per_sample
 
     def repeated(self, labels: Iterable[npt.NDArray[np.int64]]) -> Iterator[npt.NDArray[np.int64]]:
-        """Labels of batches as those of their views."""
+        """Labels of batches as those of their copies."""
         seen = 0
         for batch in labels:
-            yield from [batch] * (self.views if seen >= self.held else 1)
+            yield from [batch] * (self.per_sample if seen >= self.held else 1)
             seen += len(batch)
 
 

@@ -19,7 +19,7 @@ from ndonnx.distill.tasks.fidelity import OutputFidelity
 from ndonnx.distill.tasks.intervals import of_mean, of_part
 from ndonnx.errors import UsageError
 from ndonnx.metrics.evaluation import Evaluation
-from ndonnx.metrics.requirements import MEASURES, Requirement, judge, read_requirements
+from ndonnx.metrics.requirements import MEASURES, Requirement, read_requirements, verdicts_of
 from ndonnx.report.junit import junit
 from ndonnx_cli.main import main
 
@@ -130,19 +130,19 @@ def test_latency_is_a_ratio_to_the_teacher_with_an_interval(models: Path) -> Non
 def test_of_several_outputs_the_worst_counts() -> None:
     outputs = {"a": OutputFidelity("embedding", cosine=0.9), "b": OutputFidelity("embedding", cosine=0.99)}
     evaluation = Evaluation(10, None, None, 0.1, 1.0, None, outputs=outputs)
-    (worst,) = judge([Requirement.parse("cosine>=0.95")], evaluation, {})
-    (named,) = judge([Requirement.parse("cosine:b>=0.95")], evaluation, {})
+    (worst,) = verdicts_of([Requirement.parse("cosine>=0.95")], evaluation, {})
+    (named,) = verdicts_of([Requirement.parse("cosine:b>=0.95")], evaluation, {})
     assert (worst.output, worst.found, worst.kept) == ("a", 0.9, False)
     assert (named.output, named.found, named.kept) == ("b", 0.99, True)
     with pytest.raises(UsageError, match=r"'a' \(embedding\)"):
-        judge([Requirement.parse("agreement>=0.5")], evaluation, {})
+        verdicts_of([Requirement.parse("agreement>=0.5")], evaluation, {})
     with pytest.raises(UsageError, match="of output 'c'"):
-        judge([Requirement.parse("cosine:c>=0.5")], evaluation, {})
+        verdicts_of([Requirement.parse("cosine:c>=0.5")], evaluation, {})
 
 
 def test_a_broken_model_keeps_nothing_and_is_json() -> None:
     evaluation = Evaluation(10, None, None, float("inf"), float("inf"), None)
-    (verdict,) = judge([Requirement.parse("error<=0.1")], evaluation, {})
+    (verdict,) = verdicts_of([Requirement.parse("error<=0.1")], evaluation, {})
     assert not verdict.kept and verdict.to_json()["found"] is None
 
 
@@ -197,7 +197,7 @@ def test_json_and_junit_tell_the_same(models: Path, capsys: pytest.CaptureFixtur
 
 
 def test_junit_survives_hostile_names() -> None:
-    verdicts = judge([Requirement.parse("cosine:a<&\x1b>=0.5")], hostile(), {})
+    verdicts = verdicts_of([Requirement.parse("cosine:a<&\x1b>=0.5")], hostile(), {})
     root = ElementTree.fromstring(junit('m"<\x00&.onnx', verdicts, 1.0))
     (case,) = root.iter("testcase")
     assert case.get("name") == "cosine:a<&\ufffd>=0.5"

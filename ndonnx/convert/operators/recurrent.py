@@ -117,11 +117,11 @@ class Recurrent(nn.Module):
     def _answer(self, direction: Direction, data: Tensor, lengths: Tensor | None) -> tuple[Tensor, ...]:
         """All steps (S, N, H) of one direction, and its last states (N, H)."""
         if lengths is not None or not self._is_usual(direction):
-            return self._walk(direction, data, lengths)
+            return self._stepwise(direction, data, lengths)
         steps, *states = self._kernel(direction, data.flip(0) if direction.backwards else data)
         return steps.flip(0) if direction.backwards else steps, *(state.squeeze(0) for state in states)
 
-    def _walk(self, direction: Direction, data: Tensor, lengths: Tensor | None) -> tuple[Tensor, ...]:
+    def _stepwise(self, direction: Direction, data: Tensor, lengths: Tensor | None) -> tuple[Tensor, ...]:
         """Step by step; behind the end of a sample's sequence its state stays, and its answer is 0."""
         inputs = F.linear(data, direction.weight, direction.bias[0])
         hidden, cell = direction.hidden, direction.cell

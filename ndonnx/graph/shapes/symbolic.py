@@ -55,10 +55,10 @@ def resolve_shapes(model: ir.Model) -> ir.Model:
     What is known stays as it is. A size that stays unknown gets a name, one for equal sizes.
     """
     if any(_is_open(value) for node in model.graph for value in node.outputs):
-        walk = _Shapes(model)
+        shapes = _Shapes(model)
         for node in model.graph:
-            walk.visit(node)
-        walk.write(model.graph)
+            shapes.visit(node)
+        shapes.write(model.graph)
     return model
 
 
@@ -67,10 +67,10 @@ def known_numbers(model: ir.Model) -> dict[ir.Value, Numbers]:
 
     Works on a model whose shapes ONNX has inferred; fills its open ones in on the way.
     """
-    walk = _Shapes(model)
+    shapes = _Shapes(model)
     for node in model.graph:
-        walk.visit(node)
-    return walk.numbers
+        shapes.visit(node)
+    return shapes.numbers
 
 
 def _is_open(value: ir.Value) -> bool:
@@ -231,8 +231,8 @@ def _shape_in(found: onnx.TypeProto | None) -> Shape | None:
 # Shapes that hang on the numbers in an input
 
 
-def _reshape(walk: _Shapes, node: ir.Node) -> Shape | None:
-    data, target = walk.sizes(node.inputs[0]), walk.integers(node.inputs[1])
+def _reshape(shapes: _Shapes, node: ir.Node) -> Shape | None:
+    data, target = shapes.sizes(node.inputs[0]), shapes.integers(node.inputs[1])
     if data is None or target is None:
         return None
     copies = "allowzero" not in node.attributes or node.attributes["allowzero"].as_int() == 0
@@ -245,8 +245,8 @@ def _reshape(walk: _Shapes, node: ir.Node) -> Shape | None:
     return wanted
 
 
-def _expand(walk: _Shapes, node: ir.Node) -> Shape | None:
-    data, target = walk.sizes(node.inputs[0]), walk.integers(node.inputs[1])
+def _expand(shapes: _Shapes, node: ir.Node) -> Shape | None:
+    data, target = shapes.sizes(node.inputs[0]), shapes.integers(node.inputs[1])
     if data is None or target is None:
         return None
     wanted: Shape = target.tolist()
@@ -255,39 +255,39 @@ def _expand(walk: _Shapes, node: ir.Node) -> Shape | None:
     return [broadcast(size, other) for size, other in pairs]
 
 
-def _constant_of_shape(walk: _Shapes, node: ir.Node) -> Shape | None:
-    target = walk.integers(node.inputs[0])
+def _constant_of_shape(shapes: _Shapes, node: ir.Node) -> Shape | None:
+    target = shapes.integers(node.inputs[0])
     return None if target is None else target.tolist()
 
 
-def _flatten(walk: _Shapes, node: ir.Node) -> Shape | None:
-    data = walk.sizes(node.inputs[0])
+def _flatten(shapes: _Shapes, node: ir.Node) -> Shape | None:
+    data = shapes.sizes(node.inputs[0])
     axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 1
     return None if data is None else [product(data[:axis]), product(data[axis:])]
 
 
-def _as_first_input(walk: _Shapes, node: ir.Node) -> Shape | None:
-    return walk.sizes(node.inputs[0])
+def _as_first_input(shapes: _Shapes, node: ir.Node) -> Shape | None:
+    return shapes.sizes(node.inputs[0])
 
 
-def _range(walk: _Shapes, node: ir.Node) -> Shape | None:
-    bounds = [walk.integers(value) for value in node.inputs]
+def _range(shapes: _Shapes, node: ir.Node) -> Shape | None:
+    bounds = [shapes.integers(value) for value in node.inputs]
     start, limit, delta = (None if bound is None else bound.item() for bound in bounds)
     if isinstance(start, int) and isinstance(limit, int) and isinstance(delta, int):
         return [len(range(start, limit, delta))]
     return [limit if start == 0 and delta == 1 else None]
 
 
-def _resize(walk: _Shapes, node: ir.Node) -> Shape | None:
-    target = walk.integers(node.inputs[3]) if len(node.inputs) > 3 else None
+def _resize(shapes: _Shapes, node: ir.Node) -> Shape | None:
+    target = shapes.integers(node.inputs[3]) if len(node.inputs) > 3 else None
     policy = node.attributes.get("keep_aspect_ratio_policy")
     plain = "axes" not in node.attributes and (policy is None or policy.as_string() == "stretch")
     return target.tolist() if target is not None and plain else None
 
 
-def _slice(walk: _Shapes, node: ir.Node) -> Shape | None:
-    data = walk.sizes(node.inputs[0])
-    starts, ends, axes, steps = bounds(walk, node)
+def _slice(shapes: _Shapes, node: ir.Node) -> Shape | None:
+    data = shapes.sizes(node.inputs[0])
+    starts, ends, axes, steps = bounds(shapes, node)
     if data is None or starts is None or ends is None or axes is None or steps is None:
         return None
     found = list(data)

@@ -82,7 +82,7 @@ class Comparison:
     teacher: Path
     students: Mapping[str, Path]
     """Files of the models that stand beside the baselines, by name."""
-    judge: DataSource | None
+    comparison_data: DataSource | None
     """Samples that fidelity is measured on. None: there are no data, and none is."""
     recipe: Recipe
     """What the user says of the outputs, and a metric of the user's own."""
@@ -129,19 +129,19 @@ class Comparison:
         return BaselineRow(made.name, size, fidelity=fidelity, how=made.how)
 
     def _fidelity(self, path: Path) -> Evaluation | None:
-        if self.judge is None:
+        if self.comparison_data is None:
             return None
         teacher = None if path == self.teacher else self.teacher
-        return evaluate(path, self.judge, teacher=teacher, tasks=self.recipe.task, metric=self.recipe.metric)
+        return evaluate(path, self.comparison_data, teacher=teacher, tasks=self.recipe.task, metric=self.recipe.metric)
 
     def _floor(self) -> Iterator[BaselineRow]:
         """The teacher beside itself on inputs that nobody could tell apart, where they are images."""
-        noisy = None if self.judge is None else moved(load(self.teacher), self.judge)
-        if noisy is None or self.judge is None:
+        noisy = None if self.comparison_data is None else moved(load(self.teacher), self.comparison_data)
+        if noisy is None or self.comparison_data is None:
             return
         told, metric = self.recipe.task, self.recipe.metric
         try:
-            fidelity = evaluate(noisy, self.judge, teacher=self.teacher, tasks=told, metric=metric)
+            fidelity = evaluate(noisy, self.comparison_data, teacher=self.teacher, tasks=told, metric=metric)
         except ModelError as error:
             yield BaselineRow(FLOOR, reason=str(error))
         else:

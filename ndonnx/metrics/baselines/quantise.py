@@ -18,8 +18,9 @@ from typing import Protocol
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import version_converter
 
+from ndonnx.errors import SliceError
+from ndonnx.graph.passes.raise_opset import opset_of, raise_opset
 from ndonnx.runtime.executor import OnStep
 
 Feeds = Mapping[str, NDArray[np.generic]]
@@ -153,14 +154,9 @@ def _raised(teacher: Path, scratch: Path) -> Path:
     if opset_of(onnx.load(teacher, load_external_data=False)) >= PER_CHANNEL:
         return teacher
     try:
-        converted = version_converter.convert_version(onnx.load(teacher), PER_CHANNEL)
-    except Exception:  # it has no way for some operators; then there is no axis, and one scale for each tensor
+        converted = raise_opset(onnx.load(teacher), PER_CHANNEL)
+    except SliceError:  # there is no way for some operators; then there is no axis, and one scale for each tensor
         return teacher
     raised = scratch / "raised.onnx"
     onnx.save(converted, raised)
     return raised
-
-
-def opset_of(model: onnx.ModelProto) -> int:
-    """Version of the ONNX operators that a model uses."""
-    return max((int(entry.version) for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=1)

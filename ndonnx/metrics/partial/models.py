@@ -1,6 +1,6 @@
 """The teacher with something else in one place: partial models, at the cost of what lies behind that place.
 
-The paper judges a student by the metric of the teacher that has it in its neighbourhood's place
+The paper measures a student by the metric of the teacher that has it in its neighbourhood's place
 (section 5). One sweep of the teacher keeps what every neighbourhood reads and makes; then only
 the student and the nodes that depend on its answer are run.
 """
@@ -54,7 +54,7 @@ class _Behind:
 
 @dataclass(frozen=True)
 class Judged:
-    """The samples on which answers are judged."""
+    """The samples on which outputs are compared."""
 
     batches: Batches
     """The data, by the names of the model's inputs; the same on every call. Where the model fixes its batch, of that
@@ -126,7 +126,7 @@ class PartialModels:
 
     @cached_property
     def quality(self) -> Quality:
-        """How answers are judged: by the labels where there are any, else by the teacher's answers."""
+        """How outputs are compared: by the labels where there are any, else by the teacher's answers."""
         return Quality(self.outputs, self.labels, self.samples)
 
     @property

@@ -76,7 +76,7 @@ def noise_curve(
 
     Args:
         partials: the teacher.
-        quality: how its answers are judged.
+        quality: how its outputs are compared.
         name: of the neighbourhood.
         draws: the noise.
         enough: no further amplitude is tried once a drop is over this.
@@ -127,7 +127,7 @@ def error_curve(
 
     Args:
         partials: the teacher.
-        quality: how its answers are judged.
+        quality: how its outputs are compared.
         name: of the neighbourhood.
         student: a slice for it, as `PartialModels.replaced` takes it; one without any error gives no points.
         amplitudes: as parts of the activation's deviation, ascending.

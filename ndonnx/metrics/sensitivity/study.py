@@ -31,7 +31,7 @@ _PROBE = 8
 SHAPING_SAMPLES, _SHAPING_BYTES = 1024, 32 * 2**20
 """Most samples, and most bytes of them, by which a student is shaped, as in a distillation."""
 STUDIED = 0.75
-"""Part of the samples at hand by which answers are judged; students are shaped on the others."""
+"""Part of the samples at hand by which outputs are compared; students are shaped on the others."""
 
 Where = Literal["one", "half", "all"]
 Scale = Literal["relative", "absolute"]
@@ -172,7 +172,7 @@ def study(
     """Measure how much error a model tolerates, and where (sections 2 and 5, figures 1, 4 and 6).
 
     Args:
-        partials: the teacher on the samples by which it is judged.
+        partials: the teacher on the samples by which it is compared.
         plan: what is tried.
         shaping: the teacher on other samples, by which students are shaped. None: the same ones, on which they then
             look better than they are.

@@ -54,7 +54,7 @@ def tolerances(
 
     Args:
         partials: the teacher.
-        quality: how its answers are judged.
+        quality: how its outputs are compared.
         max_drop: what one neighbourhood's error may cost, in the quality's own unit (0.01: a point of accuracy).
         names: of neighbourhoods; all by default.
         students: slices whose own error, scaled, takes the noise's place in their neighbourhoods. Their tolerance is

@@ -37,12 +37,12 @@ def find_groups(nodes: Iterable[ir.Node], exit_: ir.Value, held: Collection[ir.V
     Values made outside the nodes are not followed, so their channels stay; so do the exit's, and those of the `held`
     weights, which stay as they are.
     """
-    return _best_walk(list(nodes), exit_, held)[1]
+    return _best_labels(list(nodes), exit_, held)[1]
 
 
 def shrinking_axes(nodes: Iterable[ir.Node], exit_: ir.Value) -> dict[ir.Value, frozenset[int]]:
     """Axes that get shorter when the slice's groups shrink, by value; a value without any is not among them."""
-    tracker, _ = _best_walk(list(nodes), exit_)
+    tracker, _ = _best_labels(list(nodes), exit_)
     found = {value: _carried(tracker, labels) for value, labels in tracker.values.items()}
     for value, folded in tracker.folded.items():
         if _carried(tracker, folded.labels):
@@ -60,7 +60,7 @@ def frozen_widths(nodes: Iterable[ir.Node]) -> tuple[list[FrozenWidth], bool]:
     own = {value for node in nodes for value in node.outputs}
     inside = set(nodes)
     ends = [value for value in own if value.is_graph_output() or not inside.issuperset(value.consumers())]
-    tracker, groups = _walk(nodes, *ends)
+    tracker, groups = _labels_of(nodes, *ends)
     found = []
     for value, labels in tracker.made.items():
         if labels.size > 1 and not tracker.sets.roots(labels).any():
@@ -80,24 +80,26 @@ def _carried(tracker: Tracker, labels: Labels) -> frozenset[int]:
     return frozenset(axis for axis, size in enumerate(labels.shape) if size > 1 and may_go)
 
 
-def _best_walk(nodes: list[ir.Node], exit_: ir.Value, held: Collection[ir.Value] = ()) -> tuple[Tracker, ChannelGroups]:
-    """What a walk over the slice finds out, and the groups.
+def _best_labels(
+    nodes: list[ir.Node], exit_: ir.Value, held: Collection[ir.Value] = ()
+) -> tuple[Tracker, ChannelGroups]:
+    """What the labels of the slice tell, and the groups.
 
     Where channels stand in blocks (heads, groups), whole blocks go first of all. The same part of each block goes
     where whole ones have to stay, or where that reaches as much and is finer.
     """
-    best = _walk(nodes, exit_, held=held)
+    best = _labels_of(nodes, exit_, held=held)
     tracker = best[0]
     stuck = {g.node for g in tracker.groupings if (tracker.sets.roots(g.labels) == FROZEN).all()}
     coarse = {g.node for g in tracker.groupings if g.is_coarse}
     for by_part in (stuck, stuck | coarse) if coarse - stuck else (stuck,):
         if by_part:
-            other = _walk(nodes, exit_, held=held, by_part=by_part)
+            other = _labels_of(nodes, exit_, held=held, by_part=by_part)
             best = max(best, other, key=lambda found: (_reach(nodes, found[1]), found[1].units))
     return best
 
 
-def _walk(
+def _labels_of(
     nodes: list[ir.Node],
     *ends: ir.Value,
     held: Collection[ir.Value] = (),

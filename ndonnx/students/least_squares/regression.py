@@ -16,7 +16,7 @@ from ndonnx.students.least_squares.solver import RIDGES, solve
 
 _AMPLE = 5
 """Rows per feature from which the slightest ridge is safe."""
-_JUDGED = 0.25
+_HELD_OUT = 0.25
 """Part of the samples, the last ones, that choose the ridge where rows are scarce."""
 
 
@@ -63,9 +63,9 @@ class Regression:
                 accumulator.add(x, y)
 
     def _part_before(self, samples: range) -> float:
-        """The part of a batch that lies before the samples that judge; a lone sample is split by its positions."""
-        judged = max(1, int(_JUDGED * self._samples)) if self._samples > 1 else _JUDGED
-        return min(1.0, max(0.0, (self._samples - judged - samples.start) / len(samples)))
+        """The part of a batch that lies before the samples held out; a lone sample is split by its positions."""
+        held_out = max(1, int(_HELD_OUT * self._samples)) if self._samples > 1 else _HELD_OUT
+        return min(1.0, max(0.0, (self._samples - held_out - samples.start) / len(samples)))
 
     def moments(self) -> Moments:
         """Moments of all rows, about their means.

@@ -1,4 +1,4 @@
-"""What a walk over a slice knows about its channels, and the helpers that rules share."""
+"""What is known about the channels of a slice, and the helpers that rules share."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ndonnx.config.recipe import DataRecipe, Recipe, make_recipe
 from ndonnx.data import InputSpec, input_specs, open_source
-from ndonnx.data.augmentation import image_axes, with_views
+from ndonnx.data.augmentation import image_axes, with_augmented
 from ndonnx.data.split import Split, held_out
 from ndonnx.data.subset import Remembered, Subset
 from ndonnx.distill.schedule import Schedule
@@ -31,9 +31,11 @@ def numbered(count: int, *shape: int) -> Array:
     return images
 
 
-def views_of(images: Array, kind: str, views: int = 3, **options: int) -> list[Array]:
+def views_of(images: Array, kind: str, per_sample: int = 3, **options: int) -> list[Array]:
     options = {"after": 0, "seed": 0, **options}
-    return [batch["x"] for batch in with_views([{"x": images}], [kind], {"x": (2, 3)}, views=views, **options)]
+    return [
+        batch["x"] for batch in with_augmented([{"x": images}], [kind], {"x": (2, 3)}, per_sample=per_sample, **options)
+    ]
 
 
 def test_a_flip_is_the_image_or_its_mirror_and_both_come() -> None:
@@ -82,7 +84,7 @@ def test_only_a_single_image_input_is_changed() -> None:
     assert not axes(first, InputSpec("y", floats, ("N", 3, 8, 8)))
 
 
-def captured(folder: Path, model: onnx.ModelProto, count: int, recipe: Recipe, views: int) -> TeacherOutputs:
+def captured(folder: Path, model: onnx.ModelProto, count: int, recipe: Recipe, per_sample: int) -> TeacherOutputs:
     value = model.graph.input[0].type.tensor_type.shape.dim
     shape = [dim.dim_value for dim in value][1:]
     images = numbered(count, *shape)
@@ -91,16 +93,16 @@ def captured(folder: Path, model: onnx.ModelProto, count: int, recipe: Recipe, v
     source = open_source(str(folder / "data.npz"), [spec], recipe.data)
     rows, held, nothing = np.arange(count), held_out(count, recipe.holdout), np.arange(0)
     split = Split(source, recipe.holdout, rows[held:], rows[:held], nothing, nothing, count)
-    wanted = Wanted(tuple(value.name for value in model.graph.output), count, views)
+    wanted = Wanted(tuple(value.name for value in model.graph.output), count, per_sample)
     return capture_outputs(partition(ir.from_proto(model)), split, wanted, folder, recipe, Silent())
 
 
 def test_the_teacher_answers_every_view_and_labels_and_held_out_samples_stay_with_theirs(tmp_path: Path) -> None:
-    model, count, views = residual_cnn(1), 90, 3
-    found = captured(tmp_path, model, count, Recipe(augment=("flip",), holdout=0.2), views)
+    model, count, per_sample = residual_cnn(1), 90, 3
+    found = captured(tmp_path, model, count, Recipe(augment=("flip",), holdout=0.2), per_sample)
     store, name = found.store, model.graph.input[0].name
     held = round(found.holdout * store.samples)
-    assert held >= 0.2 * count and store.samples == held + (count - held) * views
+    assert held >= 0.2 * count and store.samples == held + (count - held) * per_sample
     inputs = np.asarray(store.array(name), dtype=np.float32)
     answers = run(model, {name: inputs})["logits"]
     np.testing.assert_allclose(np.asarray(store.array("logits"), dtype=np.float32), answers, rtol=2e-3, atol=2e-3)
@@ -110,27 +112,27 @@ def test_the_teacher_answers_every_view_and_labels_and_held_out_samples_stay_wit
     labels = np.load(found.labels)
     np.testing.assert_array_equal(labels[labels > 1], np.rint(numbers)[labels > 1])
     assert not set(labels[:held]) & set(labels[held:])
-    assert all(count == views for count in np.unique(labels[held:], return_counts=True)[1])
+    assert all(count == per_sample for count in np.unique(labels[held:], return_counts=True)[1])
 
 
 def test_without_views_the_samples_come_as_they_are(tmp_path: Path) -> None:
     model = residual_cnn(1)
-    for number, (augment, views) in enumerate(((("flip",), 1), ((), 3))):
+    for number, (augment, per_sample) in enumerate(((("flip",), 1), ((), 3))):
         folder = tmp_path / str(number)
         folder.mkdir()
-        found = captured(folder, model, 20, Recipe(augment=augment), views)
+        found = captured(folder, model, 20, Recipe(augment=augment), per_sample)
         assert found.store.samples == 20 and found.holdout == Recipe().holdout
 
 
 def test_as_many_views_as_the_steps_can_use() -> None:
-    def views(samples: int, **settings: object) -> int:
-        return Schedule(Recipe(**settings), True, rate=1000).views(samples)  # type: ignore[arg-type]
+    def per_sample(samples: int, **settings: object) -> int:
+        return Schedule(Recipe(**settings), True, rate=1000).per_sample(samples)  # type: ignore[arg-type]
 
     # 3,000 steps of 64 see 192,000 images, each answer twice.
-    assert [views(n, finetune_steps=3000, batch_size=64) for n in (96_000, 48_000, 9_600)] == [1, 2, 10]
-    assert views(500_000) == 1 and views(2) == 64
+    assert [per_sample(n, finetune_steps=3000, batch_size=64) for n in (96_000, 48_000, 9_600)] == [1, 2, 10]
+    assert per_sample(500_000) == 1 and per_sample(2) == 64
     # A tenth of the time, in which a thousand are answered each second.
-    assert views(8_000, time_budget=600.0) == 8
+    assert per_sample(8_000, time_budget=600.0) == 8
 
 
 def test_a_time_budget_draws_as_many_samples_as_are_answered_in_a_tenth_of_it() -> None:

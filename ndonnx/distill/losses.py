@@ -158,8 +158,8 @@ class DistillationLoss(Objective):
 class MultilabelLoss(Objective):
     """For probabilities that do not exclude each other: the divergence of each number's two answers from the teacher's.
 
-    t log(t / s) + (1 - t) log((1 - t) / (1 - s)), the mean over all numbers, over that of a constant answer, which costs 1,
-    as it is for squared errors.
+    t log(t / s) + (1 - t) log((1 - t) / (1 - s)), the mean over all numbers, over that of a constant answer, which
+    therefore costs 1, as it does in squared errors.
     """
 
     def __init__(self, target: str, constant: float, least_probability: float) -> None:

@@ -47,6 +47,7 @@ class Training(Section):
     samples: Annotated[int, Flag("N", Panel.TRAIN)] = Field(16_000, ge=2)
     """Maximum number of training samples of a neighbourhood, drawn at random."""
     parity: Annotated[float, Flag("ERROR", Panel.TRAIN)] = Field(1e-4, gt=0)
-    """Largest error of a slice converted to torch against onnxruntime, relative to the scale of its output."""
+    """Largest error of a slice converted to torch against onnxruntime, relative to the scale of its output. One that is
+    small everywhere and next to nothing beside the output's spread passes too, as rounding of long sums is."""
     seed: Annotated[int, Flag("N", Panel.TRAIN)] = Field(0, ge=0, lt=2**31)
     """Seed of all random draws."""

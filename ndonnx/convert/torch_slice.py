@@ -115,13 +115,17 @@ def relative_error(answer: np.ndarray, expected: np.ndarray) -> float:
     return difference / scale if scale > 0 else difference
 
 
-def check_parity(module: TorchSlice, inputs: list[np.ndarray], expected: np.ndarray, tolerance: float) -> float:
+def check_parity(
+    module: TorchSlice, inputs: list[np.ndarray], expected: np.ndarray, tolerance: float, *, strict: bool = True
+) -> float:
     """The gate before any training: the torch slice must answer as onnxruntime does, in float32.
 
     Args:
         inputs: the slice's inputs in order, float32 where floating.
         expected: onnxruntime's answer to them.
         tolerance: largest error relative to the output's scale.
+        strict: False lets pass what rounding makes of long sums, in onnxruntime as in torch: an error that is small
+            everywhere, and next to nothing beside the spread of the output.
 
     Returns:
         The relative error.
@@ -137,11 +141,26 @@ def check_parity(module: TorchSlice, inputs: list[np.ndarray], expected: np.ndar
     if answer.shape != expected.shape:
         raise ParityError(f"the converted slice answers with shape {answer.shape}, onnxruntime with {expected.shape}")
     difference = relative_error(answer, expected)
-    if not difference <= tolerance:
+    if not difference <= tolerance and (strict or not _is_rounding(answer, expected, difference, tolerance)):
         raise ParityError(
             f"the converted slice differs from onnxruntime by {difference:.2g} of its scale (at most {tolerance:g})"
         )
     return difference
+
+
+def _is_rounding(answer: np.ndarray, expected: np.ndarray, difference: float, tolerance: float) -> bool:
+    if not difference <= min(_LARGEST_ROUNDING, _LARGEST_TIMES * tolerance):
+        return False
+    error = float(np.sqrt(np.square(answer.astype(np.float64) - expected).mean()))
+    return error <= min(_ROUNDING, _TIMES * tolerance) * float(expected.astype(np.float64).std())
+
+
+_LARGEST_ROUNDING, _LARGEST_TIMES = 1e-2, 100.0
+"""Largest error that may be rounding, relative to the output's scale, and over the tolerance. Measured: what onnxruntime sums
+over half a million numbers is wrong by 6e-4 of the scale, by what float64 says."""
+_ROUNDING, _TIMES = 1e-3, 10.0
+"""Root of the mean squared error that may be rounding, over the deviation of the output, and over the tolerance: an
+NMSE of a millionth, far below a student's."""
 
 
 def _check_types(model: ir.Model) -> None:

@@ -156,8 +156,8 @@ def _is_rounding(answer: np.ndarray, expected: np.ndarray, difference: float, to
 
 
 _LARGEST_ROUNDING, _LARGEST_TIMES = 1e-2, 100.0
-"""Largest error that may be rounding, relative to the output's scale, and over the tolerance. Measured: what onnxruntime
-sums over half a million numbers is wrong by 6e-4 of the scale, by what float64 says."""
+"""Largest error that may be rounding, relative to the output's scale, and over the tolerance. Measured: what
+onnxruntime sums over half a million numbers is wrong by 6e-4 of the scale, by what float64 says."""
 _ROUNDING, _TIMES = 1e-3, 10.0
 """Root of the mean squared error that may be rounding, over the deviation of the output, and over the tolerance: an
 NMSE of a millionth, far below a student's."""

@@ -32,6 +32,12 @@ DryRun = Annotated[
 @takes(
     "search.candidates",
     Changed(
+        "bits",
+        "Bits of weights and activations: with 8 every candidate has a twin in 8 bits as well (width 0.5 + int8), for "
+        "onnxruntime on CPUs, and the search chooses which pieces are in 8 bits.",
+        "32",
+    ),
+    Changed(
         "target",
         "Fraction of the teacher's cost that the student is to have, with params, macs, size or latency as the cost "
         "(params=0.5).",

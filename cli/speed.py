@@ -20,8 +20,17 @@ def print_speed(speed: ndonnx.Speed) -> None:
         print_text(table_of(("", f">{speed.model.path}"), [(name, value) for name, _, value, _ in rows]))
     else:
         print_text(table_of(("", f">{speed.against.path}", f">{speed.model.path}", ">share"), rows))
-    for line in (*speed.notes, *_verdicts(speed)):
+    for line in (*speed.notes, *_executed(speed), *_verdicts(speed)):
         print_text(line)
+
+
+def _executed(speed: ndonnx.Speed) -> Iterator[str]:
+    """What of a quantised model is computed with integers."""
+    if (found := speed.executed) is not None:
+        yield (
+            f"onnxruntime computes {found.quantised_nodes} layers with integers and {found.float_nodes} with floats, "
+            f"and rounds or scales {found.qdq_left} times in between"
+        )
 
 
 def _sizes(speed: ndonnx.Speed) -> Iterator[Row]:

@@ -247,13 +247,14 @@ def _quantised(found: QuantisationReport) -> str:
 
 def _neighbourhoods(report: ndonnx.CompressReport) -> Table:
     columns = (
-        "neighbourhood", "candidate", "status", ">NMSE start → end", ">tolerates", ">steps", ">saved", ">time",
+        "neighbourhood", "candidate", ">bits", "status", ">NMSE start → end", ">tolerates", ">steps", ">saved", ">time",
         "reason",
     )  # fmt: skip
     rows = (
         (
             n.name,
             n.candidate or "",
+            "" if n.bits is None else str(n.bits),
             n.status,
             "" if n.nmse is None or n.nmse_start is None else f"{nmse_text(n.nmse_start)} → {nmse_text(n.nmse)}",
             "" if n.tolerance is None else nmse_text(n.tolerance),

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from ndonnx.flow import finish, measure, train
+from ndonnx.flow import finish, measure, mixed_precision, train
 from ndonnx.runtime.executor import processes
 from ndonnx.teacher import sessions
 from tests.helpers.models import inputs_of, residual_cnn
@@ -25,7 +25,7 @@ settings.register_profile("same", deadline=None, derandomize=True)
 settings.register_profile("new", deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
-COUNTING: tuple[Any, ...] = (train, finish, measure, sessions, processes)
+COUNTING: tuple[Any, ...] = (train, finish, measure, mixed_precision, sessions, processes)
 """Modules that ask for the number of cores."""
 
 

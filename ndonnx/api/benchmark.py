@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ndonnx.api.models import Model, Placed, placed
 from ndonnx.api.settings import RecipeLike, recipe_of
+from ndonnx.assemble.quantise_pieces import how_executed
 from ndonnx.config.recipe import Recipe
 from ndonnx.data import Data, DataSource, InputSpec, input_specs, open_source
 from ndonnx.data.inputs import interface_of, settle
@@ -149,6 +150,8 @@ def _timed(
     found = measure_speed(models, batch, plan, progress)
     if not all(timing.is_steady for entry in found for timing in entry.batches):
         notes.append("runs took very unequal times: other work on these cores? the intervals hold for it, too")
+    in_bits = how_executed(graphs[MODEL])
+    notes += () if in_bits is None else in_bits[1]
     beside = None
     if recipe.baselines:
         beside = _baselines(models, source, recipe, replace(plan, batch_sizes=plan.batch_sizes[:1]), batch, progress)
@@ -160,6 +163,7 @@ def _timed(
         providers=found,
         fidelity=None if source is None else _fidelity(models, source, samples, progress),
         notes=notes,
+        executed=None if in_bits is None else in_bits[0],
         baselines=beside,
     )
 

@@ -11,15 +11,16 @@ import onnx_ir as ir
 from ndonnx.api.models import Model, Student, placed
 from ndonnx.api.origin import origin_of
 from ndonnx.api.settings import RecipeLike, recipe_of
+from ndonnx.assemble.quantise_pieces import bits_of_pieces
 from ndonnx.config.recipe import Recipe
 from ndonnx.data import Data
-from ndonnx.errors import RecipeError
 from ndonnx.flow.baselines import beside_baselines
 from ndonnx.flow.build import Built, build, build_to_target
 from ndonnx.flow.prepare import Request, prepare
+from ndonnx.flow.run import Run
 from ndonnx.graph import save
 from ndonnx.metrics.evaluation import Evaluation
-from ndonnx.report import CompressReport, Seconds, TargetReport
+from ndonnx.report import CompressReport, NeighbourhoodReport, Seconds, TargetReport
 from ndonnx.report.provenance import machine, versions
 from ndonnx.report.summary import compare, drop_of, summaries, told_shapes
 from ndonnx.runtime.machine import peak_rss_bytes
@@ -81,8 +82,6 @@ def _compressed(
     request: Request, recipe: Recipe, progress: Remembering, *, of_file: bool
 ) -> tuple[Built, CompressReport]:
     searched = bool(recipe.target) or recipe.max_drop is not None
-    if searched and recipe.bits < 32:
-        raise RecipeError(f"bits = {recipe.bits}: a search for target or max_drop does not quantise yet; leave one out")
     with prepare(request, recipe, progress, searched=searched) as run:
 
         def write(student: ir.Model) -> None:
@@ -103,7 +102,7 @@ def _compressed(
             teacher=before,
             student=after,
             metrics=metrics,
-            neighbourhoods=[built.results[n.name].report(n, run.parts) for n in run.parts.neighbourhoods],
+            neighbourhoods=_neighbourhoods(run, built),
             finetune=built.tuned,
             stages=built.stages,
             quantised=built.quantised,
@@ -123,6 +122,13 @@ def _compressed(
         )
         report.write(run.directory.path / "report.json")
     return built, report
+
+
+def _neighbourhoods(run: Run, built: Built) -> list[NeighbourhoodReport]:
+    """How every neighbourhood ended, with the bits of its weights where some are in 8."""
+    bits = {} if built.quantised is None else bits_of_pieces(built.model, run.parts)
+    told = (built.results[n.name].report(n, run.parts) for n in run.parts.neighbourhoods)
+    return [replace(row, bits=bits.get(row.name)) for row in told]
 
 
 def _held(target: TargetReport, metrics: dict[str, Evaluation], eval_data: str | None) -> TargetReport:

@@ -16,6 +16,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass, RemoveUnusedNodesPass
 
 from ndonnx.assemble.quantise_dynamic import TYPES, DynamicQuantiser, dynamic_nodes
+from ndonnx.assemble.quantise_names import names_in, shorten_names
 from ndonnx.assemble.quantise_numbers import Weights
 from ndonnx.assemble.quantise_ranges import Histograms, Range, Rule
 from ndonnx.assemble.quantise_static import ACTIVATIONS, FURTHER, LINEAR, MOVING, StaticQuantiser
@@ -153,6 +154,7 @@ def quantised(
         StaticQuantiser(found, range_of, held, scheme.narrow).run(scheme.types, kept)
         _shield(found, kept)
     RemoveUnusedNodesPass()(found)
+    shorten_names(found, names_in(model))
     for node in found.graph:
         for value in node.outputs:
             if not value.is_graph_output():

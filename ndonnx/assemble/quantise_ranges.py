@@ -7,7 +7,7 @@ a value beyond them is met, so that one pass is enough and the smallest and the 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -124,7 +124,12 @@ def float_values(model: ir.Model) -> list[str]:
 
 
 def measure_ranges(
-    model: ir.Model, batches: Iterable[Mapping[str, NDArray[Any]]], *, threads: int, names: Sequence[str] | None = None
+    model: ir.Model,
+    batches: Iterable[Mapping[str, NDArray[Any]]],
+    *,
+    threads: int,
+    names: Sequence[str] | None = None,
+    constants: Collection[str] = (),
 ) -> dict[str, Histogram]:
     """Run a model over calibration samples, a bounded number of bytes at a time.
 
@@ -133,6 +138,7 @@ def measure_ranges(
         batches: what it is fed, one sample at a time or as many as it takes; cut into smaller ones here.
         threads: for onnxruntime.
         names: of the values. None: all that are floats.
+        constants: names of inputs without a sample axis, which are fed as they are.
 
     Raises:
         ModelError: onnxruntime refuses the model.
@@ -140,12 +146,12 @@ def measure_ranges(
     """
     names = float_values(model) if names is None else names
     found = {name: Histogram() for name in names}
-    probe, fixed, size = Probe(model, names, threads=threads), _is_fixed(model), 1
+    probe, fixed, size = Probe(model, names, threads=threads), _is_fixed(model, constants), 1
     for batch in batches:
-        rows, start = max(len(array) for array in batch.values()), 0
+        rows, start = max(len(array) for name, array in batch.items() if name not in constants), 0
         while start < rows:
             part = slice(start, start + (rows if fixed else size))
-            values = probe.run({name: array[part] for name, array in batch.items()})
+            values = probe.run({name: array if name in constants else array[part] for name, array in batch.items()})
             for name, histogram in found.items():
                 histogram.add(values[name])
             held = sum(array.nbytes for array in values.values()) // min(size, rows - start)
@@ -153,11 +159,10 @@ def measure_ranges(
     return found
 
 
-def _is_fixed(model: ir.Model) -> bool:
+def _is_fixed(model: ir.Model, constants: Collection[str]) -> bool:
     """Whether the model says how many samples it takes at a time."""
-    return any(
-        value.shape is not None and len(value.shape) and isinstance(value.shape[0], int) for value in _fed(model)
-    )
+    varying = (value for value in _fed(model) if value.name not in constants)
+    return any(value.shape is not None and len(value.shape) and isinstance(value.shape[0], int) for value in varying)
 
 
 def _fed(model: ir.Model) -> list[ir.Value]:

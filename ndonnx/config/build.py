@@ -32,7 +32,8 @@ class Build(Section):
     `--bits 8`) and ranks of layers of at least 16, else 1."""
     bits: Annotated[Literal[8, 32], Flag("8|32", Panel.BUILD)] = 32
     """Bits of the weights and activations of the student: with 8 it is quantised at the end, for onnxruntime on CPUs,
-    and pieces that lose too much by it stay in float. Not with `--target` or `--max-drop` yet."""
+    and pieces that lose too much by it stay in float. In a search (`--target`, `--max-drop`) every candidate has a twin
+    in 8 bits as well (`width 0.5 + int8`), and which pieces are in 8 bits is chosen together with their widths."""
     granularity: Annotated[Literal["block", "layer"], Flag("block|layer", Panel.BUILD)] = "block"
     """Granularity of the partition: `block` takes the smallest regions with a width to shrink inside, `layer` one
     operator with weights each."""

@@ -12,6 +12,7 @@ from ndonnx.assemble.verify import check_no_larger, verify
 from ndonnx.distill.job import load_student, read_result
 from ndonnx.errors import VerificationError
 from ndonnx.flow.finish import Finish
+from ndonnx.flow.pieces_in_bits import PiecesInBits
 from ndonnx.flow.quantise import Quantisation
 from ndonnx.flow.run import Run
 from ndonnx.flow.stages import Stage, Stages
@@ -50,12 +51,15 @@ class Assembly:
         students = self._students(entries)
         return self._in_place(students)
 
-    def assemble(self, entries: Mapping[str, Entry], data: tuple[str, ...]) -> Assembled:
+    def assemble(
+        self, entries: Mapping[str, Entry], data: tuple[str, ...], bits: PiecesInBits | None = None
+    ) -> Assembled:
         """The finished student; students that fail their check inside it are left out.
 
         Args:
             entries: trained students by the name of the neighbourhood.
             data: what they and the finishing depend on.
+            bits: pieces that were chosen to be in 8 bits. None: what the recipe asks for.
 
         Raises:
             VerificationError: the whole is not what was trained, and no student alone is to blame.
@@ -63,7 +67,7 @@ class Assembly:
         refused: dict[str, Fault] = {}
         while True:
             try:
-                found = self._assembled({n: e for n, e in entries.items() if n not in refused}, data)
+                found = self._assembled({n: e for n, e in entries.items() if n not in refused}, data, bits)
             except VerificationError as error:
                 if error.neighbourhood is None:
                     raise
@@ -77,14 +81,14 @@ class Assembly:
     def _by_name(self, name: str) -> Neighbourhood:
         return next(n for n in self.run.parts.neighbourhoods if n.name == name)
 
-    def _assembled(self, entries: Mapping[str, Entry], data: tuple[str, ...]) -> Assembled:
+    def _assembled(self, entries: Mapping[str, Entry], data: tuple[str, ...], bits: PiecesInBits | None) -> Assembled:
         # In the teacher's order, not in that of completion: the same students are the same bytes.
         entries = {n.name: entries[n.name] for n in self.run.parts.neighbourhoods if n.name in entries}
         key: tuple[str, ...] = (*data, *(entry.path.name for entry in entries.values()))
         with self.run.clock.measure("splice"):
             students = self._students(entries)
         if not students:
-            return self.unchanged()
+            return self.unchanged(bits)
         stages, inputs = Stages(self.run), self.run.recipe.inputs
         student = self._spliced(students)
         self._check_size(student, students, entries)
@@ -95,25 +99,26 @@ class Assembly:
                 student = self._in_place(refitted)
             stages.add(self._verified(Stage("reconstructed", student, refitted)))
         tuned = self._finetuned(stages, students, (*key, str(inputs)))
-        return self._quantised(stages, tuned)
+        return self._quantised(stages, tuned, bits)
 
-    def unchanged(self) -> Assembled:
-        """The teacher itself, quantised where that is asked for."""
+    def unchanged(self, bits: PiecesInBits | None = None) -> Assembled:
+        """The teacher itself, quantised where that is asked for, or in these pieces."""
         stages = Stages(self.run)
-        teacher = self._spliced({})
-        if self.run.recipe.bits == 32:
+        teacher = copy_of(self.run.teacher.model) if bits is not None and bits.names else self._spliced({})
+        if not (self.run.recipe.bits < 32 if bits is None else bits.names):
             return Assembled(state_as_in_file(teacher, self.run.teacher.model), None, {})
         stages.add(Stage("teacher", teacher, {}))
-        return self._quantised(stages, None)
+        return self._quantised(stages, None, bits)
 
-    def _quantised(self, stages: Stages, tuned: FinetuneReport | None) -> Assembled:
+    def _quantised(self, stages: Stages, tuned: FinetuneReport | None, bits: PiecesInBits | None) -> Assembled:
         """The best stage, as the file has it; behind it, where that is asked for, the same quantised."""
         best = stages.best
         assert best is not None
         state_as_in_file(best.model, self.run.teacher.model)
-        if self.run.recipe.bits == 32:
-            return Assembled(best.model, tuned, {}, stages.reports())
-        quantised = Quantisation(self.run, stages).quantise(best)
+        if bits is not None:
+            quantised = bits.quantise(stages)
+        else:
+            quantised = Quantisation(self.run, stages).quantise(best) if self.run.recipe.bits < 32 else None
         assert stages.best is not None
         return Assembled(stages.best.model, tuned, {}, stages.reports(), quantised)
 

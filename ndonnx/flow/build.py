@@ -83,13 +83,18 @@ def build_to_target(run: Run, on_better: Callable[[Whole], None]) -> Built:
             bound=finite(found.told.bound),
             missed=found.missed,
         )
-        return Built(best.model(), _results(session, best), best.tuned, session.workers_rss, target)
+        results = _results(session, best)
+        return Built(best.model(), results, best.tuned, session.workers_rss, target, quantised=best.quantised)
 
 
 def _results(session: SearchSession, best: Whole) -> dict[str, NeighbourhoodResult]:
     """How every neighbourhood ended: with a student of the choice, or with the teacher's own slice."""
-    kept = NeighbourhoodResult("kept", reason="the search keeps the teacher's own slice")
     parts, searched = session.run.parts, session.distillation.outcomes
     shared = {name: best.outcomes[first] for name, first in parts.shared.items() if first in best.outcomes}
-    found = best.outcomes | shared
-    return {n.name: found.get(n.name) or searched.get(n.name) or kept for n in parts.neighbourhoods}
+    found, in_bits = best.outcomes | shared, session.pieces(best.candidates)
+
+    def kept(name: str) -> NeighbourhoodResult:
+        behind = ", in 8 bits" if name in in_bits else ""
+        return NeighbourhoodResult("kept", reason=f"the search keeps the teacher's own slice{behind}")
+
+    return {n.name: found.get(n.name) or searched.get(n.name) or kept(n.name) for n in parts.neighbourhoods}

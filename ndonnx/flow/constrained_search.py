@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from statistics import median
 
 from ndonnx.errors import SearchError
+from ndonnx.flow.composed import Corrections, everywhere_in_bits
 from ndonnx.flow.measure import WholeLoss
 from ndonnx.flow.search_session import SearchSession, Whole
 from ndonnx.select import Choice, Promise, Table, greedy_to, greedy_under, least_bound, nearest, solve
@@ -58,10 +60,10 @@ class ConstrainedSearch:
         """The least loss at these costs."""
         missed: str | None = None
         try:
-            choice, latency = self._timed(table, self._under_costs)
+            choice, latency = self._measured(table, self._under_costs)
         except SearchError as error:
             missed = str(error)
-            choice, latency = self._timed(table, lambda t: nearest(t, t.bounds(self.shares)))
+            choice, latency = self._measured(table, self._nearest)
         whole = self._finish(choice, latency)
         self.on_better(whole)
         return whole, missed or self._over(whole)
@@ -72,7 +74,7 @@ class ConstrainedSearch:
         measures, choices = self.session.measures, {}
 
         def propose(allowed: float) -> Whole:
-            choice, latency = self._timed(table, lambda t: self._under_drop(t, allowed))
+            choice, latency = self._measured(table, lambda t: self._under_drop(t, allowed))
             whole = self._finish(choice, latency)
             choices[whole.entry.key] = choice
             return whole
@@ -114,6 +116,24 @@ class ConstrainedSearch:
             return nearest(table, table.bounds(self.shares), allowed)
         greedy = self.session.run.recipe.search.solver == "greedy"
         return greedy_under(table, allowed, self.cost) if greedy else solve(table, self.cost, max_drop=allowed)
+
+    def _measured(self, table: Table, choose: Callable[[Table], Choice]) -> tuple[Choice, float | None]:
+        """A choice corrected by what it comes to as a whole, as far as a target or its bits call for that."""
+        if self.session.precision is None or not self.shares:
+            return self._timed(table, choose)
+        timed = "latency" in self.shares
+        attempts = self.session.run.recipe.search.attempts
+        by_whole = Corrections(
+            self.shares, lambda choice: self.session.composed(choice.candidates, timed=timed), attempts
+        )
+        rivals = [everywhere_in_bits(table)]
+        with suppress(SearchError):
+            rivals.append(by_whole.best(table.of_bits(32), choose, self._nearest)[0])
+        choice, found = by_whole.best(table, choose, self._nearest, rivals)
+        return choice, found.latency if timed else None
+
+    def _nearest(self, table: Table) -> Choice:
+        return nearest(table, table.bounds(self.shares))
 
     def _timed(self, table: Table, choose: Callable[[Table], Choice]) -> tuple[Choice, float | None]:
         """A choice whose latency was measured on the whole student, corrected until it is what was predicted."""

@@ -235,7 +235,17 @@ class Measures:
         return Loss.of_json(entry.meta())
 
     def _loss_of(self, neighbourhood: Neighbourhood, student: Entry) -> Loss:
-        answers = self._replaced(neighbourhood, load_student(student))
+        return self._lost(self._replaced(neighbourhood, load_student(student)))
+
+    def of_whole(self, model: ir.Model) -> Loss:
+        """The loss of a whole model on the samples by which candidates are measured; nothing of it is kept.
+
+        Raises:
+            ModelError: onnxruntime refuses the model.
+        """
+        return self._lost(self.partials.whole(model))
+
+    def _lost(self, answers: Mapping[str, np.ndarray]) -> Loss:
         return Loss(self.partials.quality.drop(answers), self.partials.quality.divergence(answers))
 
     def _replaced(self, neighbourhood: Neighbourhood, student: ir.Model) -> dict[str, np.ndarray]:
@@ -329,6 +339,10 @@ class Measures:
             session = make_session(samples_first(model))
             batch |= dict(zip(inner, session.run(inner, batch), strict=True))
         return {name: batch[name] for name in names}
+
+    def entry_here(self, kind: str, *parts: Fingerprintable) -> Entry:
+        """Where a measurement on these rows and on this machine is kept."""
+        return self._entry(kind, platform.node(), usable_cores(), *parts)
 
     def _entry(self, kind: str, *parts: Fingerprintable) -> Entry:
         return self.run.directory.entry(

@@ -137,7 +137,7 @@ def prepare(request: Request, recipe: Recipe, progress: Progress, *, searched: b
         with clock.measure("partition"):
             progress.stage("partition")
             teacher = simplified(opened.teacher, opened.split.source, recipe, progress, directory)
-            methods = {candidate.method for candidate in candidates} or None
+            methods = {candidate.method for candidate in candidates if candidate.method} or None
             parts = partition_model(teacher.model, recipe, teacher.interface, methods)
             parts = priced_for(opened.split.source, parts)
         if recipe.time_budget is not None and not recipe.changes_nothing:
@@ -205,9 +205,10 @@ def candidates_of(recipe: Recipe) -> tuple[Candidate, ...]:
         )
     if recipe.time_budget is not None:
         raise RecipeError("time_budget: a search has steps, not a time to fit into; give --steps instead")
-    candidates = parse_candidates(recipe.search.candidates or DEFAULT_CANDIDATES)
+    candidates = parse_candidates(recipe.search.candidates or DEFAULT_CANDIDATES, recipe.bits)
     for candidate in candidates:
-        method_of(candidate.recipe(recipe))  # what is wrong with one is told before the first is trained
+        if candidate.method:
+            method_of(candidate.recipe(recipe))  # what is wrong with one is told before the first is trained
     return candidates
 
 

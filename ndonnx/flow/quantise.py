@@ -26,6 +26,7 @@ from ndonnx.flow.run import Run
 from ndonnx.flow.stages import Stage, Stages
 from ndonnx.graph import load, save
 from ndonnx.graph.save import serialise
+from ndonnx.graph.shapes.declared import state_as_in_file
 from ndonnx.report import QuantisationReport, QuantisationTrial
 from ndonnx.runtime.fingerprints import fingerprint
 from ndonnx.runtime.machine import usable_cores
@@ -47,8 +48,18 @@ def check_quantisable(run: Run) -> None:
     if not can_be_quantised(run.teacher.model):
         raise ModelError(
             f"{run.teacher.path}: nothing to quantise, as no Conv, Gemm, MatMul or Gather in it holds float weights; "
-            "leave --bits out"
+            "leave --bits out, and int8 out of the candidates"
         )
+
+
+def best_way(trials: Trials) -> tuple[Scheme, Measured]:
+    """The way to quantise the whole student of these trials that is best, and what it comes to.
+
+    Raises:
+        SliceError, ModelError, OrtError: nothing of what was tried can be had.
+    """
+    found = _Choosing(trials).way()
+    return found.scheme, found.measured
 
 
 @dataclass(frozen=True)
@@ -80,10 +91,11 @@ class Quantisation:
                 report = self._made(best.model, entry)
                 entry.commit(asdict(report))
             report = QuantisationReport.read(entry.meta())
-        for note in self._notes(report):
+        for note in notes_on(report):
             self.run.progress.note(note)
         if report.reason is None:
-            self.stages.add(Stage(STAGE, load(entry.path / MODEL_FILE), {}), asked=True)
+            student = load(entry.path / MODEL_FILE)
+            self.stages.add(Stage(STAGE, state_as_in_file(student, student), {}), asked=True)
         return report
 
     def _key(self, student: ir.Model) -> str:
@@ -94,14 +106,6 @@ class Quantisation:
             serialise(student), *rows, *told, str(recipe.time_budget), platform.node(), str(usable_cores())
         )
 
-    def _notes(self, report: QuantisationReport) -> Iterator[str]:
-        if report.reason is not None:
-            yield f"the student stays in float: {report.reason}"
-        if report.opset is not None:
-            yield f"the student has opset {report.opset}, which weights in 8 bits need; the teacher's is older"
-        if report.float_nodes and report.quantised_nodes == 0:
-            yield "onnxruntime computes nothing of it with integers here: the student is smaller, not faster"
-
     def _made(self, student: ir.Model, entry: Entry) -> QuantisationReport:
         """Choose, check and write; the entry holds the model where there is one."""
         folder = entry.begin()
@@ -111,33 +115,56 @@ class Quantisation:
         try:
             found = _Choosing(trials).best()
             model = trials.model(found.scheme, found.kept)
+            better = trials.corrected(found.scheme, found.kept, model)
         except REFUSED as error:
             return QuantisationReport(bits=self.run.recipe.bits, reason=first_line(error))
-        report = self._report(trials, found, model)
+        if better is not None:
+            model, found = better, replace(found, measured=replace(found.measured, loss=trials.loss(better)))
+        report = self._report(trials, found, model, corrected=better is not None)
         if report.reason is None:
             interface = self.run.parts.interface
             verify_quantised(self.run.teacher.model, student, model, interface, probe(self.run.split.source))
             save(model, folder / MODEL_FILE)
         return report
 
-    def _report(self, trials: Trials, found: _Found, model: ir.Model) -> QuantisationReport:
+    def _report(self, trials: Trials, found: _Found, model: ir.Model, *, corrected: bool) -> QuantisationReport:
         useless = found.measured.size >= 1 and found.measured.time >= 1
-        counted, opset = executed(model), model.opset_imports.get("")
-        return QuantisationReport(
-            bits=self.run.recipe.bits,
-            scheme=str(found.scheme),
+        told = quantisation_report(trials, model, found.scheme, found.measured, corrected=corrected)
+        return replace(
+            told,
             kept=list(found.kept),
-            loss=_finite(found.measured.loss),
-            float_loss=_finite(trials.float_loss),
-            time=found.measured.time,
-            size=found.measured.size,
-            quantised_nodes=counted.quantised_nodes,
-            float_nodes=counted.float_nodes,
-            qdq_left=counted.qdq_left,
-            opset=opset if opset != trials.student.opset_imports.get("") else None,
             trials=list(found.trials),
             reason="in 8 bits it is neither smaller nor faster on this machine" if useless else None,
         )
+
+
+def notes_on(report: QuantisationReport) -> Iterator[str]:
+    """What is to be said of a quantised student while the run goes on."""
+    if report.reason is not None:
+        yield f"the student stays in float: {report.reason}"
+    if report.opset is not None:
+        yield f"the student has opset {report.opset}, which weights in 8 bits need; the teacher's is older"
+    if report.float_nodes and report.quantised_nodes == 0:
+        yield "onnxruntime computes nothing of it with integers here: the student is smaller, not faster"
+
+
+def quantisation_report(
+    trials: Trials, model: ir.Model, scheme: Scheme, measured: Measured, *, corrected: bool
+) -> QuantisationReport:
+    """What there is to tell of a quantised student of these trials."""
+    counted, opset = executed(model), model.opset_imports.get("")
+    return QuantisationReport(
+        bits=8,
+        scheme=f"{scheme}, biases corrected" if corrected else str(scheme),
+        loss=_finite(measured.loss),
+        float_loss=_finite(trials.float_loss),
+        time=measured.time,
+        size=measured.size,
+        quantised_nodes=counted.quantised_nodes,
+        float_nodes=counted.float_nodes,
+        qdq_left=counted.qdq_left,
+        opset=opset if opset != trials.student.opset_imports.get("") else None,
+    )
 
 
 def _finite(value: float) -> float | None:
@@ -158,8 +185,12 @@ class _Choosing:
         Raises:
             SliceError, ModelError, OrtError: nothing of what was tried can be had.
         """
-        found = self._in_pieces(self._narrowed(self._whole()))
+        found = self._in_pieces(self.way())
         return replace(found, trials=tuple(self._told))
+
+    def way(self) -> _Found:
+        """The way to quantise the whole that is best."""
+        return self._narrowed(self._whole())
 
     def _whole(self) -> _Found:
         """The best way for all of it: of each kind the ranges with the least loss, then by loss and cost."""

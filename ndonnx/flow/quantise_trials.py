@@ -8,11 +8,13 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 
 import numpy as np
 import onnx_ir as ir
 
 from ndonnx.assemble.quantise import Mode, Scheme, prepared, quantised
+from ndonnx.assemble.quantise_biases import Shifts, correctable, corrected, with_shifts
 from ndonnx.assemble.quantise_numbers import Weights
 from ndonnx.assemble.quantise_ranges import Histogram, measure_ranges
 from ndonnx.data.subset import Subset
@@ -29,6 +31,8 @@ CALIBRATION_SAMPLES = 512
 """Most samples by which ranges are measured: what a percentile leaves out is then some thousands of numbers."""
 FEW_SAMPLES = 256
 """Samples by which ranges are compared, and pieces put in order."""
+_CORRECTED_AT_ONCE = 16
+"""Samples of a batch by which biases are corrected: of all layers the outputs are in memory at once."""
 _TIMED_SECONDS = 1.0
 """Of timed runs of one comparison, about."""
 _MOST_ROUNDS, _LEAST_ROUNDS = 100, 10
@@ -75,8 +79,8 @@ class Trials:
             self._prepared[mode] = prepared(self.student, mode)
         return self._prepared[mode]
 
-    def model(self, scheme: Scheme, kept: Collection[str] = ()) -> ir.Model:
-        """The student quantised by a scheme, with these nodes in float.
+    def model(self, scheme: Scheme, kept: Collection[str] = (), shifts: Shifts = MappingProxyType({})) -> ir.Model:
+        """The student quantised by a scheme, with these nodes in float, and these shifts of its biases.
 
         Raises:
             SliceError: it cannot be had.
@@ -84,7 +88,43 @@ class Trials:
         """
         base = self.base(scheme.mode)
         ranges = None if scheme.mode == "dynamic" else self._ranges(scheme.mode, base)
-        return quantised(base, scheme, ranges, kept, self._weights[scheme.mode])
+        shifted = with_shifts(base, shifts) if shifts else base
+        return quantised(shifted, scheme, ranges, kept, self._weights[scheme.mode])
+
+    def corrected(self, scheme: Scheme, kept: Collection[str], model: ir.Model) -> ir.Model | None:
+        """A student quantised so with its biases corrected, as far as that lowers its loss; None where it does not.
+
+        Each step of the correction is kept or not by the whole student on the rows that choose.
+
+        Args:
+            scheme: how it is quantised.
+            kept: names of the nodes that are in float.
+            model: the student without the correction.
+
+        Raises:
+            ModelError, OrtError: onnxruntime fails on a student.
+        """
+        base = self.base(scheme.mode)
+        layers = correctable(base, kept) if scheme.mode == "static" and self.float_found is not None else []
+        if not layers:
+            return None
+        best, least = None, self.loss(model)
+        source = calibration(self.run)
+        size = min(read_batch(source), _CORRECTED_AT_ONCE)
+        for shifts in corrected(
+            base,
+            lambda shifts: self.model(scheme, kept, shifts),
+            layers,
+            lambda: whole_batches(source, size, samples=FEW_SAMPLES),
+            interface=self.run.parts.interface,
+            threads=usable_cores(),
+        ):
+            if self.is_late:
+                break
+            found = self.model(scheme, kept, shifts)
+            if (loss := self.loss(found)) < least:
+                best, least = found, loss
+        return best
 
     def _ranges(self, mode: Mode, base: ir.Model) -> Mapping[str, Histogram]:
         if mode not in self._histograms:

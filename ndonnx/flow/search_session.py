@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -11,25 +12,30 @@ from typing import Self
 
 import onnx_ir as ir
 
-from ndonnx.errors import UsageError
+from ndonnx.errors import UsageError, first_line
 from ndonnx.flow.assembly import Assembly
 from ndonnx.flow.block_library import Library, label
+from ndonnx.flow.composed import Composed
 from ndonnx.flow.error_budgets import Need, allowed_divergence, measured_need
 from ndonnx.flow.finish import Finish
 from ndonnx.flow.jobs import NeighbourhoodResult
 from ndonnx.flow.measure import STUDENT_FILE, Measures, WholeLoss
+from ndonnx.flow.mixed_precision import MixedPrecision
+from ndonnx.flow.pieces_in_bits import PiecesInBits
+from ndonnx.flow.quantise import check_quantisable
+from ndonnx.flow.quantise_trials import REFUSED
 from ndonnx.flow.run import Run
 from ndonnx.flow.strategies import Parallel
 from ndonnx.flow.train import Distillation
 from ndonnx.graph import load, save
-from ndonnx.graph.shapes.declared import state_as_in_file
+from ndonnx.graph.save import serialise
+from ndonnx.graph.shapes.declared import copy_of, state_as_in_file
 from ndonnx.graph.storage.files import file_bytes
 from ndonnx.partition import Neighbourhood, Partition
-from ndonnx.report import FinetuneReport
+from ndonnx.report import FinetuneReport, QuantisationReport
 from ndonnx.runtime.fingerprints import fingerprint
 from ndonnx.runtime.run_directory import Entry
-from ndonnx.select import TEACHER, parse_drop, parse_target
-from ndonnx.students.registry import method_of
+from ndonnx.select import TEACHER, bits_of, parse_drop, parse_target
 
 _DECIDING = {
     *("inputs", "finetune_steps", "finetune_samples", "finetune_lr", "augment", "temperature", "label_weight"),
@@ -54,6 +60,8 @@ class Whole:
     tuned: FinetuneReport | None
     outcomes: dict[str, NeighbourhoodResult]
     """The students in it, by neighbourhood."""
+    quantised: QuantisationReport | None = None
+    """How pieces of it came to be in 8 bits; None where none is."""
 
     @property
     def path(self) -> Path:
@@ -72,8 +80,11 @@ class SearchSession:
         """Begin a search; nothing is trained yet.
 
         Raises:
-            UsageError: the sensitivity study of the recipe is of another model.
+            UsageError: the sensitivity study of the recipe is of another model, or there is nothing to quantise.
         """
+        searches_bits = any(candidate.bits < 32 for candidate in run.candidates)
+        if searches_bits:
+            check_quantisable(run)
         self.run = run
         self.candidates = run.candidates
         self.distillation = Distillation(run)
@@ -81,7 +92,9 @@ class SearchSession:
         self.finishing = Finish(run)
         self.assembly = Assembly(run, self.finishing)
         self.measures = Measures(run)
-        self.library = Library(run, self.distillation, self.measures, self.candidates)
+        self.precision = MixedPrecision(run, self.measures) if searches_bits else None
+        """Makes what is in 8 bits; None where no candidate is."""
+        self.library = Library(run, self.distillation, self.measures, self.candidates, self.precision)
 
     def __enter__(self) -> Self:
         return self
@@ -90,6 +103,8 @@ class SearchSession:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.measures.close()
+        if self.precision is not None:
+            self.precision.close()
 
     @cached_property
     def whole(self) -> dict[str, float]:
@@ -110,13 +125,53 @@ class SearchSession:
         """
         if "macs" in parse_target(self.run.recipe.target or ()) and "macs" not in self.whole:
             raise UsageError(f"{self.run.teacher.path}: {self.run.parts.why_no_macs}; give another target than macs")
+        if self.precision is not None:
+            _ = self.precision.way  # what cannot be quantised is told before the first training
         _ = self.distillation.budgets
         self.distillation.keep_the_rest()
         self.library.train(max_drop)
 
     def spliced(self, choice: Mapping[str, str]) -> ir.Model:
-        """A choice as it was searched, for a look at it."""
+        """A choice as it was searched, in float, for a look at it."""
         return self.assembly.spliced(self.library.entries(choice))
+
+    def pieces(self, choice: Mapping[str, str]) -> tuple[str, ...]:
+        """Names of the neighbourhoods that are in 8 bits by a choice, all places of a student among them, in order."""
+        chosen = {name for name, candidate in choice.items() if bits_of(candidate) < 32}
+        return tuple(n.name for n in self.run.parts.neighbourhoods if (n.first or n.name) in chosen)
+
+    def composed(self, choice: Mapping[str, str], *, timed: bool) -> Composed:
+        """What a choice comes to as a whole, as it was searched; measured once and then found in the run directory."""
+        entries, pieces = self.library.entries(choice), self.pieces(choice)
+        key = [entries[name].key for name in sorted(entries)], list(pieces)
+        precision = "" if self.precision is None else self.precision.key
+        entry = self.measures.entry_here("composed-choices", *key, precision, timed)
+        if not entry.done:
+            with self.run.clock.measure("evaluate"):
+                found = self._composed(choice, pieces, timed)
+            entry.begin()
+            entry.commit(found.to_json())
+        return Composed.of_json(entry.meta())
+
+    def _composed(self, choice: Mapping[str, str], pieces: tuple[str, ...], timed: bool) -> Composed:
+        same = bool(pieces) and not self.library.entries(choice)
+        in_float = copy_of(self.run.teacher.model) if same else self.spliced(choice)
+        state_as_in_file(in_float, self.run.teacher.model)
+        before = after = self._loss_of(in_float)
+        model = in_float
+        if pieces and self.precision is not None:
+            try:
+                model = self.precision.whole(in_float, pieces)
+            except REFUSED as error:
+                self.run.progress.note(f"a choice cannot be had in 8 bits: {first_line(error)}")
+                return Composed(math.inf, before, math.inf, math.inf)
+            after = self._loss_of(model)
+        latency = self.measures.time_of_whole(model)[1] if timed else 1.0
+        return Composed(after, before, len(serialise(model)), latency)
+
+    def _loss_of(self, model: ir.Model) -> float:
+        found = self.measures.of_whole(model)
+        return found.drop if self.run.recipe.search.quality == "metric" else found.divergence
 
     def finish(self, choice: Mapping[str, str], *, in_full: bool, latency: float | None = None) -> Whole:
         """Make a whole student of a choice, or find it in the run directory.
@@ -132,9 +187,11 @@ class SearchSession:
         keys = [students[n.name].key for n in self.run.parts.neighbourhoods if n.name in students]
         data = (*self.distillation.data, self.run.split.key())
         settings = self.run.recipe.model_dump(mode="json", include=_DECIDING)
-        entry = self.run.directory.entry("composed", fingerprint(*data, keys, settings))
+        bits = None if self.precision is None else PiecesInBits(self.precision, self.pieces(choice))
+        told = [] if bits is None or not bits.names else [list(bits.names), bits.precision.key]
+        entry = self.run.directory.entry("composed", fingerprint(*data, keys, settings, *told))
         if not entry.done:
-            assembled = self.assembly.assemble(students, data)
+            assembled = self.assembly.assemble(students, data, bits)
             student, tuned = assembled.model, assembled.tuned
             with self.run.clock.measure("evaluate"):
                 loss = self.measures.expected(student)
@@ -142,6 +199,8 @@ class SearchSession:
             save(student, folder / STUDENT_FILE)
             costs = _costs(student, folder / STUDENT_FILE, self.run.parts)
             made = {"loss": loss.to_json(), "tuned": None if tuned is None else asdict(tuned), "costs": costs}
+            if assembled.quantised is not None:
+                made["quantised"] = asdict(assembled.quantised)
             for name, fault in assembled.refused.items():
                 self.run.directory.record(name, fault)
             entry.commit(made | {"refused": {name: fault.reason for name, fault in assembled.refused.items()}})
@@ -157,18 +216,20 @@ class SearchSession:
             shares=shares if latency is None else shares | {"latency": latency},
             tuned=None if meta["tuned"] is None else FinetuneReport(**meta["tuned"]),
             outcomes=outcomes,
+            quantised=QuantisationReport.read(meta["quantised"]) if "quantised" in meta else None,
         )
 
     def _chosen(self, choice: Mapping[str, str], in_full: bool) -> dict[str, NeighbourhoodResult]:
         """The students of a choice; one that cannot be trained in full stays as the search has it."""
-        named = {name: spec for name, spec in choice.items() if spec != TEACHER}
+        trained = {name: self.library.in_float(name, spec) for name, spec in choice.items()}
+        named = {name: spec for name, spec in trained.items() if spec != TEACHER}
         found = {name: ended for name, spec in named.items() if (ended := self.library.outcome(name, spec)) is not None}
         if not in_full or self.library.steps == self.run.recipe.steps:
             return found
-        methods = {c.spec: method_of(c.recipe(self.run.recipe)) for c in self.candidates}
         by_name = {n.name: n for n in self.run.parts.distillable}
+        methods = {name: self.library.method(by_name[name], self.library.trained[s]) for name, s in named.items()}
         tasks = {
-            name: self.distillation.trial(by_name[name], methods[spec], None, f"{label(name, spec)} in full")
+            name: self.distillation.trial(by_name[name], methods[name], None, f"{label(name, spec)} in full")
             for name, spec in named.items()
         }
         planned = {name: task.plan for name, task in tasks.items()}

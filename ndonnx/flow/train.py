@@ -93,8 +93,12 @@ class Distillation:
 
     def _method(self, neighbourhood: Neighbourhood) -> StudentMethod:
         """The recipe's method, with widths that products of integers like where 8 bits follow."""
-        method, recipe = method_of(self.run.recipe), self.run.recipe
-        if recipe.bits < 32 and isinstance(method, Width) and method.round_to is None:
+        method = method_of(self.run.recipe)
+        return self.suited(method, neighbourhood) if self.run.recipe.bits < 32 else method
+
+    def suited(self, method: StudentMethod, neighbourhood: Neighbourhood) -> StudentMethod:
+        """A method with widths that products of integers like, where the recipe does not say which."""
+        if isinstance(method, Width) and method.round_to is None:
             return replace(method, round_to=step_of_integers(neighbourhood.widths))
         return method
 

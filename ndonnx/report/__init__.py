@@ -66,6 +66,9 @@ class NeighbourhoodReport:
     """Multiply-accumulates of the teacher's own slice for one sample; None where they cannot be told."""
     curve: Sequence[tuple[int, float]] = ()
     """Steps at which the training measured its held-out NMSE, with what it was; empty where nothing was trained."""
+    bits: int | None = None
+    """Bits of most of its weights, 8 or 32, in a student of which some are in 8; None in any other, and where it has no
+    weights."""
 
 
 @dataclass(frozen=True)

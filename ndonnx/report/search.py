@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from ndonnx.errors import UsageError
 from ndonnx.runtime.atomic import atomic_write, atomic_write_json
-from ndonnx.select import COSTS, TEACHER, parse_candidates
+from ndonnx.select import COSTS, TEACHER, bits_of, in_float, parse_candidates
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,7 +61,9 @@ class SearchedStudent:
 
 @dataclass(frozen=True)
 class OptionReport:
-    """One candidate in one neighbourhood: `trained`, `reused`, or with a reason `skipped`, `failed` or `alias`.
+    """A candidate in a neighbourhood: `trained`, `reused`, or with a reason `derived`, `skipped`, `failed`, `alias`.
+
+    A derived one is in 8 bits and needs no training of its own: its reason says what it is made of.
 
     An alias comes to the same student as another candidate, which its reason names (`same as width 0.7`) and whose
     numbers it has. Before anything is trained, what will be is `missing`.
@@ -247,12 +249,16 @@ def _short(candidate: str) -> str:
     """`width 0.5` as 0.5, the teacher as 1: what stands in a cell."""
     if candidate == TEACHER:
         return "1"
-    method, _, amount = candidate.partition(" ")
-    return _SHORT[method] + (amount if method in ("width", "sparsity", "lowrank") else "")
+    behind = "" if bits_of(candidate) == 32 else "i"
+    method, _, amount = in_float(candidate).partition(" ")
+    if method == TEACHER:
+        return f"1{behind}"
+    return _SHORT[method] + (amount if method in ("width", "sparsity", "lowrank") else "") + behind
 
 
 def _legend(cells: Sequence[Sequence[str]]) -> str:
     """What the letters in the cells mean, those that are there."""
-    methods = dict.fromkeys(candidate.partition(" ")[0] for row in cells for candidate in row)
+    methods = dict.fromkeys(in_float(candidate).partition(" ")[0] for row in cells for candidate in row)
     others = [f"{_SHORT[method].strip()} = {method}" for method in methods if _SHORT.get(method)]
+    others += ["i = in 8 bits"] if any(bits_of(candidate) < 32 for row in cells for candidate in row) else []
     return "; ".join(["multiplier k of each neighbourhood (1 = teacher)", *others])

@@ -9,6 +9,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from ndonnx.assemble.quantise_pieces import Executed
 from ndonnx.errors import UsageError
 from ndonnx.graph import fold_constants
 from ndonnx.graph.bound import bind
@@ -64,6 +65,9 @@ class Speed:
     fidelity: dict[str, Evaluation] | None
     """How good `model` and `against` are on the data; None without data."""
     notes: list[str]
+    executed: Executed | None = None
+    """What onnxruntime computes of the model with integers and with floats; the document has this key only for a model
+    that holds integers."""
     baselines: Baselines | None = None
     """The comparison with what there is without this library; the document has this key only where it was asked for."""
 
@@ -74,7 +78,7 @@ class Speed:
 
     def to_json(self) -> dict[str, Any]:
         """As one JSON document."""
-        return {
+        document = {
             "model": asdict(self.model),
             "against": None if self.against is None else asdict(self.against),
             "shares": None if self.against is None else {name: self.share(name) for name in QUANTITIES},
@@ -83,7 +87,10 @@ class Speed:
             "providers": [entry.to_json() for entry in self.providers],
             "fidelity": None if self.fidelity is None else {k: found.to_json() for k, found in self.fidelity.items()},
             "notes": self.notes,
-        } | ({} if self.baselines is None else {"baselines": self.baselines.to_json()})
+        }
+        if self.executed is not None:
+            document["executed"] = asdict(self.executed)
+        return document | ({} if self.baselines is None else {"baselines": self.baselines.to_json()})
 
 
 def check_picture(path: Path) -> None:

@@ -8,6 +8,22 @@ from dataclasses import dataclass, field, replace
 
 TEACHER = "teacher"
 """The candidate that leaves a neighbourhood as the teacher has it; every neighbourhood has it."""
+INT8 = "int8"
+"""The teacher's own slice in 8 bits; behind a `+` any other candidate in 8 bits."""
+BITS = {INT8: 8}
+"""Bits of the numbers that the last word of a candidate asks for."""
+_BELIEVED = (0.2, 5.0)
+"""Factors between what slices in 8 bits save alone and together that are believed; beyond, all save the same part."""
+
+
+def bits_of(candidate: str) -> int:
+    """Bits of the numbers in what a candidate's name stands for."""
+    return BITS.get(candidate.rpartition("+")[2].strip(), 32)
+
+
+def in_float(candidate: str) -> str:
+    """The name of what a candidate is in float: `width 0.5` for `width 0.5 + int8`, `teacher` for `int8`."""
+    return candidate if bits_of(candidate) == 32 else candidate.rpartition("+")[0].strip() or TEACHER
 
 
 @dataclass(frozen=True)
@@ -16,13 +32,14 @@ class Option:
 
     `costs` are those of the slice, by name (`params`, `macs`, `size`, `latency`), in any unit that is the same for all.
     `drop` is the loss in quality of the whole when this neighbourhood alone is replaced (section 5 of the paper), as it
-    was measured: by noise it may be below 0.
+    was measured: by noise it may be below 0. `rounding` is the part of it that comes of fewer bits.
     """
 
     neighbourhood: str
     candidate: str
     costs: Mapping[str, float] = field(hash=False)
     drop: float
+    rounding: float = 0.0
 
     @property
     def loss(self) -> float:
@@ -170,6 +187,49 @@ class Table:
         was predicted.
         """
         return Table((self._corrected(option, cost, factor) for option in self), self.fixed, self._aliases)
+
+    def rounded(self, factor: float) -> Table:
+        """A table in which fewer bits lose `factor` times as much, beside what the students lose in float."""
+        options = (
+            replace(o, drop=o.drop + (factor - 1) * o.rounding, rounding=factor * o.rounding) if o.rounding else o
+            for o in self
+        )
+        return Table(options, self.fixed, self._aliases)
+
+    def of_bits(self, least: int) -> Table:
+        """A table without the options of fewer bits than these."""
+        kept = (option for option in self if bits_of(option.candidate) >= least)
+        return Table(kept, self.fixed, self._aliases)
+
+    def sped_up(self, part: float) -> Table:
+        """A table in which 8 bits save as much latency as they do where all of the teacher is in them.
+
+        Alone, a slice in 8 bits also pays for what it reads and makes in float, which neighbours in 8 bits do not.
+
+        Args:
+            part: latency of the teacher in 8 bits, as a part of that in float.
+        """
+        whole, row = self.teacher.totals["latency"], self._options.items()
+        saved = sum(o[TEACHER].costs["latency"] - o[INT8].costs["latency"] for _, o in row if INT8 in o)
+        factor = (1 - part) * whole / saved if saved > 0 else math.inf
+        if not _BELIEVED[0] <= factor <= _BELIEVED[1]:
+            return Table((self._at_part(option, part) for option in self), self.fixed, self._aliases)
+        return Table((self._sped_up(option, factor) for option in self), self.fixed, self._aliases)
+
+    def _sped_up(self, option: Option, factor: float) -> Option:
+        before = self._in_float(option)
+        now = max(0.0, before - factor * (before - option.costs["latency"]))
+        return replace(option, costs={**option.costs, "latency": now})
+
+    def _at_part(self, option: Option, part: float) -> Option:
+        before = self._in_float(option)
+        now = part * before if bits_of(option.candidate) < 32 else before
+        return replace(option, costs={**option.costs, "latency": now})
+
+    def _in_float(self, option: Option) -> float:
+        """Latency of what an option is in float; its own where that is no option."""
+        held = self._options[option.neighbourhood].get(in_float(option.candidate), option)
+        return held.costs["latency"]
 
     def _corrected(self, option: Option, cost: str, factor: float) -> Option:
         before = self._options[option.neighbourhood][TEACHER].costs[cost]

@@ -11,7 +11,7 @@ import pytest
 
 from ndonnx.assemble.quantise import Scheme, can_be_quantised, prepared, quantisable, quantised, scales_of
 from ndonnx.assemble.quantise_numbers import activation_scale, least_scales, quantise_bias, weight_scales
-from ndonnx.assemble.quantise_pieces import executed, grouped, pieces_of
+from ndonnx.assemble.quantise_pieces import executed, grouped, how_executed, pieces_of, wished
 from ndonnx.assemble.quantise_ranges import Histogram, measure_ranges
 from ndonnx.assemble.verify_quantised import verify_quantised
 from ndonnx.errors import VerificationError
@@ -232,7 +232,9 @@ def test_answers_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     before = opened(proto, tmp_path)
     model = in_8_bits(proto, tmp_path)
     verify_quantised(before, before, model, Interface(), inputs_of(proto, 4))
-    value = next(v for name, v in model.graph.initializers.items() if name == "y/scale")
+    end = model.graph.outputs[0].producer()
+    value = None if end is None else end.inputs[1]
+    assert end is not None and end.op_type == "DequantizeLinear" and value is not None
     value.const_value = ir.tensor(np.array(np.inf, np.float32), name=value.name)
     with pytest.raises(VerificationError, match="finite"):
         verify_quantised(before, before, model, Interface(), inputs_of(proto, 4))
@@ -243,3 +245,20 @@ def test_nothing_to_quantise(tmp_path: Path) -> None:
     net.op("Softmax", net.relu(net.input("x", "N", 8)), axis=-1, out="y")
     assert not can_be_quantised(opened(net.proto("y"), tmp_path))
     assert can_be_quantised(opened(two_convolutions(), tmp_path))
+
+
+def test_a_layer_that_is_not_computed_as_the_file_wants_it_is_told(tmp_path: Path) -> None:
+    proto = two_convolutions()
+    assert how_executed(opened(proto, tmp_path)) is None, "nothing in it is quantised"
+    model = in_8_bits(proto, tmp_path)
+    found = how_executed(model)
+    assert found is not None and found[0].quantised_nodes == wished(model) == 2 and found[1] == ()
+    convolution = next(node for node in model.graph if node.op_type == "Conv")
+    made = convolution.outputs[0]
+    model.graph.outputs.append(made)  # a float answer in the middle keeps the layer from being computed with integers
+    made.type, made.shape = ir.TensorType(ir.DataType.FLOAT), None
+    found = how_executed(model)
+    assert found is not None and found[0].quantised_nodes == 1
+    assert found[1] == (
+        "of 2 layers that are in 8 bits in the file, onnxruntime computes 1 with integers on this machine",
+    )

@@ -27,6 +27,7 @@ from ndonnx.select import (
     greedy,
     greedy_to,
     greedy_under,
+    in_float,
     nearest,
     pareto,
     parse_candidates,
@@ -351,6 +352,56 @@ def test_candidates_are_read_cheapest_first() -> None:
     assert parse_candidates("0.25, 0.5, sparsity 2:4") == parse_candidates(("width 0.25,0.5", "sparsity 2:4"))
     for candidate in found:
         assert parse_candidates(candidate.spec) == (candidate,)
+
+
+def test_candidates_in_8_bits_are_made_of_those_in_float() -> None:
+    found = {c.spec: c for c in parse_candidates("width 0.25, 0.50+int8, int8, lowrank .5 + int8, width 1 + int8")}
+    assert list(found) == ["width 0.5 + int8", "lowrank 0.5 + int8", "width 0.25", "int8"], "cheapest first, each once"
+    assert {spec: c.bits for spec, c in found.items()} == {spec: 8 if "int8" in spec else 32 for spec in found}
+    trained = [c.in_float for c in found.values()]
+    assert [None if c is None else c.spec for c in trained] == ["width 0.5", "lowrank 0.5", "width 0.25", None]
+    assert trained[0] is not None and trained[0].size == 0.5
+    twins = [c.spec for c in parse_candidates("width 0.5, sparsity 2:4", bits=8)]
+    assert twins == ["width 0.5 + int8", "sparsity 2:4 + int8", "int8", "width 0.5", "sparsity 2:4"]
+    for spec in twins:
+        assert [c.spec for c in parse_candidates(spec)] == [spec]
+    assert [in_float(spec) for spec in ("width 0.5 + int8", "int8", "width 0.5")] == ["width 0.5", TEACHER, "width 0.5"]
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "int8 + int8",
+        "width 0.5 + int8 + int8",
+        "int8 + width 0.5",
+        "width 0.5 + int4",
+        "width 0.5 +",
+        "+ int8",
+        "int8 8",
+    ],
+)
+def test_nonsense_about_bits_is_named(entry: str) -> None:
+    with pytest.raises(RecipeError, match="int8") as caught:
+        parse_candidates(["width 0.5", entry])
+    assert repr(entry) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_8_bits_lose_and_save_can_be_corrected() -> None:
+    def options(name: str) -> list[Option]:
+        return [
+            Option(name, TEACHER, {"latency": 10.0}, 0.0),
+            Option(name, "width 0.5", {"latency": 6.0}, 0.3),
+            Option(name, "int8", {"latency": 9.0}, 0.1, 0.1),
+            Option(name, "width 0.5 + int8", {"latency": 5.5}, 0.36, 0.06),
+        ]
+
+    table = Table([*options("n1"), *options("n2")])
+    rounded = {o.candidate: o.drop for o in table.rounded(0.5) if o.neighbourhood == "n1"}
+    assert rounded == pytest.approx({TEACHER: 0.0, "width 0.5": 0.3, "int8": 0.05, "width 0.5 + int8": 0.33})
+    # All in 8 bits was predicted to save 2 of 20, and saves half.
+    sped_up = {o.candidate: o.costs["latency"] for o in table.sped_up(0.5) if o.neighbourhood == "n2"}
+    assert sped_up == pytest.approx({TEACHER: 10.0, "width 0.5": 6.0, "int8": 5.0, "width 0.5 + int8": 3.5})
+    assert {o.candidate for o in table.of_bits(32)} == {TEACHER, "width 0.5"}
 
 
 def test_candidates_become_recipes() -> None:

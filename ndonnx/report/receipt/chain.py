@@ -54,10 +54,11 @@ def _piece(row: Mapping[str, Any], most: float) -> Markup:
 
 def _sizes(row: Mapping[str, Any], kept: bool) -> str:
     before, after = row.get("teacher_parameters"), row.get("parameters")
+    bits = f" in {count_text(row['bits'])} bits" if number(row.get("bits")) else ""
     value = shorten(text(row.get("output")) or "-", _LONGEST)
     if kept or number(before) is None:
-        return f"{count_text(after)} weights → {value}"
-    return f"{count_text(before)} → {count_text(after)} weights ({share_text(after, before)}) → {value}"
+        return f"{count_text(after)} weights{bits} → {value}"
+    return f"{count_text(before)} → {count_text(after)} weights{bits} ({share_text(after, before)}) → {value}"
 
 
 def _error(row: Mapping[str, Any]) -> list[Content]:

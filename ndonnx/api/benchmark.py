@@ -26,7 +26,7 @@ from ndonnx.errors import DataError
 from ndonnx.graph import load
 from ndonnx.graph.bound import one_sample
 from ndonnx.metrics.baselines import CALIBRATION, Baselines, Comparison, Material
-from ndonnx.metrics.evaluation import Evaluation
+from ndonnx.metrics.evaluation import Batching, Evaluation
 from ndonnx.metrics.evaluation import evaluate as measure
 from ndonnx.metrics.latency import AGAINST, MODEL, PROCESSES, Plan, common_batch_size, feeds_for
 from ndonnx.metrics.latency import measure as measure_speed
@@ -217,7 +217,9 @@ def _fidelity(
     """How good the models are; None where there is nothing to measure them by."""
     found = {}
     if AGAINST in models or source.has_labels:
-        found[MODEL] = measure(models[MODEL], source, teacher=models.get(AGAINST), samples=samples, progress=progress)
+        found[MODEL] = measure(
+            models[MODEL], source, teacher=models.get(AGAINST), batching=Batching(samples=samples), progress=progress
+        )
     if AGAINST in models and source.has_labels:
-        found[AGAINST] = measure(models[AGAINST], source, samples=samples, progress=progress)
+        found[AGAINST] = measure(models[AGAINST], source, batching=Batching(samples=samples), progress=progress)
     return found or None

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from ndonnx.data.subset import Remembered
 from ndonnx.flow.run import Run
-from ndonnx.metrics.evaluation import Evaluation, Reference, evaluate
+from ndonnx.metrics.evaluation import Batching, Evaluation, Reference, evaluate
 from ndonnx.report import StageReport
 
 _REMEMBERED = 128 * 2**20
@@ -96,7 +96,7 @@ class Stages:
                 model,
                 self._rows,
                 teacher=self._teacher,
-                samples=self.samples if samples is None else min(samples, self.samples),
+                batching=Batching(samples=self.samples if samples is None else min(samples, self.samples)),
                 tasks=self.run.recipe.task,
                 metric=self.run.recipe.metric,
             )

@@ -109,14 +109,27 @@ def finite(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def evaluate(  # noqa: PLR0913 - what is compared, on what, and how it is run
+@dataclass(frozen=True)
+class Batching:
+    """How a model is run over data."""
+
+    size: int = 256
+    """Samples per run where the model leaves that open."""
+    threads: int | None = None
+    """Of onnxruntime. None: the cores of the process's affinity."""
+    samples: int | None = None
+    """Only so many, the first ones. None: all."""
+
+
+ALL = Batching()
+
+
+def evaluate(
     model: Model,
     data: DataSource,
     *,
     teacher: Model | Reference | None = None,
-    batch_size: int = 256,
-    threads: int | None = None,
-    samples: int | None = None,
+    batching: Batching = ALL,
     tasks: Sequence[str] = (),
     metric: str | None = None,
     progress: Progress | None = None,
@@ -129,9 +142,7 @@ def evaluate(  # noqa: PLR0913 - what is compared, on what, and how it is run
         model: path or IR model.
         data: opened for the inputs of this model (`input_specs`).
         teacher: what to compare with, several times as a `Reference`; needs the same inputs and outputs.
-        batch_size: samples per run where the model leaves that open.
-        threads: for onnxruntime; None takes the cores of the process's affinity.
-        samples: only so many, the first ones; None for all.
+        batching: how many samples, how many at a time, in how many threads.
         tasks: what the user says of the outputs, as `--task` takes it.
         metric: of the user's own, as `--metric` takes it. None: none.
         progress: told how far it is.
@@ -142,19 +153,20 @@ def evaluate(  # noqa: PLR0913 - what is compared, on what, and how it is run
         UsageError: the user's metric is not there, raises, or gives no finite number.
     """
     progress = Silent() if progress is None else progress
-    student = _Runner(model, data, threads)
+    student = _Runner(model, data, batching.threads)
     if isinstance(teacher, Reference):
         reference: _Runner | None = teacher
         teacher = teacher.model
     else:
-        reference = None if teacher is None else _Runner(teacher, data, threads)
+        reference = None if teacher is None else _Runner(teacher, data, batching.threads)
     if reference is not None:
         _check_match(student, reference)
     tally = _Tally(student.name, tasks, None if metric is None else UserMetric(metric))
+    samples = batching.samples
     total = data.length if samples is None or data.length is None else min(samples, data.length)
     progress.stage("evaluate", total=total, unit="samples")
     fixed = data.fixed_batch or student.batch_size or (reference.batch_size if reference is not None else None)
-    size = fixed or _rows_at_once(model if teacher is None else teacher, student.outputs, data, batch_size)
+    size = fixed or _rows_at_once(model if teacher is None else teacher, student.outputs, data, batching.size)
     for batch in data.batches(size, samples=samples):
         for part in _parts(batch, size):
             expected = None if reference is None else reference.run(part, fixed)

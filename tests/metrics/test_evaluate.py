@@ -25,9 +25,17 @@ from ndonnx.distill.tasks.kinds.embedding import Embedding
 from ndonnx.distill.tasks.kinds.regression import Regression
 from ndonnx.distill.tasks.outputs import tasks_of
 from ndonnx.errors import DataError, ModelError, RecipeError, UsageError
-from ndonnx.metrics.evaluation import evaluate
+from ndonnx.metrics.evaluation import Batching, Evaluation
+from ndonnx.metrics.evaluation import evaluate as measure
 from ndonnx.runtime.progress import Silent
 from ndonnx.teacher.sessions import make_session
+
+
+def evaluate(
+    model: Any, data: DataSource, *, batch_size: int = 256, threads: int = 1, samples: int | None = None, **options: Any
+) -> Evaluation:
+    return measure(model, data, batching=Batching(batch_size, threads, samples), **options)
+
 
 X = InputSpec("x", np.dtype(np.float32), ("N", 4))
 EYE = np.eye(4, dtype=np.float32)

@@ -10,7 +10,7 @@ from ndonnx.data import DataSource
 from ndonnx.data.inputs import interface_of
 from ndonnx.errors import UsageError
 from ndonnx.metrics.baselines.quantise import Dynamic, Feeds, Float16, MakeBaseline, Static
-from ndonnx.metrics.evaluation import Evaluation, evaluate
+from ndonnx.metrics.evaluation import Batching, Evaluation, evaluate
 from ndonnx.runtime.executor import Executor, ProcessExecutor
 
 NAMES = {"int8": "INT8 static", "dynamic": "INT8 dynamic", "fp16": "float16"}
@@ -56,7 +56,12 @@ class Material:
         """How near a baseline is to the teacher, on the samples that choose."""
         assert self.choosing is not None
         return evaluate(
-            path, self.choosing, teacher=self.teacher, samples=_CHOSEN_ON, tasks=self.tasks, metric=self.metric
+            path,
+            self.choosing,
+            teacher=self.teacher,
+            batching=Batching(samples=_CHOSEN_ON),
+            tasks=self.tasks,
+            metric=self.metric,
         )
 
 

@@ -1,7 +1,7 @@
 """What mkdocs runs while it builds the site of `mkdocs.yml`: pages from outside `docs/`, and formulas without a script.
 
-README, the results and the log stay where a reader of the repository looks for them; the site has copies, and links that
-lead to a file of the repository lead to its page. Formulas are turned into MathML, which browsers draw by themselves.
+README, the results and the log stay where a reader of the repository looks for them; the site has copies, and links
+that lead to a file of the repository lead to its page. Formulas become MathML, which browsers draw by themselves.
 """
 
 from __future__ import annotations

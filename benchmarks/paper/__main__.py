@@ -1,6 +1,7 @@
-"""The paper's tables on a teacher of yours, its numbers beside ours.
+"""The paper's tables and figures on a teacher of yours, its numbers beside ours.
 
     python -m benchmarks.paper TABLE|all --scale small|full --model M --data TRAIN --eval TEST [--out DIR]
+    python -m benchmarks.paper figures --model M --data TRAIN --eval TEST --out DIR [--figure N,N]
     python -m benchmarks.paper all --demo
 
 TABLE is
@@ -12,6 +13,8 @@ TABLE is
   5  hardening of the teacher, and ND of it
   6  look-ahead, for as many steps and for as much time, of neighbourhoods apart and in order
   7  ND's time by stage
+
+and `figures` draws figures 1 to 7 into a folder, the numbers beside them (see `figures.py` for what each is).
 
 Every ND cell is one call of `ndonnx.compress`; its seconds are the whole of it less the judging, and students that an
 earlier cell has trained are paid for in every cell that uses them. Baselines train the whole student in torch, set-up
@@ -36,11 +39,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import common
+from benchmarks.paper.figures import FIGURES, Artist
 from benchmarks.paper.lab import Lab
 from benchmarks.paper.scales import SCALES, Scale
 from benchmarks.paper.tables import TABLES, Table
+from ndonnx.errors import UsageError
 
 UNKNOWN = "–"
+PICTURES = "figures"
+"""In the place of a table's number."""
 _POINTS = {"difference", "paper", "gain"}
 _PARTS = {"accuracy", "agreement", "share"}
 
@@ -48,6 +55,8 @@ _PARTS = {"accuracy", "agreement", "share"}
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, and print and write each table as soon as it is there."""
     options = _parser().parse_args(arguments)
+    if options.table == PICTURES and options.out is None:
+        raise UsageError("missing: --out, the folder that the figures go into")
     subject = common.subject_of(options, judged=True)
     scale = _scale(options)
     machine = common.machine(subject.recipe)
@@ -58,6 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="ndonnx-", dir=options.work) as folder:
         lab = Lab(subject, scale, Path(folder))
         print(f"teacher: {common.percent(lab.teacher)}, scale {options.scale}\n", flush=True)
+        if options.table == PICTURES:
+            Artist(lab, options.out).draw(options.figures)
+            return
         for number in TABLES if options.table == "all" else [options.table]:
             table = TABLES[number](lab)
             done.append(table)
@@ -135,7 +147,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("table", choices=[*TABLES, "all"], metavar="TABLE", help=f"one of {', '.join(TABLES)}, or all")
+    choices = [*TABLES, "all", PICTURES]
+    add("table", choices=choices, metavar="TABLE", help=f"one of {', '.join(TABLES)}, or all; or {PICTURES}")
+    add("--figure", dest="figures", type=_figures, default=list(FIGURES), metavar="N,N", help="figures to draw")
     add("--scale", choices=SCALES, default="small", help="small: under an hour on two cores for a ResNet-20")
     add("--model", type=Path, metavar="FILE", help="the teacher, an ONNX file with class scores as its output")
     add("--data", metavar="SRC", help="inputs to train on; labels are for the cross-entropy baseline")
@@ -156,12 +170,22 @@ def _parser() -> argparse.ArgumentParser:
     scale("--noise", type=float, metavar="PART", help="of the hardening")
     scale("--sweep-seconds", type=float, metavar="S", help="of every learning rate that a baseline tries")
     scale("--baseline-seconds", type=float, metavar="S", help="baselines' time, before the factors, instead of ND's")
+    scale("--study-samples", type=common.positive, metavar="N", help="by which noise and searches are judged")
+    scale("--study-repeats", type=common.positive, metavar="N", help="draws of the noise")
+    scale("--search-steps", type=common.positive, metavar="N", help="of a candidate in figure 7")
     scale("--checkpoints", type=common.positive, metavar="N", help="times that KD from scratch is judged")
     return parser
 
 
 def _parts(text: str) -> tuple[float, ...]:
     return _numbers(text, float)
+
+
+def _figures(text: str) -> list[int]:
+    numbers = list(_counts(text))
+    if unknown := [number for number in numbers if number not in FIGURES]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]}: no such figure; there are 1 to {max(FIGURES)}")
+    return numbers
 
 
 def _counts(text: str) -> tuple[int, ...]:

@@ -47,6 +47,16 @@ class Scale:
     """A budget to put in place of ND's time."""
     checkpoints: int = 6
     """Times that KD from scratch is judged in each of its budgets."""
+    study_samples: int = 300
+    """By which noise and searched students are judged, in figures 1, 4, 6 and 7."""
+    study_repeats: int = 3
+    """Draws of the noise."""
+    searched: tuple[float, ...] = (0.25, 0.5, 0.75)
+    """Widths among which figure 7 searches."""
+    search_steps: int = 50
+    """Of a candidate there."""
+    front: int = 5
+    """Students on its curve."""
 
 
 SMALL = Scale(
@@ -92,6 +102,10 @@ FULL = Scale(
     sweep_once=False,
     learning_rates=(3e-4, 1e-3, 3e-3, 1e-2),
     baseline_factors=(0.5, 1.0, 2.0),
+    study_samples=2000,
+    searched=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
+    search_steps=500,
+    front=9,
 )
 """The paper's settings, ten times the steps, and all images."""
 

@@ -24,7 +24,7 @@ ENDS = (0, 3)
 SMALL = {
     "compress": ["--executor", "serial", "-q"],
     "evaluate": ["-q"],
-    "benchmark": ["--processes", "1", "--rounds", "2", "-q"],
+    "benchmark": ["--processes", "2", "--rounds", "2", "-q"],
     "inspect": ["-q"],
     "report": ["-q"],
 }
@@ -145,6 +145,8 @@ def run(words: list[str]) -> None:
         at = arguments.index("--time-budget")
         arguments[at : at + 2] = ["--steps", "2", "--finetune-steps", "2"]
     elif "--target" in arguments:
+        with Path("recipe.toml").open("a", encoding="utf-8") as recipe:
+            recipe.write('[search]\ncandidates = ["width 0.5"]\nsteps = 1\n')
         arguments += ["--steps", "2", "--finetune-steps", "0"]
     assert main([*arguments, *SMALL[arguments[0]]]) in ENDS, words
 

@@ -1,4 +1,4 @@
-"""The paper's tables: what they ask for, how they are told, and that a cell that fails stands in its place."""
+"""The paper's tables and figures: what they ask for, how they are told, and that a cell that fails is one of them."""
 
 from __future__ import annotations
 
@@ -210,3 +210,51 @@ def test_look_ahead_on_the_demo(tmp_path: Path) -> None:
     assert [row["neighbourhoods"] for row in table.rows] == ["apart"] * 6 + ["in order"] * 3
     assert table.rows[0]["gain"] == table.rows[1]["gain"] == table.rows[6]["gain"] == 0
     assert all(row["accuracy"] is not None for row in table.rows)
+
+
+@pytest.mark.slow
+def test_all_figures_of_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    small = [
+        "--study-samples",
+        "24",
+        "--study-repeats",
+        "1",
+        "--search-steps",
+        "2",
+        "--keep",
+        "0.5",
+        "--look-ahead",
+        "0,1",
+    ]
+    arguments = ["--demo", *recipe(tmp_path), *TINY, *small, "--out", str(out), "--work", str(tmp_path)]
+    main(["figures", *arguments])
+    printed = capsys.readouterr().out
+    told = json.loads((out / "figures.json").read_text(encoding="utf-8"))["figures"]
+    assert [figure["number"] for figure in told] == [1, 2, 3, 4, 5, 6, 7]
+    for figure in told:
+        assert 1000 < (out / figure["file"]).stat().st_size < 150_000, figure["file"]
+        assert figure["caption"] in printed
+        assert ("is not known here" in figure["caption"]) == (figure["number"] in (3, 5, 7))
+    methods = {point["method"] for point in told[2]["numbers"]["points"]}
+    assert methods == {"ND + fine-tune", KD_SCRATCH, "KD from the pruned teacher"}
+    assert {order: list(found) for order, found in told[4]["numbers"]["quality"].items()} == {
+        "apart": ["0", "1"],
+        "in order": ["0", "10"],
+    }
+    assert (out / "study" / "noise.csv").exists() and (out / "search" / "search.csv").exists()
+
+
+def test_figures_want_a_folder_and_are_numbered(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UsageError, match="--out"):
+        main(["figures", "--demo"])
+    with pytest.raises(SystemExit):
+        _parser().parse_args(["figures", "--figure", "3,8"])
+    assert "8: no such figure; there are 1 to 7" in capsys.readouterr().err
+
+
+def test_a_partition_is_drawn_as_it_is(tmp_path: Path) -> None:
+    main(["figures", "--demo", "--figure", "2", "--out", str(tmp_path)])
+    parts = subject().partition()
+    drawn = (tmp_path / "figure2.svg").read_text(encoding="utf-8")
+    assert all(f">{n.name}  " in drawn for n in parts.neighbourhoods)

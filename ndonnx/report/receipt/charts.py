@@ -153,11 +153,18 @@ def _finetuning(run: RunDocument) -> _Sized:
 
 def _on_steps(axes: Axes) -> None:
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(LogFormatter())
-    axes.yaxis.set_minor_formatter(LogFormatter())
+    axes.yaxis.set_major_formatter(_Digits())
+    axes.yaxis.set_minor_formatter(_Digits())
     axes.set_xlabel("step")
     axes.set_ylabel("NMSE")
     axes.grid(True, which="major", alpha=0.2, color=_INK)
+
+
+class _Digits(LogFormatter):
+    """Three digits at every mark that a logarithmic axis names; one alone would be the same on neighbouring marks."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:.3g}" if super().__call__(x, pos) else ""
 
 
 def _points(curve: object) -> list[tuple[float, float]]:

@@ -27,6 +27,7 @@ td.n,th.n{text-align:right;white-space:nowrap}
 .chain{list-style:none;margin:0;padding:0}
 .chain li{display:grid;grid-template-columns:4.5rem minmax(8rem,1fr) minmax(10rem,1.3fr);gap:.2rem .9rem;
 padding:.45rem 0;border-bottom:1px solid var(--line);break-inside:avoid}
+.chain li div{min-width:0;overflow-wrap:anywhere}
 .bar{height:1.1rem;border-radius:3px;background:var(--teacher);min-width:3px;margin:.15rem 0;
 print-color-adjust:exact;-webkit-print-color-adjust:exact}
 .bar i{display:block;height:100%;border-radius:3px;background:var(--student);min-width:2px;
@@ -38,7 +39,7 @@ print-color-adjust:exact;-webkit-print-color-adjust:exact}
 figure{margin:0}figure svg{width:100%;height:auto;display:block}figcaption{color:var(--dim);font-size:.85em}
 .sign{display:grid;grid-template-columns:2fr 1fr;gap:2rem;margin-top:3rem}
 .sign div{border-top:1px solid var(--ink);padding-top:.3rem;color:var(--dim);font-size:.85em}
-@media (max-width:40rem){.chain li{grid-template-columns:3.5rem 1fr}.chain li .told{grid-column:1/-1}
+@media (max-width:40rem){.chain li{grid-template-columns:3.5rem minmax(0,1fr)}.chain li .told{grid-column:1/-1}
 body{padding:1rem .7rem 3rem}}
 @media print{:root{--ink:#000;--dim:#444;--page:#fff;--card:#f2f2f2;--line:#bbb;--student:#0b7a75;--kept:#9aa2ab;
 --teacher:#c9ced5;color-scheme:light}body{max-width:none;padding:0;font-size:10pt}h2{break-after:avoid}

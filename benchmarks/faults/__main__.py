@@ -12,6 +12,7 @@ Prints tables in Markdown.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import tempfile
 import time
@@ -51,7 +52,11 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 def _fuzz(seed: int, numbers: range, jobs: int) -> int:
     began = time.perf_counter()
 
+    done = itertools.count(1)
+
     def tell(outcome: Outcome) -> None:
+        if (number := next(done)) % 100 == 0:
+            print(f"{number} of {len(numbers)}", file=sys.stderr, flush=True)
         if outcome.fault is not None:
             print(
                 f"{outcome.number}: {outcome.about} {outcome.command}, {outcome.done}: {outcome.fault}", file=sys.stderr

@@ -94,6 +94,9 @@ def fuzz(seed: int, numbers: range, jobs: int, tell: Callable[[Outcome], None]) 
         numbers: of the cases.
         jobs: processes side by side, each with every so-manyth case.
         tell: given each outcome as it comes.
+
+    Returns:
+        What became of them; of those that were done where Ctrl-C ended it.
     """
     context = multiprocessing.get_context("fork")
     queue = context.SimpleQueue()
@@ -102,10 +105,14 @@ def fuzz(seed: int, numbers: range, jobs: int, tell: Callable[[Outcome], None]) 
     tally = Tally()
     for worker in workers:
         worker.start()
-    for _ in numbers:
-        outcome = queue.get()
-        tally.outcomes.append(outcome)
-        tell(outcome)
+    try:
+        for _ in numbers:
+            outcome = queue.get()
+            tally.outcomes.append(outcome)
+            tell(outcome)
+    except KeyboardInterrupt:  # what was done so far counts
+        for worker in workers:
+            worker.terminate()
     for worker in workers:
         worker.join()
     tally.outcomes.sort(key=lambda outcome: outcome.number)

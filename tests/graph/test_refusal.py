@@ -1,0 +1,72 @@
+"""Files that are to blame for what falls over them, and loops that have no end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from ndonnx.api.models import placed
+from ndonnx.errors import ModelError
+from ndonnx.graph import fold_constants, load
+from ndonnx.runtime import endless
+from ndonnx.teacher.sessions import make_session
+from tests.helpers.models import floats, mlp
+
+
+def test_whoever_gives_an_invalid_model_is_told_so_whatever_fell_over_it(tmp_path: Path) -> None:
+    """Errors of libraries are the file's where onnxruntime refuses it, and bugs of ours where it does not."""
+    onnx.save(mlp(), tmp_path / "good.onnx")
+    broken = mlp()
+    broken.graph.node[0].op_type = "Conv"
+    onnx.save(broken, tmp_path / "bad.onnx")
+    with (
+        pytest.raises(ModelError, match=r"bad\.onnx: not a valid model, export it again: ") as caught,
+        placed(tmp_path / "bad.onnx"),
+    ):
+        raise KeyError("of a library")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(KeyError), placed(tmp_path / "good.onnx"):
+        raise KeyError("a bug")
+
+
+@pytest.mark.parametrize("start", ["x", "state"])
+def test_a_loop_without_an_end_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: str) -> None:
+    monkeypatch.setattr(endless, "SECONDS", 0.5)
+    onnx.save(round_and_round(start), tmp_path / "m.onnx")
+    model = load(tmp_path / "m.onnx")
+    with pytest.raises(ModelError, match=r"stopped after 0 s|stopped after 1 s"):
+        if start == "state":
+            fold_constants(model)  # a constant that takes for ever
+        make_session(tmp_path / "m.onnx").run(None, {"x": np.ones(4, np.float32)})
+
+
+def test_a_loop_that_ends_is_run_as_ever(tmp_path: Path) -> None:
+    onnx.save(round_and_round("x", rounds=3), tmp_path / "m.onnx")
+    (found,) = make_session(tmp_path / "m.onnx").run(None, {"x": np.ones(4, np.float32)})
+    assert found.tolist() == [8, 8, 8, 8]
+
+
+def round_and_round(start: str, rounds: int = 2**62) -> onnx.ModelProto:
+    """A model that doubles a value so many times."""
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["go"], ["on"]), helper.make_node("Add", ["s", "s"], ["t"])],
+        "body",
+        [
+            helper.make_tensor_value_info("i", TensorProto.INT64, []),
+            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
+            floats("s", 4),
+        ],
+        [helper.make_tensor_value_info("on", TensorProto.BOOL, []), floats("t", 4)],
+    )
+    nodes = [helper.make_node("Loop", ["count", "go_on", start], ["y"], body=body)]
+    weights = [
+        numpy_helper.from_array(np.array(rounds, np.int64), "count"),
+        numpy_helper.from_array(np.array(True), "go_on"),
+        numpy_helper.from_array(np.ones(4, np.float32), "state"),
+    ]
+    graph = helper.make_graph(nodes, "g", [floats("x", 4)], [floats("y", 4)], weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)

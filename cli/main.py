@@ -71,7 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name must not end a run because a terminal lacks a letter
     # Without a handler, Python prints what libraries warn of; what matters of it, the commands say themselves.
-    logging.getLogger().addHandler(logging.NullHandler())
+    if not logging.getLogger().handlers:
+        logging.getLogger().addHandler(logging.NullHandler())
     try:
         arguments = sys.argv[1:] if arguments is None else arguments
         _load_methods(arguments)

@@ -15,6 +15,7 @@ from typing import Any, get_args
 from xml.etree import ElementTree
 
 import numpy as np
+import onnx
 import pytest
 from typer.main import get_command
 
@@ -207,6 +208,22 @@ def test_unknown_method_is_told_with_the_known_ones(run: Run) -> None:
     assert (code, out) == (2, "")
     assert err.startswith("error: ") and err.count("\n") == 1
     assert "'method' = 'magic': Input should be " in err and all(method in err for method in METHODS)
+
+
+def test_what_libraries_log_stays_out_of_the_answer(tmp_path: Path) -> None:
+    """onnx_ir warns of an input that nothing makes, and Python prints what nobody handles."""
+    model = onnx.load(TEACHER)
+    model.graph.node[-1].input[0] = "nowhere"
+    onnx.save(model, tmp_path / "broken.onnx")
+    command = "import sys; from ndonnx_cli.main import main; sys.exit(main())"
+    done = subprocess.run(  # in this process pytest handles what is logged
+        [sys.executable, "-c", command, "inspect", str(tmp_path / "broken.onnx")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "'nowhere'" in done.stderr
 
 
 def test_error_comes_after_the_progress_without_a_traceback(run: Run) -> None:

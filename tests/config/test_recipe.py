@@ -164,3 +164,15 @@ def test_flags_of_declared_settings_reach_the_recipe(
 
 def compress_of(app: Any) -> Any:
     return get_command(app).commands["compress"]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["keep = " + "9" * 5000, "keep = " + "[" * 3000, "keep = " + "{a=" * 3000, "keep = 1\0", "a." * 3000 + "b = 1"],
+    ids=["digits", "arrays", "tables", "control", "keys"],
+)
+def test_what_brings_a_reader_of_toml_to_fall_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "r.toml").write_text(text, encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"r\.toml: ") as caught:
+        load_recipe(tmp_path / "r.toml")
+    assert "\n" not in str(caught.value)

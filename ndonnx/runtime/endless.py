@@ -66,4 +66,4 @@ def may_be_endless(model: bytes | str | Path) -> bool:
 
 def session_class(model: bytes | str | Path) -> type[ort.InferenceSession]:
     """The kind of session for a model: one whose runs are watched where they may have no end."""
-    return WatchedSession if may_be_endless(model) else ort.InferenceSession  # type: ignore[no-any-return]
+    return WatchedSession if may_be_endless(model) else ort.InferenceSession

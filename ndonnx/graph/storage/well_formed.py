@@ -156,7 +156,7 @@ def _check_attribute(attribute: AttributeProto, node: onnx.NodeProto, in_functio
     if field is None:
         raise ValueError(f"{where} has no type")
     others = [described.name for described, _ in attribute.ListFields() if described.name not in {*_ABOUT, field}]
-    if others or (field in _MESSAGES and not attribute.HasField(field)):  # type: ignore[arg-type]
+    if others or (field in _MESSAGES and not attribute.HasField(field)):
         raise ValueError(f"{where} is not of the type that it states")
     for tensor in _tensors_of(attribute):
         _check_tensor(tensor)

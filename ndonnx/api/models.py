@@ -13,7 +13,7 @@ from typing import TypeAlias
 import onnx
 import onnx_ir as ir
 
-from ndonnx.errors import ModelError, NdonnxError, RunDirError
+from ndonnx.errors import ModelError, NdonnxError, RunDirError, SearchError, UsageError
 from ndonnx.graph import save, serialise, to_proto
 from ndonnx.graph.refusal import refusal
 from ndonnx.graph.save import PROTOBUF_LIMIT, tensor_bytes
@@ -102,13 +102,14 @@ def _blamed(path: Path, name: str) -> Iterator[None]:
     """Tell whoever gave an invalid model that it is invalid, whatever it brought to fall."""
     try:
         yield
-    except (NdonnxError, MemoryError):
+    except (UsageError, SearchError, MemoryError):
         raise
     except Exception as error:  # as many as there are ways to break a model
         reason = refusal(path)
         if reason is None:
             raise
-        raise ModelError(f"{name}: not a valid model, export it again: {reason}") from error
+        told = f"{error}; and the model" if isinstance(error, NdonnxError) else "the model"
+        raise ModelError(f"{name}: {told} is not valid, export it again: {reason}") from error
 
 
 def _written(model: object, folder: Path) -> Path:

@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from ndonnx.api.models import placed
-from ndonnx.errors import ModelError
+from ndonnx.errors import ModelError, VerificationError
 from ndonnx.graph import fold_constants, load
 from ndonnx.runtime import endless
 from ndonnx.teacher.sessions import make_session
@@ -24,13 +24,25 @@ def test_whoever_gives_an_invalid_model_is_told_so_whatever_fell_over_it(tmp_pat
     broken.graph.node[0].op_type = "Conv"
     onnx.save(broken, tmp_path / "bad.onnx")
     with (
-        pytest.raises(ModelError, match=r"bad\.onnx: not a valid model, export it again: ") as caught,
+        pytest.raises(ModelError, match=r"bad\.onnx: the model is not valid, export it again: ") as caught,
         placed(tmp_path / "bad.onnx"),
     ):
         raise KeyError("of a library")
     assert "\n" not in str(caught.value)
     with pytest.raises(KeyError), placed(tmp_path / "good.onnx"):
         raise KeyError("a bug")
+
+
+def test_a_student_that_fails_is_the_models_fault_where_that_states_what_it_is_not(tmp_path: Path) -> None:
+    """onnxruntime opens a model whose output is of another rank than it says, and may refuse what is made of it."""
+    model = mlp()
+    model.graph.output[0].type.tensor_type.shape.dim.add(dim_value=7)
+    onnx.save(model, tmp_path / "m.onnx")
+    with (
+        pytest.raises(ModelError, match=r"m\.onnx: does not run; and the model is not valid"),
+        placed(tmp_path / "m.onnx"),
+    ):
+        raise VerificationError("does not run")
 
 
 @pytest.mark.parametrize("start", ["x", "state"])

@@ -110,7 +110,6 @@ def test_nothing_to_quantise_is_one_line(tmp_path: Path, capsys: pytest.CaptureF
     assert "nothing to quantise" in error and "--bits" in error and not bench.student.exists()
 
 
-@pytest.mark.parametrize("words", [["--bits", "16"], ["--bits", "8", "--target", "params=0.5"]])
-def test_what_is_not_to_be_had_is_one_line(folder: Path, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["compress", str(folder / "teacher.onnx"), "--data", str(folder / "data.npz"), *words]) == 2
+def test_what_is_not_to_be_had_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compress", str(folder / "teacher.onnx"), "--data", str(folder / "data.npz"), "--bits", "16"]) == 2
     assert "bits" in capsys.readouterr().err.strip().splitlines()[-1]

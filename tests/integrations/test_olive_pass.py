@@ -42,13 +42,13 @@ def workflow(bench: Bench, **settings: Any) -> dict[str, Any]:
 
 def test_a_workflow_compresses_and_then_quantises(bench: Bench) -> None:
     run(workflow(bench, data=str(bench.data)), package_config=olive_pass.package_config())
-    (student,) = (path for path in (bench.folder / "cache").rglob("teacher.onnx") if "runs" in path.parts)
-    assert _weights(student) < _weights(bench.model)
+    between = [path for path in (bench.folder / "cache").rglob("teacher.onnx") if not _in_integers(path)]
+    assert len(between) == 1 and _weights(between[0]) < _weights(bench.model)
     (quantised,) = (bench.folder / "out").rglob("*.onnx")
-    assert {"MatMulInteger", "ConvInteger"} & {node.op_type for node in load(quantised).graph}
+    assert _in_integers(quantised)
     session = ort.InferenceSession(quantised, providers=["CPUExecutionProvider"])
     feeds = inputs_of(residual_cnn(), 2)
-    assert [output.shape for output in session.run(None, feeds)] == [(2, 10)]
+    assert [output.shape for output in session.run(None, feeds)] == [(2, 5)]
 
 
 def test_without_data_the_pass_says_what_is_missing(bench: Bench) -> None:
@@ -68,3 +68,7 @@ _AS_A_COMMAND = "from ndonnx.integrations.olive_pass import package_config as p;
 
 def _weights(path: Path) -> int:
     return sum(int(np.prod(value.shape.numpy())) for value in load(path).graph.initializers.values() if value.shape)
+
+
+def _in_integers(path: Path) -> bool:
+    return bool({"MatMulInteger", "ConvInteger"} & {node.op_type for node in load(path).graph})

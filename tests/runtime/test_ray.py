@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -162,3 +164,12 @@ def _budgets(path: Path) -> None:
     entries = [{"name": name, "nmse": 0.5, "largest": 2.0} for name in sorted(UNITS)]
     found = {"max_drop": 0.01, "metric": "agreement", "tolerances": entries, "student_tolerances": []}
     path.write_text(json.dumps(found), encoding="utf-8")
+
+
+def test_a_cluster_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    bench = Bench(tmp_path).put(residual_cnn())
+    command = [sys.executable, "-c", "import sys; from ndonnx_cli.main import main; sys.exit(main())", "compress"]
+    files = [str(bench.model), "--data", str(bench.data), "--executor", "ray", "--ray-address", "127.0.0.1:9", "-q"]
+    ended = subprocess.run([*command, *files], capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1].startswith("error: --executor ray: no Ray cluster at 127.0.0.1:9: ")

@@ -12,6 +12,7 @@ import logging
 import os
 import pickle
 import secrets
+import socket
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -334,6 +335,7 @@ def _connect(ray: Any, address: str | None) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if address:
+            _reach(address)
             ray.init(address, **quiet)
             return
         with suppress(ConnectionError):
@@ -341,8 +343,27 @@ def _connect(ray: Any, address: str | None) -> None:
             return
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         ray.init("local", num_cpus=usable_cores(), include_dashboard=False, **quiet)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+    except Exception as error:  # Ray raises many kinds, its plain base among them
         raise UsageError(
             f"--executor ray: no Ray cluster at {address or 'this machine'}: {first_line(error)}; start one with "
             "`ray start --head`, and give its address with --ray-address or RAY_ADDRESS"
         ) from error
+
+
+def _reach(address: str) -> None:
+    """See that somebody listens there; Ray itself would try for many minutes.
+
+    Raises:
+        OSError: nobody does.
+        ValueError: it is no HOST:PORT, with or without `ray://`.
+    """
+    if address in ("auto", "local"):
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        raise ValueError("expected HOST:PORT")
+    socket.create_connection((host.strip("[]"), int(port)), _REACHED_WITHIN).close()
+
+
+_REACHED_WITHIN = 10.0
+"""Seconds."""

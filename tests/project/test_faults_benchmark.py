@@ -71,7 +71,7 @@ NOTICED: dict[str, tuple[Callable[[], int], str | None]] = {
     "a control sequence": (lambda: told("error: \x1b[31m", 2), "not one line"),
     "a bug": (fails, "exit code 1: KeyError"),
     "a traceback that was printed": (lambda: told("Traceback (most recent call last):", 0), "traceback"),
-    "a crash": (lambda: os.kill(os.getpid(), 11) or 0, "exit code -11"),
+    "a crash": (lambda: os.kill(os.getpid(), 9) or 0, "exit code -9"),
     "a read": (lambda: reads("../outside/secret.bin"), "reached outside: read"),
     "a read by a library": (lambda: through_the_kernel("../outside/secret.bin"), "reached outside: opened"),
     "a write": (lambda: writes("../outside/new"), "reached outside: write"),

@@ -51,9 +51,9 @@ def test_a_workflow_compresses_and_then_quantises(bench: Bench) -> None:
     assert [output.shape for output in session.run(None, feeds)] == [(2, 5)]
 
 
-def test_without_data_the_pass_says_what_is_missing(bench: Bench) -> None:
-    with pytest.raises(Exception, match="no data: give a data source"):
-        run(workflow(bench), package_config=olive_pass.package_config())
+def test_without_data_the_workflow_ends_without_a_model(bench: Bench) -> None:
+    run(workflow(bench), package_config=olive_pass.package_config())  # Olive logs why, and does not raise
+    assert not list((bench.folder / "out").rglob("*.onnx"))
 
 
 def test_what_the_command_prints_is_a_package_configuration_with_olives_own_passes() -> None:

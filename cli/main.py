@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -26,6 +27,7 @@ from .report import report
 from .search import search
 from .threshold import threshold
 
+_COMPLETING = "_NDONNX_COMPLETE"
 _COMMANDS = (compress, inspect, evaluate, benchmark, search, threshold, harden, report)
 
 
@@ -76,7 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         arguments = sys.argv[1:] if arguments is None else arguments
         _load_methods(arguments)
-        asked = next((text for text in arguments if not text.startswith("-")), "")
+        completed = _COMPLETING in os.environ  # the shell asks, and what it asks about stands in other variables
+        asked = None if completed else next((text for text in arguments if not text.startswith("-")), "")
         return get_command(build_app(asked)).main(arguments, prog_name="ndonnx", standalone_mode=False) or DONE
     except typer.TyperException as error:
         return _fail(f"{error.format_message()} (see --help)", BAD_INPUT)

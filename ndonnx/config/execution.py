@@ -20,8 +20,8 @@ class Execution(Section):
     """Executor of the training jobs: one after the other in this process (`serial`), in worker processes (`process`),
     on a Ray cluster (`ray`), or one that an installed package or the program itself has registered."""
     ray_address: Annotated[str | None, Flag("ADDRESS", Panel.RUN)] = None
-    """Address of the Ray cluster of `--executor ray`. Default: `RAY_ADDRESS`, else a cluster on this machine, which is
-    started where there is none."""
+    """Address of the Ray cluster of `--executor ray`. Default: what the variable `RAY_ADDRESS` says, else a cluster on
+    this machine, which is started where there is none."""
     device: Annotated[Literal["auto", "cpu", "cuda"], Flag("auto|cpu|cuda", Panel.RUN)] = "auto"
     """Device of training and inference; `auto` is cuda where torch has it."""
     precision: Annotated[Literal["auto", "fp32", "bf16"], Flag("auto|fp32|bf16", Panel.RUN)] = "auto"

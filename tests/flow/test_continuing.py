@@ -301,7 +301,7 @@ def test_a_continued_run_gives_its_jobs_as_many_threads_as_before(
     crews: list[int] = []
     monkeypatch.setattr(train, "usable_cores", lambda: 6)
 
-    def watching(kind: str, crew: int) -> Watching:
+    def watching(kind: str, crew: int, recipe: Recipe) -> Watching:
         crews.append(crew)
         return Watching(threads)
 

@@ -129,6 +129,7 @@ def test_every_mutation_changes_something(mutation: Callable[[random.Random, onn
     assert changed
 
 
+@pytest.mark.slow
 def test_a_few_hostile_inputs_end_cleanly() -> None:
     """The short form of `python -m benchmarks.faults --fuzz 5000`."""
     done = subprocess.run(

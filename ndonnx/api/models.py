@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from ndonnx.errors import ModelError, NdonnxError, RunDirError, SearchError, UsageError
 from ndonnx.graph import save, serialise, to_proto
+from ndonnx.graph.load import check_file
 from ndonnx.graph.refusal import refusal
 from ndonnx.graph.save import PROTOBUF_LIMIT, tensor_bytes
 from ndonnx.graph.storage.external import external_tensors
@@ -84,6 +85,7 @@ def placed(model: Model, run_dir: str | Path | None = None) -> Iterator[Placed]:
     """
     folder = None if run_dir is None else Path(run_dir)
     if isinstance(model, str | Path):
+        check_file(model)
         with _blamed(Path(model), str(model)):
             yield Placed(Path(model), str(model), folder)
         return

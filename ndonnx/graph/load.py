@@ -62,6 +62,24 @@ def load(path: str | Path) -> ir.Model:
     return model
 
 
+def check_file(path: str | Path) -> None:
+    """Refuse a model that breaks ONNX's rules before onnxruntime opens it, which then may never come to an end.
+
+    What cannot be read, or is no ONNX file, is left to whoever opens it.
+
+    Raises:
+        ModelError: the file breaks a rule.
+    """
+    try:
+        proto = onnx.load(path, format="protobuf", load_external_data=False)
+    except (OSError, DecodeError, ValueError):
+        return
+    try:
+        check_well_formed(proto)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: the graph is malformed: {first_line(error)}") from error
+
+
 _NO_MODEL = "or a truncated one: export or copy it again"
 
 

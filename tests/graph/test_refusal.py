@@ -9,12 +9,13 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from ndonnx.api.evaluate import evaluate
 from ndonnx.api.models import placed
 from ndonnx.errors import ModelError, VerificationError
 from ndonnx.graph import fold_constants, load
 from ndonnx.runtime import endless
 from ndonnx.teacher.sessions import make_session
-from tests.helpers.models import floats, mlp
+from tests.helpers.models import floats, inputs_of, mlp
 
 
 def test_whoever_gives_an_invalid_model_is_told_so_whatever_fell_over_it(tmp_path: Path) -> None:
@@ -82,3 +83,22 @@ def round_and_round(start: str, rounds: int = 2**62) -> onnx.ModelProto:
     ]
     graph = helper.make_graph(nodes, "g", [floats("x", 4)], [floats("y", 4)], weights)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "teacher.onnx"])
+def test_a_file_is_looked_at_before_onnxruntime_opens_it(tmp_path: Path, name: str) -> None:
+    """It writes functions out as it opens them: of sixty that call the next one twice it makes 10^18 nodes."""
+    model = mlp()
+    imports = [helper.make_opsetid("", 17), helper.make_opsetid("d", 1)]
+    for level in range(60):
+        after, domain = (f"f{level + 1}", "d") if level < 59 else ("Relu", "")
+        nodes = [helper.make_node(after, [f"v{i}"], [f"v{i + 1}"], domain=domain) for i in range(2)]
+        model.functions.append(helper.make_function("d", f"f{level}", ["v0"], ["v2"], nodes, imports))
+    model.opset_import.append(helper.make_opsetid("d", 1))
+    model.graph.node[-1].output[0] = "before"
+    model.graph.node.append(helper.make_node("f0", ["before"], [model.graph.output[0].name], domain="d"))
+    for each in ("model.onnx", "teacher.onnx"):
+        onnx.save(model if each == name else mlp(), tmp_path / each)
+    np.savez(tmp_path / "d.npz", **inputs_of(mlp(), 8))  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match=rf"{name}: the graph is malformed: its functions written out are"):
+        evaluate(tmp_path / "model.onnx", tmp_path / "d.npz", teacher=tmp_path / "teacher.onnx")

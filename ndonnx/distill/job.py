@@ -59,6 +59,8 @@ class DistilResult:
     """Whether its method promises no smaller model: the user's own modules."""
     curve: Sequence[tuple[int, float]] = ()
     """Steps at which the training measured its held-out NMSE, with what it was."""
+    lr: float | None = None
+    """Peak learning rate of the training."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,7 @@ class DistilJob(MovableJob):
             cost.macs,
             self.method.may_grow,
             training.curve,
+            training.lr,
         )
         self.entry.commit(asdict(result))
         return result

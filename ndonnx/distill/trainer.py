@@ -60,6 +60,8 @@ class Training:
     seconds: float
     curve: Sequence[tuple[int, float]] = ()
     """Steps at which the held-out NMSE was measured, with what it was; not finite values are left out."""
+    lr: float | None = None
+    """Peak learning rate, as it was given or as short trials found it."""
 
     @classmethod
     def read(cls, document: Mapping[str, Any]) -> Training:
@@ -165,7 +167,7 @@ class _Descent:
         module.to("cpu")
         seconds = time.perf_counter() - began
         told = tuple(point for point in curve if math.isfinite(point[1]))
-        return Training(start.nmse, best.nmse, start.loss, best.loss, best_step, step, seconds, told)
+        return Training(start.nmse, best.nmse, start.loss, best.loss, best_step, step, seconds, told, plan.lr)
 
     def _held(self) -> HeldOut:
         module, samples, objective = self.module, self.samples, self.objective

@@ -141,6 +141,7 @@ class Finish:
             nmse_start=found.nmse_start,
             nmse=found.nmse,
             curve=found.curve,
+            lr=found.lr,
         )
 
     def _not_finetuned(self, student: ir.Model, fault: Fault) -> tuple[ir.Model, FinetuneReport]:

@@ -77,6 +77,7 @@ class NeighbourhoodResult:
             teacher_parameters=neighbourhood.parameters,
             teacher_macs=parts.cost(neighbourhood).macs,
             curve=result.curve if result else (),
+            lr=result.lr if result else None,
         )
 
 

@@ -66,6 +66,8 @@ class NeighbourhoodReport:
     """Multiply-accumulates of the teacher's own slice for one sample; None where they cannot be told."""
     curve: Sequence[tuple[int, float]] = ()
     """Steps at which the training measured its held-out NMSE, with what it was; empty where nothing was trained."""
+    lr: float | None = None
+    """Peak learning rate of its training, given or found by short trials; None where it was not trained."""
     bits: int | None = None
     """Bits of most of its weights, 8 or 32, in a student of which some are in 8; None in any other, and where it has no
     weights."""
@@ -88,6 +90,8 @@ class FinetuneReport:
     """Path of a text file in the run directory, where the reason is something that nobody foresaw."""
     curve: Sequence[tuple[int, float]] = ()
     """Steps at which the held-out NMSE of the outputs was measured, with what it was."""
+    lr: float | None = None
+    """Peak learning rate, as it was given or as short trials found it."""
 
 
 @dataclass(frozen=True)

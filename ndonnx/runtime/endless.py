@@ -11,7 +11,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnxruntime as ort
+from google.protobuf.message import DecodeError
 
 from ndonnx.errors import ModelError
 
@@ -53,15 +55,30 @@ class WatchedSession(ort.InferenceSession):  # type: ignore[misc]  # onnxruntime
 
 
 def may_be_endless(model: bytes | str | Path) -> bool:
-    """Whether a serialised model, or the file with this path, holds a `Loop`; by its bytes alone, so perhaps also
-    where it does not. A file that cannot be read holds none."""
-    if isinstance(model, bytes):
-        return _LOOP in model
+    """Whether a serialised model, or the file with this path, holds a `Loop`. A file that cannot be read holds none.
+
+    Weights and names may hold the same four letters: only where they stand is the model read.
+    """
     try:
+        if isinstance(model, bytes):
+            return _LOOP in model and _holds_loop(onnx.load_from_string(model))
         with Path(model).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return content.find(_LOOP) >= 0
-    except (OSError, ValueError):
+            if content.find(_LOOP) < 0:
+                return False
+        return _holds_loop(onnx.load(model, format="protobuf", load_external_data=False))
+    except (OSError, ValueError, DecodeError):
         return False
+
+
+def _holds_loop(model: onnx.ModelProto) -> bool:
+    stack = [model.graph.node, *(function.node for function in model.functions)]
+    while stack:
+        for node in stack.pop():
+            if node.op_type == _LOOP.decode():
+                return True
+            for attribute in node.attribute:
+                stack += [graph.node for graph in (attribute.g, *attribute.graphs) if graph.node]
+    return False
 
 
 def session_class(model: bytes | str | Path) -> type[ort.InferenceSession]:

@@ -63,6 +63,19 @@ def test_a_loop_that_ends_is_run_as_ever(tmp_path: Path) -> None:
     assert found.tolist() == [8, 8, 8, 8]
 
 
+def test_the_letters_of_a_loop_are_none(tmp_path: Path) -> None:
+    """A run that takes long is stopped where a `Loop` is, not where a name or a weight has its letters."""
+    model = mlp()
+    model.graph.node[0].name = "/decoder/Loop_1"
+    onnx.save(model, tmp_path / "m.onnx")
+    onnx.save(round_and_round("x", rounds=3), tmp_path / "loop.onnx")
+    (tmp_path / "broken.onnx").write_bytes(b"Loop" * 5)
+    found = [endless.may_be_endless(tmp_path / f"{name}.onnx") for name in ("m", "loop", "broken", "missing")]
+    assert found == [False, True, False, False]
+    assert endless.may_be_endless(round_and_round("x").SerializeToString())
+    assert not endless.may_be_endless(model.SerializeToString())
+
+
 def round_and_round(start: str, rounds: int = 2**62) -> onnx.ModelProto:
     """A model that doubles a value so many times."""
     body = helper.make_graph(

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 import ndonnx
-from ndonnx.errors import UsageError
 
 from . import options
 from .outcome import DONE, job
@@ -22,7 +21,7 @@ Check = Annotated[
 Svg = Annotated[str | None, typer.Option("--svg", metavar="FILE.svg", help="Also draw it, from top to bottom.")]
 
 
-@takes("granularity", "cut", "freeze", "simplify")
+@takes("granularity", "cut", "freeze", "simplify", "task")
 def inspect(
     context: typer.Context,
     model: options.Model,
@@ -36,11 +35,9 @@ def inspect(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> int:
-    """Show the neighbourhoods of MODEL: where it can be cut, and what each piece holds and costs."""
+    """Show the neighbourhoods of MODEL: where it can be cut, and what each piece holds and costs; with --data also
+    what the data are taken for."""
     settings = ndonnx.load_recipe(recipe, **given(context))
-    if data is not None and not check:
-        raise UsageError("--data is for --check, which runs the model; give both, or leave it out")
-
     from .tables import print_inspection, print_json  # noqa: PLC0415 - rich is not for `--help`
 
     with job(quiet or not check, verbose and check) as progress:

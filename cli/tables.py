@@ -165,6 +165,37 @@ def print_inspection(inspection: ndonnx.Inspection) -> None:
         for piece in pieces
     )
     print_text(table_of(columns, rows))
+    if inspection.data is not None:
+        _print_data(inspection.data)
+
+
+def _print_data(found: ndonnx.DataLook) -> None:
+    """What the first samples hold, and what the model's answers are taken for."""
+    length = "" if found.length is None else f" of {count_text(found.length)}"
+    pace = "" if found.samples_a_second is None else f"; {found.samples_a_second:,.0f} are answered in a second here"
+    print_text(f"data: the first {count_text(found.samples)}{length} samples{pace}")
+    columns = ("", "name", "type", "shape of one", ">from", ">to", "taken for")
+    sides = (("input", found.inputs), ("output", found.outputs))
+    rows = (
+        (
+            side,
+            value.name,
+            value.dtype,
+            " x ".join(map(str, value.shape)),
+            _number(value.low),
+            _number(value.high),
+            value.looks,
+        )
+        for side, values in sides
+        for value in values
+    )
+    print_text(table_of(columns, rows))
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if value == int(value) else f"{value:.4g}"
 
 
 def print_evaluation(model: str, found: ndonnx.Evaluation) -> None:

@@ -21,6 +21,7 @@ from ndonnx.graph.interface import Interface
 from ndonnx.graph.passes.branches import open_branches
 from ndonnx.graph.passes.simplification.simplify import simplify
 from ndonnx.graph.working_copy import working_copy
+from ndonnx.metrics.looks import DataLook
 from ndonnx.partition import Partition, partition
 from ndonnx.report.inspection import Inspection
 from ndonnx.runtime.progress import Listener, Progress, listening
@@ -81,7 +82,8 @@ def inspect(
             a TOML file.
         check: also take every neighbourhood through the gates that a distillation has before it trains;
             one that does not pass is kept, and its reason names the operator.
-        data: data of which `check` runs on a few samples, as `compress` takes them. None: made up.
+        data: data whose first samples are looked at, with the model's answers to them, and which `check` runs on, as
+            `compress` takes them. None: nothing is looked at, and `check` makes samples up.
         progress: who is told what goes on, as a `Progress` or a callable that takes an `Event`. None: the logger
             `ndonnx`.
         settings: keys of the recipe, laid over it, as `keep=0.5`.
@@ -92,9 +94,18 @@ def inspect(
     """
     chosen = recipe_of(recipe, settings)
     with placed(model) as place:
-        if not check:
-            return Inspection.of(place.name, partition_model(place.path, chosen), recipe=chosen)
-        return _checked(place, chosen, data, listening(progress))
+        found = (
+            _checked(place, chosen, data, listening(progress))
+            if check
+            else Inspection.of(place.name, partition_model(place.path, chosen), recipe=chosen)
+        )
+        return found if data is None else replace(found, data=_looked_at(place, chosen, data))
+
+
+def _looked_at(place: Placed, recipe: Recipe, data: Data) -> DataLook:
+    from ndonnx.metrics.first_look import look  # noqa: PLC0415 - needs torch
+
+    return look(place.path, load(place.path), recipe, data)
 
 
 def _checked(place: Placed, recipe: Recipe, data: Data | None, progress: Progress) -> Inspection:

@@ -17,8 +17,10 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime as ort
 from numpy.typing import NDArray
 
+from ndonnx.config.inputs import InputRecipe
 from ndonnx.config.recipe import Recipe
 from ndonnx.data import Data, DataSource, InputSpec, input_specs, open_source
 from ndonnx.data.inputs import interface_of, settle
@@ -224,24 +226,50 @@ def few_samples(model: Path, graph: ir.Graph, recipe: Recipe, data: Data | None 
     Raises:
         DataError: the data do not fit the model, or no inputs could be made up.
     """
-    session = make_session(model)
-    try:
-        settings = settings_for(data, session, graph, recipe)
-    except DataError as error:
-        raise DataError(f"{model}: does not take made-up inputs: {error}") from error
     if data is None:
-        settled, fixed = settle(input_specs(session), settings)
-        inputs = tuple(resolve(settled, recipe.data))
-        pair = made_up_samples(inputs, graph, recipe.data, 2, seed=recipe.seed)
-        if _batch_size(inputs) is None and mixes(session, interface_of(inputs, fixed), pair):
-            inputs = held(inputs)
-        arrays = made_up_samples(inputs, graph, recipe.data, _count(inputs), seed=recipe.seed)
-        return Given(inputs, arrays, interface_of(inputs, fixed))
-    specs = input_specs(session)
-    source = open_source(data, specs, recipe.data, seed=recipe.seed, graph=graph, settings=settings)
-    hold_if_mixed(session, source)
+        return _made_up(model, graph, recipe)
+    source = source_for(model, graph, recipe, data)
     rows = _first(source, _count(source.inputs))
     return Given(source.inputs, rows, interface_of(source.inputs, source.fixed))
+
+
+def _made_up(model: Path, graph: ir.Graph, recipe: Recipe) -> Given:
+    session = make_session(model)
+    settled, fixed = settle(input_specs(session), _settings(model, session, graph, recipe, None))
+    inputs = tuple(resolve(settled, recipe.data))
+    pair = made_up_samples(inputs, graph, recipe.data, 2, seed=recipe.seed)
+    if _batch_size(inputs) is None and mixes(session, interface_of(inputs, fixed), pair):
+        inputs = held(inputs)
+    arrays = made_up_samples(inputs, graph, recipe.data, _count(inputs), seed=recipe.seed)
+    return Given(inputs, arrays, interface_of(inputs, fixed))
+
+
+def source_for(model: Path, graph: ir.Graph, recipe: Recipe, data: Data) -> DataSource:
+    """The user's data, opened for a model; one sample at a time where the model mixes those of a batch.
+
+    Args:
+        model: its file.
+        graph: of the same model.
+        recipe: `[inputs]`, `[data]` and the seed.
+        data: a data source.
+
+    Raises:
+        DataError: the data do not fit the model.
+    """
+    session = make_session(model)
+    settings, specs = _settings(model, session, graph, recipe, data), input_specs(session)
+    source = open_source(data, specs, recipe.data, seed=recipe.seed, graph=graph, settings=settings)
+    hold_if_mixed(session, source)
+    return source
+
+
+def _settings(
+    model: Path, session: ort.InferenceSession, graph: ir.Graph, recipe: Recipe, data: Data | None
+) -> dict[str, InputRecipe]:
+    try:
+        return settings_for(data, session, graph, recipe)
+    except DataError as error:
+        raise DataError(f"{model}: does not take made-up inputs: {error}") from error
 
 
 def _count(inputs: Sequence[InputSpec]) -> int:

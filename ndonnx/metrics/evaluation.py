@@ -254,11 +254,14 @@ class Reference(_Runner):
 
 
 def _fed(model: Model, interface: Interface) -> Model:
-    """The model as something that takes and gives arrays with the samples first."""
     if interface.is_plain:
         return model
-    loaded = model if isinstance(model, ir.Model) else load(model)
-    return Interface.of(working_copy(open_branches(loaded, interface.fixed), interface)).applied(loaded)
+    return samples_first(model if isinstance(model, ir.Model) else load(model), interface)
+
+
+def samples_first(model: ir.Model, interface: Interface) -> ir.Model:
+    """A loaded model as something that takes and gives arrays with the samples first; not changed itself."""
+    return Interface.of(working_copy(open_branches(model, interface.fixed), interface)).applied(model)
 
 
 class _Tally:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ndonnx.config.recipe import Recipe
+from ndonnx.metrics.looks import DataLook
 from ndonnx.partition import Neighbourhood, Partition
 from ndonnx.partition.reasons import partly_frozen
 from ndonnx.partition.removable import removed_by_width
@@ -47,6 +48,8 @@ class Inspection:
     """Shape of each input in the run that MACs are told for."""
     open_sizes: list[str] = field(default_factory=list)
     """Sizes that nothing states, as `x[2] (height)`, for want of which MACs are not told."""
+    data: DataLook | None = None
+    """The first samples of the data and the model's answers to them; None without data."""
 
     @classmethod
     def of(

@@ -169,7 +169,7 @@ REFUSED = {
     "no such folder to write to": ([*COMPRESS, "--data", TRAIN, "-o", "no/such/s.onnx"], "no/such/s.onnx"),
     "output is a folder": ([*COMPRESS, "--data", TRAIN, "-o", "folder.onnx"], "folder.onnx"),
     "run directory under a file": ([*COMPRESS, "--data", TRAIN, "--run-dir", "occupied/run"], "occupied"),
-    "data to inspect on without a check": (["inspect", TEACHER, "--data", TEST], "--check"),
+    "wrong key in the data to look at": (["inspect", TEACHER, "--data", "wrong_key.npz"], "image"),
     "wrong key in the data to check on": (["inspect", TEACHER, "--check", "--data", "wrong_key.npz"], "image"),
     "drawing into no folder": (["inspect", TEACHER, "--svg", "no/such/a.svg"], "a.svg"),
     "missing recipe": ([*COMPRESS, "--data", TRAIN, "--recipe", "nothing.toml"], "nothing.toml"),
@@ -240,7 +240,7 @@ def test_inspect_json_keeps_its_contract(run: Run) -> None:
     code, out, err = run("inspect", TEACHER, "--json")
     document = json.loads(out)
     assert (code, err) == (0, "")
-    keys = "model opset parameters macs neighbourhoods coverage smallest shapes open_sizes"
+    keys = "model opset parameters macs neighbourhoods coverage smallest shapes open_sizes data"
     assert list(document) == keys.split()
     pieces = document["neighbourhoods"]
     for piece in pieces:
@@ -330,6 +330,14 @@ def test_drawing_survives_hostile_names() -> None:
 
 def test_drawing_of_a_model_without_neighbourhoods() -> None:
     ElementTree.fromstring(Inspection("m.onnx", 17, 0, 0, [], Coverage(0.0, 0.0)).to_svg())
+
+
+def test_inspect_shows_what_the_data_are_taken_for(run: Run) -> None:
+    code, out, _ = run("inspect", TEACHER, "--data", TEST)
+    assert code == 0 and "taken for" in out and "pictures of" in out and "classification (logits)" in out
+    code, out, _ = run("inspect", TEACHER, "--data", TEST, "--task", "regression", "--json")
+    found = json.loads(out)["data"]
+    assert code == 0 and found["samples"] == 64 and [each["looks"] for each in found["outputs"]] == ["regression"]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,34 @@
+"""What is told of data that were looked at; beside `first_look`, so that whoever tells it needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ValueLook:
+    """An input or an output in the samples that were looked at."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+    """Of one sample; of a value that all samples share, its own."""
+    low: float | None
+    high: float | None
+    """Least and largest finite number; None where there are none."""
+    looks: str
+    """What it seems to be, in words; of an output, the task that it is taken for."""
+
+
+@dataclass(frozen=True)
+class DataLook:
+    """The first samples of the data, and the teacher's answers to them."""
+
+    samples: int
+    """That were looked at."""
+    length: int | None
+    """Of the data; None where nobody knows before they are read."""
+    inputs: list[ValueLook]
+    outputs: list[ValueLook]
+    samples_a_second: float | None
+    """That the teacher reads and answers on this machine; None where there were too few to time."""

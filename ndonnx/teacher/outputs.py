@@ -61,7 +61,7 @@ def storable(model: ir.Model, source: DataSource, budget: int) -> int:
     """How many samples of a model's inputs and outputs a number of bytes holds."""
     graph = model.graph
     names = [value.name or "" for value in (*real_inputs(graph), *graph.outputs)]
-    return budget // max(1, sample_bytes(model, names, source))
+    return budget // max(1, sample_bytes(model, names, source, np.float32))
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,8 @@ def capture_outputs(
         batches,
         folder / "answers",
         samples=copies.total,
-        settings=CaptureSettings(device=pick_device(recipe.device)),
+        # What a teacher rules out, it gives probabilities that float16 takes for 0: a tail that it does not have.
+        settings=CaptureSettings(device=pick_device(recipe.device), half=False),
         on_batch=progress.advance,
     )
     if not labels:

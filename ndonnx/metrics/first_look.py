@@ -28,7 +28,7 @@ from ndonnx.teacher.outputs import outputs_a_second
 Array = NDArray[Any]
 
 _SAMPLES = 64
-"""Most samples that are looked at."""
+"""Most samples that are looked at; as many as a batch has where the model fixes it."""
 
 
 def look(model: Path, teacher: ir.Model, recipe: Recipe, data: Data) -> DataLook:
@@ -62,7 +62,7 @@ def look(model: Path, teacher: ir.Model, recipe: Recipe, data: Data) -> DataLook
 
 
 def _first(source: DataSource) -> Mapping[str, Array]:
-    size = min(_SAMPLES, read_batch(source))
+    size = source.fixed_batch or min(_SAMPLES, read_batch(source))
     found = next(iter(islice(whole_batches(source, size, samples=size), 1)), None)
     if found is None:
         raise DataError(f"{source.spec}: holds no samples")

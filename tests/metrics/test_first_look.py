@@ -58,3 +58,14 @@ def test_data_that_do_not_fit_are_told(tmp_path: Path) -> None:
     with pytest.raises(DataError):
         ndonnx.inspect(tmp_path / "m.onnx", data={"z": np.zeros((4, 3), np.float32)})
     assert ndonnx.inspect(tmp_path / "m.onnx").data is None
+
+
+@pytest.mark.parametrize("batch", [1, 3, 100])
+def test_a_model_of_a_fixed_batch_is_fed_whole_batches(tmp_path: Path, batch: int) -> None:
+    net = Net()
+    net.gemm(net.input("x", batch, 4), 4, 3, out="y")
+    onnx.save(net.proto("y"), tmp_path / "m.onnx")
+    rows = np.random.default_rng(0).standard_normal((250, 4)).astype(np.float32)
+    found = ndonnx.inspect(tmp_path / "m.onnx", data={"x": rows}).data
+    assert found is not None and found.samples == batch
+    assert found.inputs[0].high == pytest.approx(rows[:batch].max())

@@ -14,8 +14,8 @@ _LOWER = 5
 _PATIENCE = 2
 """Trials in a row that are worse, which end the way down."""
 _PART = 0.03
-"""Of a training, that each trial takes. Measured on six slices of a ResNet-20, an audio model and an embedder of text, of
-500 to 1,500 steps: the best of five rates after a fiftieth of the steps was the best, or as good, after all of them."""
+"""Of a training, that each trial takes. Measured on six slices of a ResNet-20, an audio model and an embedder of
+text, 500 to 1,500 steps: the best of five rates after a fiftieth of the steps was the best, or as good, after all."""
 _LEAST_STEPS = 250
 """Of a training, from which there are trials: a shorter one would give too much of itself to them."""
 _COMPARING = 0.5

@@ -189,8 +189,9 @@ def machine_line(found: Mapping[str, str | int | bool]) -> str:
 
 
 def in_bf16(recipe: Recipe) -> bool:
-    """Whether students are trained in bfloat16, as the recipe's `precision` comes out on this machine."""
-    return recipe.precision == "bf16" or (recipe.precision == "auto" and computes_in_bf16(pick_device(recipe.device)))
+    """Whether students are trained in bfloat16, as the recipe's `precision` comes out where steps are counted."""
+    device = pick_device(recipe.device)
+    return recipe.precision == "bf16" or (recipe.precision == "auto" and device == "cuda" and computes_in_bf16(device))
 
 
 def count_samples(source: DataSource, wanted: int) -> int:

@@ -25,7 +25,8 @@ class Execution(Section):
     device: Annotated[Literal["auto", "cpu", "cuda"], Flag("auto|cpu|cuda", Panel.RUN)] = "auto"
     """Device of training and inference; `auto` is cuda where torch has it."""
     precision: Annotated[Literal["auto", "fp32", "bf16"], Flag("auto|fp32|bf16", Panel.RUN)] = "auto"
-    """Floating-point precision of training; `auto` is bf16 where the machine computes in it, else fp32."""
+    """Floating-point precision of training; `auto` is bf16 on a GPU that computes in it, and on a CPU under a time
+    budget where steps in it are measured to be faster, else fp32."""
     cache_budget: Annotated[Bytes, Flag("SIZE", Panel.RUN)] = 4 * 10**9
     """Maximum disk space of captured activations, in bytes (`4GB`, `512MiB`). Default: 4GB."""
     memory_budget: Annotated[Bytes | None, Flag("SIZE", Panel.RUN)] = None

@@ -61,6 +61,8 @@ class DistilResult:
     """Steps at which the training measured its held-out NMSE, with what it was."""
     lr: float | None = None
     """Peak learning rate of the training."""
+    format: str | None = None
+    """Number format and memory layout of the training."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,7 @@ class DistilJob(MovableJob):
             self.method.may_grow,
             training.curve,
             training.lr,
+            training.format,
         )
         self.entry.commit(asdict(result))
         return result

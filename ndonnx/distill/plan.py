@@ -18,6 +18,7 @@ class Plan:
     seed: int
     device: str = "cpu"
     bf16: bool = False
+    """Whether the forward pass computes in bfloat16."""
     seconds: float | None = None
     """Wall time after which the training ends, its learning rate fallen to zero, whatever the steps."""
     enough: float | None = None
@@ -26,6 +27,9 @@ class Plan:
 
     optimiser: Literal["muon", "adam"] = "adam"
     """What moves matrices where that is cheap; see `ndonnx.distill.optimiser`."""
+    fastest: bool = False
+    """Whether number format and memory layout are those in which a gradient is measured to take least time here;
+    only where the training has a given time. Else `bf16` says it: the same steps give the same student everywhere."""
     tries: bool = False
     """Whether short trials find the peak step, see `ndonnx.distill.rates`; else it is as given."""
     memory: int | None = None
@@ -37,6 +41,6 @@ class Plan:
 
     def key(self) -> dict[str, Any]:
         """What a student depends on. Without what older students did not have, so that they are found again."""
-        older = {"enough": None, "optimiser": "adam", "memory": None, "tries": False}
+        older = {"enough": None, "optimiser": "adam", "memory": None, "tries": False, "fastest": False}
         found = {name: value for name, value in asdict(self).items() if name != "threads"}
         return {name: value for name, value in found.items() if name not in older or value != older[name]}

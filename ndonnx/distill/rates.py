@@ -32,8 +32,8 @@ class Pace:
     """Of an answer, measured; a gradient takes about three times as long."""
 
     def has_room(self, plan: Plan) -> bool:
-        """Whether a training is long enough for its rate to be tried out, and that is wanted."""
-        return plan.tries and self._steps(plan) >= _LEAST_STEPS
+        """Whether a training is long enough for something to be tried out first."""
+        return self._steps(plan) >= _LEAST_STEPS
 
     def compared(self, plan: Plan) -> int:
         """Held-out samples that trials are compared on: their answers take half of a trial's time."""

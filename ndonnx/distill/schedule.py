@@ -132,7 +132,8 @@ class Schedule:
         recipe = self.recipe
         told, first = (recipe.finetune_lr, FIRST_FINETUNE_LR) if whole else (recipe.lr, FIRST_LR)
         device = pick_device(recipe.device)
-        bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and computes_in_bf16(device))
+        measured = recipe.precision == "auto" and device == "cpu"
+        bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and not measured and computes_in_bf16(device))
         return Plan(
             steps,
             recipe.batch_size,
@@ -144,4 +145,5 @@ class Schedule:
             seconds,
             optimiser=recipe.optimiser,
             tries=told is None,
+            fastest=measured,
         )

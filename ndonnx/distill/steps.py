@@ -11,6 +11,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from ndonnx.distill.formats import Format
 from ndonnx.distill.losses import Objective
 from ndonnx.distill.plan import Plan
 from ndonnx.distill.samples import Samples
@@ -33,6 +34,8 @@ _BEHIND = 1.5
 """Bytes of a gradient on its way back, for each byte kept on the way there, the kept ones included."""
 _CHANNELS_SECOND = ("Conv", "ConvTranspose")
 _LINEAR = (*_CHANNELS_SECOND, "Gemm", "MatMul")
+_PLAIN = Format()
+"""What targets are held in: losses compare in float32, and lay nothing out anew."""
 
 
 def with_fitting_batch(plan: Plan, model: ir.Model, rows: Arrays) -> Plan:
@@ -78,7 +81,7 @@ def _channel_axis(node: ir.Node) -> int:
 
 
 def samples_in_memory(
-    module: nn.Module, samples: Samples, objective: Objective, plan: Plan, pool: int, *, bf16: bool
+    module: nn.Module, samples: Samples, objective: Objective, plan: Plan, pool: int, form: Format
 ) -> int:
     """Samples whose gradient a thread may compute at a time.
 
@@ -90,21 +93,21 @@ def samples_in_memory(
         objective: what it is trained on.
         plan: holds the bytes for all threads together, where they are fewer than `THREAD_BYTES` for each.
         pool: threads.
-        bf16: whether the forward pass computes in it.
+        form: number format and layout of the training.
     """
     allowed = THREAD_BYTES if plan.memory is None else plan.memory // pool
     first, last = samples.blocks.holdout, samples.blocks.samples
     rows = samples.split(np.arange(first, min(last, first + _SEEN)), 1)[0][: 2 * _FEW]  # that can be a batch
     count = len(rows)
     fewer = max(1, count // 2)
-    kept = [_kept_bytes(module, samples, objective, rows[:n], bf16=bf16) for n in (fewer, count)]
+    kept = [_kept_bytes(module, samples, objective, rows[:n], form) for n in (fewer, count)]
     each = (kept[1] - kept[0]) / (count - fewer) if count > fewer else kept[1] / count
     each = _BEHIND * max(0.0, each) + samples.bytes_per_sample()
     return max(1, int(allowed / max(1.0, each)))
 
 
 def _kept_bytes(
-    module: nn.Module, samples: Samples, objective: Objective, rows: npt.NDArray[np.int64], *, bf16: bool
+    module: nn.Module, samples: Samples, objective: Objective, rows: npt.NDArray[np.int64], form: Format
 ) -> int:
     """Bytes that the forward pass of some samples keeps for the gradient, weights aside."""
     weights = {weight.untyped_storage().data_ptr() for weight in module.parameters()}
@@ -118,7 +121,7 @@ def _kept_bytes(
 
     batch = samples.batch(rows)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = loss_of(module, samples.inputs, objective, batch, torch.device("cpu"), bf16=bf16)
+        loss = loss_of(module, samples.inputs, objective, batch, torch.device("cpu"), form)
     del loss
     return sum(kept.values())
 
@@ -129,8 +132,7 @@ def loss_of(
     objective: Objective,
     batch: dict[str, Tensor],
     device: torch.device,
-    *,
-    bf16: bool,
+    form: Format,
 ) -> Tensor:
     """The objective on a batch, its graph kept for the gradient.
 
@@ -140,15 +142,9 @@ def loss_of(
         objective: what it is trained on.
         batch: all values by name, in the types in which they are stored.
         device: where it is computed.
-        bf16: whether the forward pass computes in it.
+        form: number format and layout of the forward pass.
     """
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        answer = module(*(_to_float(batch[name], device, bf16) for name in inputs))
-        captured = {name: _to_float(batch[name], device, False) for name in objective.values}
+    with torch.autocast(device.type, torch.bfloat16, enabled=form.bf16):
+        answer = module(*(form.held(batch[name], device) for name in inputs))
+        captured = {name: _PLAIN.held(batch[name], device) for name in objective.values}
         return objective(answer.float(), captured)
-
-
-def _to_float(tensor: Tensor, device: torch.device, bf16: bool) -> Tensor:
-    if not tensor.is_floating_point():
-        return tensor.to(device)
-    return tensor.to(device, torch.bfloat16 if bf16 else torch.float32)

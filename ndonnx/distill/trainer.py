@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ndonnx.convert import TorchSlice
-from ndonnx.distill.draws import seeded
+from ndonnx.distill.formats import Format, fastest, is_too_coarse, rivals, usual
+from ndonnx.distill.gradients import Slope, ThreadPool
 from ndonnx.distill.heldout import Errors, HeldOut
-from ndonnx.distill.losses import Objective
+from ndonnx.distill.losses import Objective, nmse, target_variance
 from ndonnx.distill.optimiser import Optimiser
 from ndonnx.distill.plan import Plan
 from ndonnx.distill.rates import Pace, best_rate, trial_of
 from ndonnx.distill.samples import Samples
-from ndonnx.distill.steps import loss_of, samples_in_memory
+from ndonnx.distill.steps import samples_in_memory
 from ndonnx.errors import TrainingError
+from ndonnx.runtime.machine import computes_in_bf16
 from ndonnx.students import Constraint
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 OnStep = Callable[[int, int, float], None]
 """Step, steps, held-out NMSE so far."""
@@ -60,6 +57,8 @@ class Training:
     seconds: float
     curve: Sequence[tuple[int, float]] = ()
     """Steps at which the held-out NMSE was measured, with what it was; not finite values are left out."""
+    format: str | None = None
+    """Number format and memory layout of its steps, in words; None where there were none."""
     lr: float | None = None
     """Peak learning rate, as it was given or as short trials found it."""
 
@@ -112,9 +111,10 @@ def train(
     module.to(device)
     objective.to(device)
     before = torch.get_num_threads()
-    pool = _ThreadPool(plan.threads if device.type == "cpu" else 1)
+    pool = ThreadPool(plan.threads if device.type == "cpu" else 1)
     try:
-        return _Descent(module, samples, objective, plan, constraint, pool).run(on_step)
+        format = usual(bf16=plan.bf16, device=device.type)
+        return _Descent(module, samples, objective, plan, constraint, pool, format).run(on_step)
     finally:
         pool.close()
         torch.set_num_threads(before)
@@ -129,11 +129,12 @@ class _Descent:
     objective: Objective
     plan: Plan
     constraint: Constraint | None
-    pool: _ThreadPool
+    pool: ThreadPool
+    format: Format
 
     def run(self, on_step: OnStep) -> Training:
         began = time.perf_counter()
-        module, plan, constraint = self.module, self.plan, self.constraint
+        module, plan, constraint, descent = self.module, self.plan, self.constraint, self
         held = self._held()
         free = _copy(module)
         if constraint is not None:
@@ -151,10 +152,9 @@ class _Descent:
         step, curve = 0, [(0, start.nmse)]
         trainable = any(weight.requires_grad for weight in module.parameters())
         if plan.steps and trainable and not _is_enough(best, plan):
-            pace = Pace(seconds / max(1, held.count))
-            if pace.has_room(plan):
-                plan = self._tried(held, pace)
-            for step, done in self._steps(plan, apart):
+            descent = self._tuned(held, start.nmse, Pace(seconds / max(1, held.count)))
+            plan = descent.plan
+            for step, done in descent._steps(plan, apart):
                 if constraint is None or done >= constraint.settled:
                     errors = held.errors()
                     curve.append((step, errors.nmse))
@@ -167,12 +167,49 @@ class _Descent:
         module.to("cpu")
         seconds = time.perf_counter() - began
         told = tuple(point for point in curve if math.isfinite(point[1]))
-        return Training(start.nmse, best.nmse, start.loss, best.loss, best_step, step, seconds, told, plan.lr)
+        how = str(descent.format) if step else None
+        return Training(start.nmse, best.nmse, start.loss, best.loss, best_step, step, seconds, told, how, plan.lr)
 
     def _held(self) -> HeldOut:
         module, samples, objective = self.module, self.samples, self.objective
         device = torch.device(self.plan.device)
         return HeldOut(module, samples, objective, self.pool, device=device, at_once=self.at_once)
+
+    def _tuned(self, held: HeldOut, error: float, pace: Pace) -> _Descent:
+        """What is left of the training, in the fastest format and at the best rate, where these are to be found."""
+        if not pace.has_room(self.plan):
+            return self
+        descent = self._in_fastest_format(error) if self.plan.fastest and self.plan.seconds is not None else self
+        return replace(descent, plan=descent._tried(held, pace)) if self.plan.tries else descent
+
+    def _in_fastest_format(self, error: float) -> _Descent:
+        """The same in the format in which a gradient takes least time; the module stays as it is."""
+        began = time.perf_counter()
+        rows = next(_batches(self.samples, self.plan))
+        shapes = self.samples.shapes(self.samples.inputs)
+        formats = rivals([len(shape) for shape in shapes.values()], bf16=computes_in_bf16(self.plan.device))
+        slopes = {format: replace(self, format=format)._slope() for format in formats}
+
+        def seconds(format: Format) -> float:
+            clock = time.perf_counter()
+            slopes[format].descend(rows)
+            return time.perf_counter() - clock
+
+        best = fastest(formats, seconds, lambda: is_too_coarse(self._rounding(rows), error))
+        return replace(self, format=best, plan=_shortened(self.plan, began))
+
+    def _rounding(self, rows: np.ndarray) -> float:
+        """NMSE of the module's answers in bfloat16 beside those in float32, on one batch."""
+        batch, device = self.samples.batch(rows[: self.at_once]), torch.device(self.plan.device)
+        held, inputs = {name: Format().held(tensor, device) for name, tensor in batch.items()}, self.samples.inputs
+        answers = []
+        with torch.no_grad():
+            for bf16 in (False, True):
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    answer = self.module(*(Format(bf16).held(batch[name], device) for name in inputs))
+                    answers.append(self.objective.compared(answer.float(), held))
+        exact, rounded = answers
+        return nmse(float((exact - rounded).double().square().mean()), target_variance(exact))
 
     def _tried(self, held: HeldOut, pace: Pace) -> Plan:
         """Try rates from where the module stands, and leave it at the end of the best trial, where that is better.
@@ -197,13 +234,11 @@ class _Descent:
         rate = best_rate(loss_at, self.plan.lr)
         start, end = ends[0.0], ends.get(rate, (math.inf, free))
         _restore(self.module, min(start, end, key=lambda each: each[0])[1] if self.constraint is None else free)
-        spent = time.perf_counter() - began
-        left = None if self.plan.seconds is None else max(_LEAST_SECONDS, self.plan.seconds - spent)
-        return replace(self.plan, lr=rate, seconds=left)
+        return replace(_shortened(self.plan, began), lr=rate)
 
     def _steps(self, plan: Plan, apart: float) -> Iterator[tuple[int, float]]:
         """Run the steps; yield the step and the part that is over whenever the held-out error is to be measured."""
-        slope, clock, measured = _Slope(self), _Clock(plan), 0.0
+        slope, clock, measured = self._slope(), _Clock(plan), 0.0
         optimiser = self._optimiser(slope.weights)
         for step, rows in enumerate(_batches(self.samples, plan), start=1):
             loss = slope.descend(rows)
@@ -219,6 +254,9 @@ class _Descent:
             if clock.done >= 1:
                 return
 
+    def _slope(self) -> Slope:
+        return Slope(self.module, self.samples, self.objective, self.plan, self.pool, self.format, self.at_once)
+
     def _optimiser(self, weights: list[nn.Parameter]) -> Optimiser:
         module, plan = self.module, self.plan
         held = set() if self.constraint is None else set(self.constraint.held())
@@ -232,7 +270,14 @@ class _Descent:
         if self.plan.device != "cpu":
             return self.plan.batch_size
         count = self.pool.count
-        return samples_in_memory(self.module, self.samples, self.objective, self.plan, count, bf16=self.plan.bf16)
+        return samples_in_memory(self.module, self.samples, self.objective, self.plan, count, self.format)
+
+
+def _shortened(plan: Plan, began: float) -> Plan:
+    """The plan with the time that has gone by since a reading of the clock taken off."""
+    if plan.seconds is None:
+        return plan
+    return replace(plan, seconds=max(_LEAST_SECONDS, plan.seconds - (time.perf_counter() - began)))
 
 
 def _apart(seconds: float, plan: Plan) -> float:
@@ -261,74 +306,6 @@ def impose(constraint: Constraint, module: TorchSlice, done: float) -> None:
     with torch.no_grad():
         weights = {name: weight.data for name, weight in zip(module.weight_names, module.weights, strict=True)}
         constraint.impose(weights, done)
-
-
-class _ThreadPool:
-    """Threads that each do a part of the same thing, one torch thread each."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self._pool: ThreadPoolExecutor | None = None
-        if count > 1:
-            torch.set_num_threads(1)
-            self._pool = ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
-
-    def map(self, work: Callable[[T], R], parts: Sequence[T]) -> list[R]:
-        """The results in the order of the parts."""
-        if self._pool is None or len(parts) == 1:
-            return [work(part) for part in parts]
-        return list(self._pool.map(work, parts))
-
-    def close(self) -> None:
-        """End the threads."""
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-
-
-class _Slope:
-    """Gradients of a batch, each lane's from its own samples; their sum does not depend on who is faster."""
-
-    def __init__(self, descent: _Descent) -> None:
-        self._module = descent.module
-        self._samples = descent.samples
-        self._objective = descent.objective
-        self._device = torch.device(descent.plan.device)
-        self._bf16 = descent.plan.bf16
-        self._seed = descent.plan.seed
-        self._parts = itertools.count()
-        self._pool = descent.pool
-        self._at_once = descent.at_once
-        self.weights = [weight for weight in descent.module.parameters() if weight.requires_grad]
-
-    def descend(self, rows: np.ndarray) -> float:
-        """Put the gradients into the weights; the loss."""
-        pool = self._pool
-        parts = self._samples.split(rows, max(pool.count, -(-len(rows) // self._at_once)))
-        total = 0.0
-        for weight in self.weights:
-            weight.grad = None
-        for start in range(0, len(parts), pool.count):
-            some = [(next(self._parts), part) for part in parts[start : start + pool.count]]
-            for (_, part), (loss, gradients) in zip(some, pool.map(self._of, some), strict=True):
-                share = len(part) / len(rows)
-                total += share * loss
-                for weight, gradient in zip(self.weights, gradients, strict=True):
-                    _add_gradient(weight, gradient, share)
-        return total
-
-    def _of(self, numbered: tuple[int, np.ndarray]) -> tuple[float, Sequence[Tensor | None]]:
-        part, rows = numbered
-        batch = self._samples.batch(rows)
-        with seeded(self._seed, part):
-            loss = loss_of(self._module, self._samples.inputs, self._objective, batch, self._device, bf16=self._bf16)
-        return float(loss.detach()), torch.autograd.grad(loss, self.weights, allow_unused=True)
-
-
-def _add_gradient(weight: Tensor, gradient: Tensor | None, share: float) -> None:
-    """Add a part's share in the weight's own memory layout, which the fused optimiser takes for granted."""
-    if gradient is not None:
-        weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-        weight.grad.add_(gradient, alpha=share)
 
 
 class _Clock:

@@ -142,6 +142,7 @@ class Finish:
             nmse=found.nmse,
             curve=found.curve,
             lr=found.lr,
+            format=found.format,
         )
 
     def _not_finetuned(self, student: ir.Model, fault: Fault) -> tuple[ir.Model, FinetuneReport]:

@@ -78,6 +78,7 @@ class NeighbourhoodResult:
             teacher_macs=parts.cost(neighbourhood).macs,
             curve=result.curve if result else (),
             lr=result.lr if result else None,
+            format=result.format if result else None,
         )
 
 

@@ -68,6 +68,8 @@ class NeighbourhoodReport:
     """Steps at which the training measured its held-out NMSE, with what it was; empty where nothing was trained."""
     lr: float | None = None
     """Peak learning rate of its training, given or found by short trials; None where it was not trained."""
+    format: str | None = None
+    """Number format and memory layout of its training (`fp32, channels last`); None where it was not trained."""
     bits: int | None = None
     """Bits of most of its weights, 8 or 32, in a student of which some are in 8; None in any other, and where it has no
     weights."""
@@ -92,6 +94,8 @@ class FinetuneReport:
     """Steps at which the held-out NMSE of the outputs was measured, with what it was."""
     lr: float | None = None
     """Peak learning rate, as it was given or as short trials found it."""
+    format: str | None = None
+    """Number format and memory layout of its steps (`fp32, channels last`); None where there were none."""
 
 
 @dataclass(frozen=True)

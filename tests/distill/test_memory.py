@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from ndonnx.config.recipe import Recipe
 from ndonnx.convert import to_torch
 from ndonnx.distill import steps
+from ndonnx.distill.formats import Format
 from ndonnx.distill.losses import NeighbourhoodLoss
 from ndonnx.distill.memory import MemoryPlan
 from ndonnx.distill.plan import Plan
@@ -85,13 +86,13 @@ def test_what_a_step_keeps_is_weighed_in_the_types_of_the_training(tmp_path: Pat
     samples, module, loss = samples_of(model, tmp_path), to_torch(model), NeighbourhoodLoss("b")
     own = samples.bytes_per_sample()
     x, a, b = 3 * 600 * 4, 8 * 600 * 4, 4 * 150 * 4
-    at_once = samples_in_memory(module, samples, loss, PLAN, 1, bf16=False)
+    at_once = samples_in_memory(module, samples, loss, PLAN, 1, Format())
     # The convolutions keep their inputs, the ReLU its answer, which is one of these; the loss both its operands.
     assert at_once == pytest.approx(THREAD_BYTES / (own + 1.5 * (x + a + 2 * b)), rel=0.1)
-    halves = samples_in_memory(module, samples, loss, PLAN, 1, bf16=True)
+    halves = samples_in_memory(module, samples, loss, PLAN, 1, Format(bf16=True))
     assert halves > at_once
-    assert samples_in_memory(module, samples, loss, replace(PLAN, memory=THREAD_BYTES), 2, bf16=False) == at_once // 2
-    assert samples_in_memory(module, samples, loss, replace(PLAN, memory=1), 2, bf16=False) == 1
+    assert samples_in_memory(module, samples, loss, replace(PLAN, memory=THREAD_BYTES), 2, Format()) == at_once // 2
+    assert samples_in_memory(module, samples, loss, replace(PLAN, memory=1), 2, Format()) == 1
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

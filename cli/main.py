@@ -81,14 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         completed = _COMPLETING in os.environ  # the shell asks, and what it asks about stands in other variables
         asked = None if completed else next((text for text in arguments if not text.startswith("-")), "")
         return get_command(build_app(asked)).main(arguments, prog_name="ndonnx", standalone_mode=False) or DONE
-    except typer.TyperException as error:
-        return _fail(f"{error.format_message()} (see --help)", BAD_INPUT)
-    except UsageError as error:
-        return _fail(str(error), BAD_INPUT)
-    except SearchError as error:
-        return _fail(str(error), TARGET_MISSED)
-    except NdonnxError as error:
-        return _fail(str(error), BUG)
+    except (typer.TyperException, NdonnxError, MemoryError) as error:
+        return _fail(*_told(error))
     except Interrupted as interruption:
         print(interruption, file=sys.stderr)
         return INTERRUPTED
@@ -100,6 +94,17 @@ def _load_methods(arguments: Sequence[str]) -> None:
     named += [text.removeprefix("--method=") for text in arguments if text.startswith("--method=")]
     if named:
         ndonnx.load_methods(named)
+
+
+def _told(error: typer.TyperException | NdonnxError | MemoryError) -> tuple[str, int]:
+    """What is said of an error, and the exit code."""
+    if isinstance(error, typer.TyperException):
+        return f"{error.format_message()} (see --help)", BAD_INPUT
+    if isinstance(error, MemoryError):
+        told = f" ({error})" if str(error) else ""
+        return f"there is too little memory for this{told}; give it more, or a smaller --batch-size", BAD_INPUT
+    code = TARGET_MISSED if isinstance(error, SearchError) else BAD_INPUT if isinstance(error, UsageError) else BUG
+    return str(error), code
 
 
 def _fail(message: str, code: int) -> int:

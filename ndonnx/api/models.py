@@ -13,12 +13,13 @@ from typing import TypeAlias
 import onnx
 import onnx_ir as ir
 
-from ndonnx.errors import ModelError, NdonnxError, RunDirError, SearchError, UsageError
+from ndonnx.errors import ModelError, NdonnxError, RunDirError, SearchError, UsageError, first_line
 from ndonnx.graph import save, serialise, to_proto
 from ndonnx.graph.load import check_file
 from ndonnx.graph.refusal import refusal
 from ndonnx.graph.save import PROTOBUF_LIMIT, tensor_bytes
 from ndonnx.graph.storage.external import external_tensors
+from ndonnx.teacher.sessions import OrtError
 
 Model: TypeAlias = str | Path | onnx.ModelProto | ir.Model
 """What the verbs take as a model; none of these is ever changed."""
@@ -101,13 +102,15 @@ def placed(model: Model, run_dir: str | Path | None = None) -> Iterator[Placed]:
 
 @contextmanager
 def _blamed(path: Path, name: str) -> Iterator[None]:
-    """Tell whoever gave an invalid model that it is invalid, whatever it brought to fall."""
+    """Tell whoever gave a model that is invalid, or does not run, that it is so, whatever it brought to fall."""
     try:
         yield
     except (UsageError, SearchError, MemoryError):
         raise
     except Exception as error:  # as many as there are ways to break a model
         reason = refusal(path)
+        if reason is None and isinstance(error, OrtError):
+            raise ModelError(f"{name}: onnxruntime fails on it: {first_line(error)}") from error
         if reason is None:
             raise
         told = f"{error}; and the model" if isinstance(error, NdonnxError) else "the model"

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_ROUNDS = 3
-"""Gradients in each format that are timed; the least counts, and the first is there to warm up."""
+LEAST_STEPS = 100
+"""Of a training, from which formats are timed: at most eight gradients go to that."""
+_ROUNDS = 2
+"""Gradients in each format; the first is there to warm up, the last one counts."""
 _ROUNDED = 0.01
 """Part of the error at the start that rounding to bfloat16 may add. A training takes off most of that error, and what
 is left has to be larger than what the format itself puts in."""
@@ -72,11 +74,9 @@ def fastest(formats: Sequence[Format], seconds: Callable[[Format], float], round
         rounds_off: whether bfloat16 is too coarse for the module; asked only where it is the fastest.
     """
     times: dict[Format, float] = {}
-    for number in range(_ROUNDS):
+    for _ in range(_ROUNDS):
         for each in formats:
-            taken = seconds(each)
-            if number:
-                times[each] = min(times.get(each, taken), taken)
+            times[each] = seconds(each)
     best = min(times, key=lambda each: times[each])
     full = min((each for each in times if not each.bf16), key=lambda each: times[each])
     return best if times[best] < _GAIN * times[full] and not rounds_off() else full

@@ -31,9 +31,9 @@ class Pace:
     seconds_a_sample: float
     """Of an answer, measured; a gradient takes about three times as long."""
 
-    def has_room(self, plan: Plan) -> bool:
-        """Whether a training is long enough for something to be tried out first."""
-        return self._steps(plan) >= _LEAST_STEPS
+    def has_room(self, plan: Plan, least: int = _LEAST_STEPS) -> bool:
+        """Whether a training has so many steps that something may be tried out first."""
+        return self._steps(plan) >= least
 
     def compared(self, plan: Plan) -> int:
         """Held-out samples that trials are compared on: their answers take half of a trial's time."""

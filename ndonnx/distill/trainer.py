@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ndonnx.convert import TorchSlice
-from ndonnx.distill.formats import Format, fastest, is_too_coarse, rivals, usual
+from ndonnx.distill.formats import LEAST_STEPS, Format, fastest, is_too_coarse, rivals, usual
 from ndonnx.distill.gradients import Slope, ThreadPool
 from ndonnx.distill.heldout import Errors, HeldOut
 from ndonnx.distill.losses import Objective, nmse, target_variance
@@ -177,10 +177,12 @@ class _Descent:
 
     def _tuned(self, held: HeldOut, error: float, pace: Pace) -> _Descent:
         """What is left of the training, in the fastest format and at the best rate, where these are to be found."""
-        if not pace.has_room(self.plan):
-            return self
-        descent = self._in_fastest_format(error) if self.plan.fastest and self.plan.seconds is not None else self
-        return replace(descent, plan=descent._tried(held, pace)) if self.plan.tries else descent
+        descent, timed = self, self.plan.fastest and self.plan.seconds is not None
+        if timed and pace.has_room(self.plan, LEAST_STEPS):
+            descent = self._in_fastest_format(error)
+        if self.plan.tries and pace.has_room(self.plan):
+            descent = replace(descent, plan=descent._tried(held, pace))
+        return descent
 
     def _in_fastest_format(self, error: float) -> _Descent:
         """The same in the format in which a gradient takes least time; the module stays as it is."""

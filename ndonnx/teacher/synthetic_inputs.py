@@ -163,8 +163,9 @@ class _Trial:
     def run(self, scalars: Mapping[str, NDArray[Any]], sizes: Sizes) -> str | None:
         """Why the model does not run on such inputs; None where it does."""
         inputs = [self._bound(spec, sizes) for spec in self.inputs]
-        if any(math.prod(spec.sizes or ()) > _MOST_VALUES for spec in inputs):
-            return "sizes are too large"
+        large = next((spec for spec in inputs if _count(spec) > _MOST_VALUES), None)
+        if large is not None:
+            return f"'{large.name}' of {list(large.sizes or large.shape)} is too large to be made up"
         arrays = made_up_samples(inputs, self.graph, self.recipe.data, 1, seed=self.recipe.seed)
         try:
             self.session.run(None, interface_of(inputs, {**self.fixed, **scalars}).feeds(_whole(inputs, arrays)))
@@ -193,6 +194,12 @@ class _Trial:
         )
         first = spec.shape[0]
         return replace(spec, sizes=(first if isinstance(first, int) else 1, *rest))
+
+
+def _count(spec: InputSpec) -> int:
+    """Numbers that an input holds in one run, as far as its sizes are known."""
+    rest = spec.shape[1:] if spec.sizes is None else spec.sizes[1:]
+    return math.prod(size for size in (*spec.shape[:1], *rest) if isinstance(size, int))
 
 
 def _whole(inputs: Sequence[InputSpec], arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:

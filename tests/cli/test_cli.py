@@ -233,6 +233,16 @@ def test_error_comes_after_the_progress_without_a_traceback(run: Run) -> None:
     assert "Traceback" not in err
 
 
+def test_a_lack_of_memory_is_told_in_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_: object, **__: object) -> None:
+        raise MemoryError("Unable to allocate 288. GiB")
+
+    monkeypatch.setattr("ndonnx.evaluate", refuses)
+    code, out, err = run("evaluate", TEACHER, "--data", "nothing.npz")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("error: there is too little memory for this (Unable to allocate 288. GiB)")
+
+
 # inspect
 
 

@@ -194,7 +194,10 @@ def test_missing_empty_and_text_files(tmp_path: Path, name: str) -> None:
     assert str(tmp_path / name) in refused(tmp_path / name, inputs)
 
 
-@pytest.mark.parametrize("shape", ["(0, 4)", "()", "(-1, 4)", "(4611686018427387904, 4)", "(10, 4)", "('a',)"])
+@pytest.mark.parametrize(
+    "shape",
+    ["(0, 4)", "()", "(-1, 4)", "(4611686018427387904, 4)", "(10, 4)", "('a',)", "(True,)", "(1, True)", "(1.0, 4)"],
+)
 def test_a_header_is_checked_before_anything_is_allocated(tmp_path: Path, shape: str) -> None:
     text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".encode().ljust(117) + b"\n"
     content = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + bytes(16)

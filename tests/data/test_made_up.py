@@ -116,6 +116,14 @@ def test_what_the_user_binds_is_kept() -> None:
         completed(strip(), Recipe(model_inputs={"image": InputRecipe(shape=(1, 1, 40, 64))}))
 
 
+@pytest.mark.parametrize("shape", [("N", 2**31, 6, 6), (2**60, 4), (2**30, 2**30)])
+def test_sizes_that_nobody_can_make_up_are_refused(shape: tuple[int | str, ...]) -> None:
+    net = Net()
+    model = net.proto(net.relu(net.input("x", *shape), out="y"))
+    with pytest.raises(DataError, match=r"'x' of .* is too large to be made up"):
+        complete_settings(make_session(model.SerializeToString()), _loaded(model), Recipe())
+
+
 def test_data_without_data_obey_the_same(tmp_path: Path) -> None:
     model = text()
     graph, session = _loaded(model), make_session(model.SerializeToString())

@@ -9,13 +9,14 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from ndonnx import compress, inspect
 from ndonnx.api.evaluate import evaluate
 from ndonnx.api.models import placed
 from ndonnx.errors import ModelError, VerificationError
 from ndonnx.graph import fold_constants, load
 from ndonnx.runtime import endless
 from ndonnx.teacher.sessions import make_session
-from tests.helpers.models import floats, inputs_of, mlp
+from tests.helpers.models import Net, floats, inputs_of, mlp
 
 
 def test_whoever_gives_an_invalid_model_is_told_so_whatever_fell_over_it(tmp_path: Path) -> None:
@@ -44,6 +45,23 @@ def test_a_student_that_fails_is_the_models_fault_where_that_states_what_it_is_n
         placed(tmp_path / "m.onnx"),
     ):
         raise VerificationError("does not run")
+
+
+def test_a_model_that_opens_and_does_not_run_is_told_so(tmp_path: Path) -> None:
+    """Some contradictions of weights only show in a run, of which no checker says anything."""
+    net = Net(0)
+    y = net.conv(net.relu(net.conv(net.input("x", "N", "C", 6, 6), 3, 4, 3, out="first")), 4, 2, 1, out="y")
+    onnx.save(net.proto(y), tmp_path / "m.onnx")
+    np.savez(tmp_path / "d.npz", x=np.zeros((40, 5, 6, 6), np.float32))
+    told = r"(m\.onnx|graph 'net'): onnxruntime fail"
+    for simplify in (True, False):
+        with pytest.raises(ModelError, match=told) as caught:
+            compress(tmp_path / "m.onnx", data=str(tmp_path / "d.npz"), steps=1, simplify=simplify)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ModelError, match=told):
+        evaluate(tmp_path / "m.onnx", data=str(tmp_path / "d.npz"))
+    with pytest.raises(ModelError, match=told):
+        inspect(tmp_path / "m.onnx", data=str(tmp_path / "d.npz"))
 
 
 @pytest.mark.parametrize("start", ["x", "state"])

@@ -18,6 +18,7 @@ from ndonnx.errors import ShrinkError
 from ndonnx.graph import fold_constants, slice_cost
 from ndonnx.graph.shapes.symbolic import resolve_shapes
 from ndonnx.partition import ChannelGroups, Partition, find_groups
+from ndonnx.partition.channels.labels import LabelSets
 from ndonnx.partition.channels.rules import RULES
 from ndonnx.students import TeacherSlice
 from ndonnx.students.cutting import shrink
@@ -402,6 +403,24 @@ def test_a_width_taken_from_another_value_is_written() -> None:
     assert {group.name: group.width for group in groups.groups} == {"a": 8}
     samples = {"x": np.random.default_rng(0).standard_normal((2, 3, 8)).astype(np.float32)}
     check_shrinking(TeacherSlice("n01", working, groups, samples, threads=1), np.arange(8) % 3 > 0)
+
+
+@pytest.mark.parametrize("kind", ["Conv", "Expand", "Concat"])
+def test_sizes_that_nobody_can_mean_are_not_followed(kind: str) -> None:
+    """A damaged model may state any size: nothing is allocated for its channels."""
+    net, many = Net(), 2**40
+    x = net.op("Unsqueeze", net.relu(net.matmul(net.input("x", "N", 8), 8, 8)), net.ints(2))
+    if kind == "Conv":
+        x = net.op("Conv", x, net.input("w", many, 8, 1))
+    elif kind == "Expand":
+        x = net.op("Expand", x, net.ints(1, 1, many))
+    else:
+        x = net.op("Concat", x, net.input("z", "N", 8, many), axis=2)
+    model = net.proto(net.matmul(net.op("ReduceMean", x, axes=[2], keepdims=0), 8, 4))
+    nodes = [node for node in resolve_shapes(ir.from_proto(model)).graph if node.op_type != "Constant"]
+    assert find_groups(nodes, nodes[-1].outputs[0]).groups is not None
+    with pytest.raises(ValueError, match="too many"):
+        LabelSets().fresh(many)
 
 
 @pytest.mark.parametrize("opset", [12, 13])

@@ -271,7 +271,7 @@ def _read_header(file: IO[bytes], where: str) -> _Header:
         raise DataError(f"{where}: not a numpy array: {reason}; save it with np.save or np.savez") from error
     if dtype.hasobject:
         raise DataError(f"{where}: holds pickled objects, which are never read; expected a plain numeric array")
-    if min(shape, default=0) < 0:
+    if min(shape, default=0) < 0 or any(type(size) is not int for size in shape):
         raise DataError(f"{where}: expected a shape with the samples as first axis, found {list(shape)}")
     header = _Header(shape, "F" if fortran else "C", dtype)
     if header.size == 0:

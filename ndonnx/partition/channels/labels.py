@@ -18,6 +18,19 @@ Labels = npt.NDArray[np.int64]
 
 FROZEN = 0
 """Label of every channel that must stay: on the entry, on the exit, or read in an unknown way."""
+MOST_CHANNELS = 2**22
+"""Channels of one axis that are followed: no vocabulary has so many, but a damaged model may say anything."""
+
+
+def check_count(count: int) -> int:
+    """The number of channels of an axis.
+
+    Raises:
+        ValueError: more than anybody means, and than there is memory to follow.
+    """
+    if count > MOST_CHANNELS:
+        raise ValueError(f"{count} channels are too many to be followed")
+    return count
 
 
 @dataclass
@@ -31,8 +44,12 @@ class LabelSets:
     """Representatives of the sets that must stay, and why."""
 
     def fresh(self, count: int) -> Labels:
-        """`count` new labels, each alone in its set."""
-        start = len(self._parent)
+        """`count` new labels, each alone in its set.
+
+        Raises:
+            ValueError: more than `MOST_CHANNELS`.
+        """
+        start, count = len(self._parent), check_count(count)
         self._parent.extend(range(start, start + count))
         return np.arange(start, start + count, dtype=np.int64)
 

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ndonnx.graph.costs import constant_of, dims, is_weight
-from ndonnx.partition.channels.labels import FROZEN, Labels, axis_labels, on_axis
+from ndonnx.partition.channels.labels import FROZEN, Labels, axis_labels, check_count, on_axis
 from ndonnx.partition.channels.rules.reshaping import reshape
 from ndonnx.partition.channels.rules.tracker import (
     Edit,
@@ -59,7 +59,7 @@ def concat(tracker: Tracker, node: ir.Node) -> bool:
         if labels is None or labels.shape[axis] != size:
             if labels is not None:
                 tracker.sets.freeze(labels)
-            labels = on_axis(np.full(size, FROZEN, dtype=np.int64), axis, rank)
+            labels = on_axis(np.full(check_count(size), FROZEN, dtype=np.int64), axis, rank)
         target = [size if a == axis else max(shape[a], labels.shape[a]) for a in range(rank)]
         parts.append(np.broadcast_to(labels, target))
     return tracker.set(node.outputs[0], np.concatenate(parts, axis=axis))

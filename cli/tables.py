@@ -190,6 +190,14 @@ def _print_data(found: ndonnx.DataLook) -> None:
         for value in values
     )
     print_text(table_of(columns, rows))
+    if (took := found.time) is not None:
+        whole = f", then the whole for {took.finetune_steps:,}" if took.finetune_steps else ""
+        parts = (("reading", took.reading), ("neighbourhoods", took.training), ("fine-tuning", took.finetuning))
+        told = ", ".join(f"{what} {seconds_text(seconds)}" for what, seconds in parts)
+        print_text(
+            f"compress would train {count_text(took.neighbourhoods)} neighbourhoods for {took.steps:,} steps each"
+            f"{whole}: about {seconds_text(took.seconds)} here ({told})"
+        )
 
 
 def _number(value: float | None) -> str:

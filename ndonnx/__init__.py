@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from ndonnx.metrics.baselines.comparison import BaselineRow, Baselines
     from ndonnx.metrics.evaluation import Evaluation
     from ndonnx.metrics.latency import Latency, ProviderSpeed, Ratio, Timing
-    from ndonnx.metrics.looks import DataLook, ValueLook
+    from ndonnx.metrics.looks import DataLook, TimeLook, ValueLook
     from ndonnx.metrics.metric import register_metric
     from ndonnx.metrics.sensitivity import ThresholdReport
     from ndonnx.metrics.verdict import Verdict
@@ -145,6 +145,7 @@ __all__ = [
     "TargetReport",
     "TaskKind",
     "ThresholdReport",
+    "TimeLook",
     "Timing",
     "TrainingError",
     "UsageError",
@@ -206,7 +207,7 @@ _MODULES: Mapping[str, tuple[str, ...]] = {
     "ndonnx.distill.tasks.base": ("Output", "OutputTask", "Recognised", "TaskKind"),
     "ndonnx.distill.tasks.fidelity": ("OutputFidelity",),
     "ndonnx.metrics.latency": ("Latency", "ProviderSpeed", "Ratio", "Timing"),
-    "ndonnx.metrics.looks": ("DataLook", "ValueLook"),
+    "ndonnx.metrics.looks": ("DataLook", "TimeLook", "ValueLook"),
     "ndonnx.metrics.metric": ("register_metric",),
     "ndonnx.metrics.sensitivity": ("ThresholdReport",),
     "ndonnx.metrics.verdict": ("Verdict",),

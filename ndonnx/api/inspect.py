@@ -83,7 +83,8 @@ def inspect(
         check: also take every neighbourhood through the gates that a distillation has before it trains;
             one that does not pass is kept, and its reason names the operator.
         data: data whose first samples are looked at, with the model's answers to them, and which `check` runs on, as
-            `compress` takes them. None: nothing is looked at, and `check` makes samples up.
+            `compress` takes them; how long that would take is told too, by timing a few gradients. None: nothing is
+            looked at, and `check` makes samples up.
         progress: who is told what goes on, as a `Progress` or a callable that takes an `Event`. None: the logger
             `ndonnx`.
         settings: keys of the recipe, laid over it, as `keep=0.5`.
@@ -105,7 +106,7 @@ def inspect(
 def _looked_at(place: Placed, recipe: Recipe, data: Data) -> DataLook:
     from ndonnx.metrics.first_look import look  # noqa: PLC0415 - needs torch
 
-    return look(place.path, load(place.path), recipe, data)
+    return look(place.path, load(place.path), recipe, data, partition_model(place.path, recipe))
 
 
 def _checked(place: Placed, recipe: Recipe, data: Data | None, progress: Progress) -> Inspection:

@@ -112,20 +112,31 @@ def why_not_converted(model: ir.Model, interface: Interface, outputs: Sequence[s
         probe: a few samples of all inputs that have samples.
     """
     try:
-        to_torch(_whole_slice(model, interface, outputs, list(probe), probe))
+        to_torch(whole_slice(model, interface, outputs, list(probe), probe))
     except SliceError as error:
         return str(error)
     return None
 
 
 def _as_slice(student: ir.Model, settings: WholeSettings, inputs: list[str], probe: Arrays) -> ir.Model:
-    return _whole_slice(student, settings.interface, list(settings.tasks), inputs, probe)
+    return whole_slice(student, settings.interface, list(settings.tasks), inputs, probe)
 
 
-def _whole_slice(
+def whole_slice(
     student: ir.Model, interface: Interface, outputs: Sequence[str], inputs: list[str], probe: Arrays
 ) -> ir.Model:
-    """A student that is trained as a slice is: constants folded, samples first, one output, any number at once."""
+    """A whole model as one that is trained as a slice is: constants folded, one output, any number of samples at once.
+
+    Args:
+        student: a student or a teacher; not changed.
+        interface: how it is fed.
+        outputs: those that are trained, packed side by side where there are several.
+        inputs: names of those that have samples.
+        probe: a few samples of them.
+
+    Raises:
+        SliceError: it cannot be had.
+    """
     whole = fold_constants(open_branches(of_sizes(interface.applied(student), probe)).clone())
     whole = pack_outputs(whole, outputs)
     if interface.batch is not None:

@@ -19,8 +19,10 @@ from ndonnx.data.inputs import interface_of
 from ndonnx.distill.tasks.outputs import tasks_of
 from ndonnx.errors import DataError
 from ndonnx.metrics.check import source_for
+from ndonnx.metrics.duration import duration
 from ndonnx.metrics.evaluation import samples_first
 from ndonnx.metrics.looks import DataLook, ValueLook
+from ndonnx.partition import Partition
 from ndonnx.teacher import make_session
 from ndonnx.teacher.batches import read_batch, whole_batches
 from ndonnx.teacher.outputs import outputs_a_second
@@ -31,7 +33,7 @@ _SAMPLES = 64
 """Most samples that are looked at; as many as a batch has where the model fixes it."""
 
 
-def look(model: Path, teacher: ir.Model, recipe: Recipe, data: Data) -> DataLook:
+def look(model: Path, teacher: ir.Model, recipe: Recipe, data: Data, parts: Partition | None = None) -> DataLook:
     """Read the first samples and let the model answer them.
 
     Args:
@@ -39,6 +41,7 @@ def look(model: Path, teacher: ir.Model, recipe: Recipe, data: Data) -> DataLook
         teacher: the same model, loaded.
         recipe: `[inputs]`, `[data]`, the seed, and what the user says of the outputs.
         data: a data source.
+        parts: what of it would be distilled; None: how long that takes is not told.
 
     Raises:
         DataError: the data do not fit the model, or hold no samples.
@@ -50,14 +53,15 @@ def look(model: Path, teacher: ir.Model, recipe: Recipe, data: Data) -> DataLook
     session = make_session(fed)
     names = [value.name for value in session.get_outputs()]
     answers = dict(zip(names, session.run(names, dict(rows)), strict=True))
-    count = len(next(iter(rows.values())))
+    count, rate = len(next(iter(rows.values()))), outputs_a_second(fed, source)
     images = image_axes(source.inputs, source.recipe)
     return DataLook(
         samples=count,
         length=source.length,
         inputs=[*(_input(name, array, name in images) for name, array in rows.items()), *_fixed(source)],
         outputs=list(_outputs(answers, count, recipe)),
-        samples_a_second=_finite(outputs_a_second(fed, source)),
+        samples_a_second=_finite(rate),
+        time=None if parts is None else duration(parts, source, rows, recipe, rate),
     )
 
 

@@ -21,6 +21,31 @@ class ValueLook:
 
 
 @dataclass(frozen=True)
+class TimeLook:
+    """How long a compression would take on this machine, about, from a gradient of the whole teacher that was timed."""
+
+    neighbourhoods: int
+    """That would be trained."""
+    steps: int
+    """Of each of them."""
+    finetune_steps: int
+    """Of the whole student behind them."""
+    reading: float
+    """Seconds in which the teacher answers all samples, once for the neighbourhoods and once for the whole."""
+    training: float
+    """Seconds of the neighbourhoods."""
+    finetuning: float
+    """Seconds of the whole student."""
+    comparing: float
+    """Seconds of measuring teacher and student at the end."""
+
+    @property
+    def seconds(self) -> float:
+        """Of everything."""
+        return self.reading + self.training + self.finetuning + self.comparing
+
+
+@dataclass(frozen=True)
 class DataLook:
     """The first samples of the data, and the teacher's answers to them."""
 
@@ -32,3 +57,6 @@ class DataLook:
     outputs: list[ValueLook]
     samples_a_second: float | None
     """That the teacher reads and answers on this machine; None where there were too few to time."""
+    time: TimeLook | None = None
+    """How long `compress` would take by the same recipe; None with a time budget, which says it, and where it cannot
+    be told."""

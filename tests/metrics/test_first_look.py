@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from onnx import TensorProto
 
 import ndonnx
+from ndonnx.distill import step_time
+from ndonnx.distill.plan import Plan
+from ndonnx.distill.step_time import seconds_a_step
 from ndonnx.errors import DataError
+from ndonnx.graph.interface import Interface
 from tests.helpers.models import Net, inputs_of, residual_cnn, run
 
 
@@ -58,6 +64,47 @@ def test_data_that_do_not_fit_are_told(tmp_path: Path) -> None:
     with pytest.raises(DataError):
         ndonnx.inspect(tmp_path / "m.onnx", data={"z": np.zeros((4, 3), np.float32)})
     assert ndonnx.inspect(tmp_path / "m.onnx").data is None
+
+
+def test_how_long_it_would_take_follows_steps_and_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Timing is the machine's, what is made of it is not: here a step takes 0.1 s, an answer 0.01 s."""
+    monkeypatch.setattr("ndonnx.metrics.first_look.outputs_a_second", lambda *_: 100.0)
+    monkeypatch.setattr("ndonnx.metrics.duration.seconds_a_step", lambda *_: 0.1)
+    onnx.save(residual_cnn(), tmp_path / "m.onnx")
+    images = inputs_of(residual_cnn(), 400)["x"]
+
+    def told(**settings: object) -> ndonnx.TimeLook:
+        found = ndonnx.inspect(tmp_path / "m.onnx", data={"x": images}, **{"augment": ()} | settings)
+        assert found.data is not None and found.data.time is not None
+        assert found.data.time.neighbourhoods == sum(each.status == "distillable" for each in found.neighbourhoods)
+        return found.data.time
+
+    one, two = told(steps=100), told(steps=200)
+    assert (one.steps, one.finetune_steps, two.finetune_steps) == (100, 300, 600)
+    assert two.finetuning == pytest.approx(2 * one.finetuning) and two.training > one.training
+    assert one.reading == pytest.approx(8) and one.comparing == pytest.approx(2 * 40 / 100)
+    assert one.seconds == pytest.approx(one.reading + one.training + one.finetuning + one.comparing)
+    copied = told(steps=100, augment=("flip",))
+    assert copied.reading == pytest.approx(4 + 4 * round(300 * 64 / 2 / 400))
+    alone = told(steps=100, finetune_steps=0)
+    assert alone.finetuning == 0 and alone.reading == pytest.approx(4)
+    assert told(steps=100, keep=0.25).finetuning < one.finetuning
+    budget = ndonnx.inspect(tmp_path / "m.onnx", data={"x": images}, time_budget="60s").data
+    assert budget is not None and budget.time is None
+
+
+def test_a_step_of_the_whole_is_timed_for_a_whole_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = residual_cnn()
+    rows, plan = inputs_of(model, 16), Plan(steps=1, batch_size=64, lr=0.1, warmup=0.0, seed=0)
+    teacher = ir.from_proto(model)
+    outputs = [value.name or "" for value in teacher.graph.outputs]
+    taken = seconds_a_step(teacher, Interface(), outputs, rows, plan)
+    assert taken is not None and taken > 0
+    timed: list[int] = []
+    monkeypatch.setattr(step_time, "_seconds", lambda _, rows: timed.append(len(rows["x"])) or 1.0)
+    assert seconds_a_step(teacher, Interface(), outputs, rows, plan) == 4.0
+    assert seconds_a_step(teacher, Interface(), outputs, rows, replace(plan, batch_size=8)) == 1.0
+    assert timed == [16, 8]
 
 
 @pytest.mark.parametrize("batch", [1, 3, 100])

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, field_validator
 
 from ndonnx.config.docstrings import field_docstrings
 from ndonnx.config.panel import Panel
@@ -34,6 +34,7 @@ class Flag:
 
 
 _NO_FLAG = Flag("", Panel.BUILD)
+_MOST = 2**63 - 1
 
 
 class Section(BaseModel):
@@ -45,7 +46,17 @@ class Section(BaseModel):
         validate_default=True,
         protected_namespaces=(),
         defer_build=True,  # `--help` reads the fields and validates nothing
+        allow_inf_nan=False,
     )
+
+    @field_validator("*")
+    @classmethod
+    def _in_range(cls, value: Any) -> Any:
+        """Refuse whole numbers that do not fit into 64 bits: whatever is counted, nobody means so many."""
+        for each in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(each, int) and not -_MOST <= each <= _MOST:
+                raise ValueError(f"is out of range: at most {_MOST:.2g}")
+        return value
 
 
 @dataclass(frozen=True)

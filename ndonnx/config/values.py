@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from contextlib import suppress
 from typing import Annotated, Any, Literal
@@ -20,14 +21,16 @@ def parse_bytes(value: object) -> object:
     if isinstance(value, str) and (found := _BYTES.fullmatch(value)):
         number, unit, binary = found.groups()
         scale = 1024 ** "kmgt".index(unit.lower()) * 1024 if binary and unit else _UNITS[unit.lower()]
-        return int(float(number) * scale)
+        size = float(number) * scale
+        return int(size) if math.isfinite(size) else value
     return value
 
 
 def parse_duration(value: object) -> object:
     """Read `90`, `90s`, `3m` or `1h` as seconds; pass anything else to pydantic."""
     if isinstance(value, str) and (found := _DURATION.fullmatch(value)):
-        return float(found[1]) * _SECONDS[found[2].lower()]
+        seconds = float(found[1]) * _SECONDS[found[2].lower()]
+        return seconds if math.isfinite(seconds) else value
     return value
 
 

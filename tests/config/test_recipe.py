@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,6 +62,19 @@ def test_every_field_has_a_docstring_that_stands_alone(section: type[Section]) -
 def test_default_in_words_agrees_where_it_is_a_value() -> None:
     assert parse_bytes(settings()["cache_budget"].told_default) == Recipe().cache_budget
     assert settings()["search.steps"].told_default.endswith(f", {Recipe().steps // 5}")
+
+
+@pytest.mark.parametrize("number", [float("inf"), float("nan"), 10**400, "9" * 400, "1e999", "9" * 400 + "h"])
+@pytest.mark.parametrize("section", [Recipe, SearchRecipe, DataRecipe, InputRecipe])
+def test_no_number_of_a_recipe_is_beyond_all_numbers(section: type[Section], number: float | str) -> None:
+    """Neither as a number nor spelled out as bytes or as a time: what is taken is text, which is read later."""
+    for name in section.model_fields:
+        try:
+            taken = getattr(section.model_validate({name: number}), name)
+        except ValidationError:
+            continue
+        for each in taken if isinstance(taken, tuple) else (taken,):
+            assert isinstance(each, str) or (math.isfinite(each) and abs(each) < 2**63), name
 
 
 # Dumps

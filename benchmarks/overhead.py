@@ -276,7 +276,7 @@ def measure_fixed(bench: Bench) -> list[Measured]:
     """
     subject, recipe = bench.subject, bench.folder / "fixed.toml"
     tables = subject.recipe.data.model_dump(mode="json", exclude_none=True)
-    lines = [f"samples = {subject.recipe.samples}", f"keep = {subject.recipe.keep}", "[data]"]
+    lines = [f"samples = {subject.recipe.samples}", f"keep = {subject.recipe.part_kept}", "[data]"]
     recipe.write_text("\n".join([*lines, *(f"{key} = {json.dumps(value)}" for key, value in tables.items())]))
     options = ["--recipe", str(recipe), "--inputs", "teacher", "--steps", "0", "--finetune-steps", "2", "--json", "-q"]
     options += ["--finetune-samples", str(subject.recipe.samples), "--augment", "none"]

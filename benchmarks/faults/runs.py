@@ -119,7 +119,12 @@ def _continued(sandbox: Sandbox, arguments: Sequence[str], expected: bytes) -> s
         return f"continued to exit code {again.code}: {again.err[-300:]}"
     if (sandbox.folder / _STUDENT).read_bytes() != expected:
         return "continued to other bytes"
-    return f"reached outside: {again.outside[0]}" if again.outside else None
+    outside = [each for each in again.outside if arguments is not WORKERS or not each.startswith(_OWN_JOBS)]
+    return f"reached outside: {outside[0]}" if outside else None
+
+
+_OWN_JOBS = "pickle.find_class ndonnx."
+"""What a run with worker processes says of the jobs that it sends them itself; no input is ever read so."""
 
 
 # A full disk

@@ -17,8 +17,9 @@ class Build(Section):
     method: Annotated[str, Flag("NAME", Panel.BUILD)] = "width"
     """Student method, by which every neighbourhood is shrunk: `width`, `sparsity`, `lowrank`, `activation`, `removal`
     or `custom`."""
-    keep: Annotated[float, Flag("K", Panel.BUILD)] = Field(0.5, gt=0, le=1)
-    """Fraction of each neighbourhood's inner channels that is kept, above 0 to 1; with `lowrank`, of its weights."""
+    keep: Annotated[float | None, Flag("K", Panel.BUILD)] = Field(None, gt=0, le=1)
+    """Fraction of each neighbourhood's inner channels that is kept, above 0 to 1; with `lowrank`, of its weights.
+    Default: 0.5; with a time budget and the method `width` as much more as runs in 0.6 of the teacher's time."""
     sparsity: Annotated[Sparsity, Flag("S", Panel.BUILD)] = "0.5"
     """With the method `sparsity`: fraction of the weights that becomes zero, or N zeros in every M weights as `N:M`."""
     swap: Annotated[tuple[str, ...], Flag("OLD=NEW", Panel.BUILD, repeatable=True)] = ()

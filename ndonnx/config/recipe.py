@@ -102,7 +102,14 @@ class Recipe(Execution, Finetuning, Training, Goal, Build):  # pydantic puts the
         Raises:
             KeyError: a recipe has no such key.
         """
+        if name == "keep":
+            return self.part_kept
         return getattr(self, name) if name in type(self).model_fields else self.extra[name]
+
+    @property
+    def part_kept(self) -> float:
+        """The fraction that is kept where nobody decides otherwise: the paper's half where the recipe says none."""
+        return _HALF if self.keep is None else self.keep
 
     def with_settings(self, values: Mapping[str, Any]) -> Recipe:
         """This recipe with other values of some flat keys, those of student methods among them.
@@ -127,6 +134,7 @@ class Recipe(Execution, Finetuning, Training, Goal, Build):  # pydantic puts the
         return self.simplify and not self.changes_nothing
 
 
+_HALF = 0.5
 _TABLES: dict[str, type[Section]] = {"data": DataRecipe, "search": SearchRecipe, "model_inputs": InputRecipe}
 KEYS = frozenset(Recipe.model_fields) - frozenset(_TABLES) - {"extra"}
 """Flat keys of a recipe: those outside its tables, without the settings that student methods declare."""

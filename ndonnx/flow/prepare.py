@@ -24,6 +24,7 @@ from ndonnx.distill.finetune import why_not_converted, why_not_finetuned
 from ndonnx.distill.schedule import Schedule
 from ndonnx.distill.tasks.outputs import check_told
 from ndonnx.errors import DataError, ModelError, RecipeError
+from ndonnx.flow.fast_enough import with_fast_keep
 from ndonnx.flow.run import Run, Teacher
 from ndonnx.flow.simplification import simplified
 from ndonnx.graph import load
@@ -142,6 +143,9 @@ def prepare(request: Request, recipe: Recipe, progress: Progress, *, searched: b
             parts = priced_for(opened.split.source, parts)
         if recipe.time_budget is not None and not recipe.changes_nothing:
             schedule = replace(schedule, rate=_rate(directory, opened))
+        if not searched:
+            recipe = with_fast_keep(teacher, parts, opened.split.source, recipe, directory, progress)
+            schedule = replace(schedule, recipe=recipe)
         if AUTO in recipe.augment:
             recipe = _augmented(recipe, schedule, opened, parts, progress)
             schedule = replace(schedule, recipe=recipe)

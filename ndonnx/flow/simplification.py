@@ -20,7 +20,7 @@ from ndonnx.data import DataSource
 from ndonnx.flow.run import Teacher, files_key
 from ndonnx.graph.dataflow import draws_random
 from ndonnx.graph.passes.simplification.simplify import RULES, change_key, nodes_in, simplify
-from ndonnx.metrics.latency import Ratio, benchmark, ratio
+from ndonnx.metrics.latency import Ratio, time_beside
 from ndonnx.report import SimplifiedReport
 from ndonnx.runtime.fingerprints import fingerprint
 from ndonnx.runtime.progress import Estimate, Progress
@@ -39,10 +39,6 @@ _OWN = 4
 """The same, in multiples of what the teacher's answers differ by with and without onnxruntime's own optimisations."""
 _SLOWER = 1.0
 """Ratio of times above which the simplified model is slower, if the low end of its interval lies there, twice."""
-_ROUNDS = 5, 30
-"""Fewest and most timed runs of each."""
-_MILLISECONDS = 1500
-"""Of timed runs of both, where so few do."""
 
 
 def simplified(
@@ -173,11 +169,7 @@ class _Trial:
 
     def _slower(self, model: ir.Model) -> Ratio:
         """Time of a run over that of the teacher's file, in turn."""
-        models: dict[str, str | Path | ir.Model] = {"teacher": self.teacher.path, "simplified": model}
-        first = benchmark(models, self.one, rounds=1, warmup=1)
-        rounds = int(np.clip(_MILLISECONDS / sum(timed.p50_ms for timed in first.values()), *_ROUNDS))
-        timed = benchmark(models, self.one, rounds=rounds, warmup=2)
-        return ratio(timed["simplified"], timed["teacher"])
+        return time_beside(model, self.teacher.path, self.one)
 
 
 def _answers(model: ir.Model | Path, feeds: Sequence[Arrays], *, optimise: bool = True) -> list[list[NDArray[Any]]]:

@@ -154,7 +154,7 @@ def check_neighbourhood(
     groups = neighbourhood.groups
     if groups is None or not groups.groups:
         return error
-    kept = any_units(groups, recipe.keep if recipe.keep < 1 else _HALF, recipe.round_to, recipe.seed)
+    kept = any_units(groups, recipe.part_kept if recipe.part_kept < 1 else _HALF, recipe.round_to, recipe.seed)
     student = shrink(model, groups, kept)
     check_by_zeroing(TeacherSlice(neighbourhood.name, model, groups, probe, threads, constants), student, kept)
     module, shrunk = pass_gate(student, probe, recipe.parity, threads)

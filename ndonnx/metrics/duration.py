@@ -53,7 +53,7 @@ def duration(
     if step is None:
         return None
     inside = _part_inside(parts)
-    left = recipe.keep if recipe.method == "width" else 1.0
+    left = recipe.part_kept if recipe.method == "width" else 1.0
     samples = recipe.samples if source.length is None else min(recipe.samples, source.length)
     count, finetuned = len(parts.distillable), schedule.finetune_steps if schedule.finetunes else 0
     whole = min(samples, schedule.finetune_samples()) if finetuned else 0

@@ -107,7 +107,7 @@ class _Smallest:
     @classmethod
     def of(cls, recipe: Recipe) -> _Smallest | None:
         """None where it takes the data, or the student itself, to tell what goes."""
-        return cls(min(_SMALLEST, recipe.keep), recipe.round_to) if recipe.method == "width" else None
+        return cls(min(_SMALLEST, recipe.part_kept), recipe.round_to) if recipe.method == "width" else None
 
     @property
     def name(self) -> str:

@@ -91,14 +91,14 @@ def test_without_it_the_norms_stay_and_other_students_are_trained(norms: Bench) 
 def test_slower_models_are_not_taken_and_a_continued_run_decides_the_same(
     norms: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(simplification, "ratio", lambda *_: Ratio(1.3, 1.2, 1.4, 0.95))
+    monkeypatch.setattr(simplification, "time_beside", lambda *_: Ratio(1.3, 1.2, 1.4, 0.95))
     recorder = Recorder()
     found = norms.compress(progress=recorder).report.simplified
     assert found is not None and found.rules == () and found.nodes_after == found.nodes_before
     assert "BatchNormalization" in _kinds(norms.student)
     assert [note for note in recorder.notes if "1.30 of the time" in note]
     first, decided = norms.student.read_bytes(), _decisions(norms)
-    monkeypatch.setattr(simplification, "ratio", lambda *_: Ratio(0.5, 0.5, 0.5, 0.95))
+    monkeypatch.setattr(simplification, "time_beside", lambda *_: Ratio(0.5, 0.5, 0.5, 0.95))
     again = norms.compress().report
     assert again.simplified == found
     assert {n.status for n in again.neighbourhoods} <= {"reused", "kept"}

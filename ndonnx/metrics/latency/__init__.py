@@ -17,7 +17,7 @@ from ndonnx.metrics.latency.measure import (
 )
 from ndonnx.metrics.latency.source import plan_for
 from ndonnx.metrics.latency.statistics import Latency, Ratio, ratio, ratio_over_blocks
-from ndonnx.metrics.latency.timing import benchmark, latency_of
+from ndonnx.metrics.latency.timing import benchmark, latency_of, time_beside
 
 __all__ = [
     "AGAINST",
@@ -41,4 +41,5 @@ __all__ = [
     "plan_for",
     "ratio",
     "ratio_over_blocks",
+    "time_beside",
 ]

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ndonnx.data import input_specs
 from ndonnx.errors import ModelError, first_line
 from ndonnx.metrics.latency.feeds import Feeds, feeds_for, made_up_feeds
-from ndonnx.metrics.latency.statistics import Latency, latency
+from ndonnx.metrics.latency.statistics import Latency, Ratio, latency, ratio
 from ndonnx.teacher.sessions import OrtError, make_session
 
 Model = str | Path | ir.Model
@@ -60,6 +60,32 @@ def benchmark(
     take_turns(runs, warmup)
     times = take_turns(runs, rounds)
     return {name: latency(times[name], _samples(used[name])) for name in runs}
+
+
+def time_beside(model: Model, other: Model, feeds: Feeds) -> Ratio:
+    """Time of a run of one model over that of another, in turn, in about a second and a half.
+
+    On one core: whatever else the machine does takes less from one thread than from threads that wait for each other.
+
+    Args:
+        model: the one.
+        other: the other.
+        feeds: arrays by input name, as both take them.
+
+    Raises:
+        ModelError: one of them cannot be opened or run.
+    """
+    models = {"one": model, "other": other}
+    first = benchmark(models, feeds, rounds=1, warmup=1, threads=1)
+    rounds = int(np.clip(_BESIDE_MS / sum(timed.p50_ms for timed in first.values()), *_BESIDE_ROUNDS))
+    timed = benchmark(models, feeds, rounds=rounds, warmup=2, threads=1)
+    return ratio(timed["one"], timed["other"])
+
+
+_BESIDE_MS = 1500
+"""Milliseconds of timed runs of both models of a comparison, where so few runs do."""
+_BESIDE_ROUNDS = 5, 30
+"""Fewest and most timed runs of each."""
 
 
 def latency_of(

@@ -1,0 +1,111 @@
+"""How much is kept where a time budget is given and nothing says how much: as much as still makes the student fast.
+
+No weight is trained for it: how long a model takes follows from its sizes. What was decided stays in the run
+directory, as what is timed may come out otherwise the next time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from ndonnx.assemble.splice import splice
+from ndonnx.config.recipe import Recipe
+from ndonnx.data import DataSource
+from ndonnx.errors import SliceError, VerificationError
+from ndonnx.flow.run import Teacher, files_key
+from ndonnx.metrics.check import any_units
+from ndonnx.metrics.latency import time_beside
+from ndonnx.partition import Neighbourhood, Partition
+from ndonnx.runtime.fingerprints import fingerprint
+from ndonnx.runtime.progress import Progress
+from ndonnx.runtime.run_directory import RunDir
+from ndonnx.students.cutting import shrink
+from ndonnx.teacher.batches import whole_batches
+from ndonnx.teacher.sessions import REFUSALS
+
+FAST_ENOUGH = 0.6
+"""Part of the teacher's time: a student that takes no more keeps as much as that allows."""
+_KEPT = tuple(round(0.5 + 0.05 * step, 2) for step in range(10))
+"""Fractions that are tried, the default first: by halves, as more is never faster."""
+_REFUSED: tuple[type[Exception], ...] = (VerificationError, *REFUSALS)
+"""What a student without its training may end in; one with it is checked again."""
+
+
+def with_fast_keep(
+    teacher: Teacher, parts: Partition, source: DataSource, recipe: Recipe, directory: RunDir, progress: Progress
+) -> Recipe:
+    """The recipe with `keep` said, where there is a time budget and the user left that open.
+
+    Args:
+        teacher: opened, and simplified where it is to be.
+        parts: its partition.
+        source: where a sample to time by is read.
+        recipe: of the run.
+        directory: where the decision is kept.
+        progress: told what came of it, in one line.
+    """
+    if recipe.keep is not None or recipe.method != "width" or recipe.time_budget is None or not parts.distillable:
+        return recipe
+    cuts = [f"{n.name}: {n.exit.name if n.exit is not None else ''}" for n in parts.trained]
+    key = fingerprint(files_key(teacher), source.fingerprint(), str(recipe.round_to), *cuts)
+    entry = directory.entry("keep", key)
+    if not entry.done:
+        entry.begin()
+        feeds = teacher.interface.feeds(next(whole_batches(source, 1, samples=1)))
+        keep, time = _Trials(teacher, parts, recipe.round_to, feeds).most()
+        entry.commit({"keep": keep, "time": time})
+    found = entry.meta()
+    if found["keep"] != recipe.part_kept:
+        progress.note(
+            f"keep {found['keep']:g}: students of that width run in {found['time']:.2f} of the teacher's time here; "
+            f"--keep {recipe.part_kept:g} makes a smaller one"
+        )
+    return recipe.model_copy(update={"keep": found["keep"]})
+
+
+@dataclass(frozen=True)
+class _Trials:
+    """Times untrained students."""
+
+    teacher: Teacher
+    parts: Partition
+    round_to: int | None
+    feeds: Mapping[str, NDArray[Any]]
+
+    def most(self) -> tuple[float, float]:
+        """The largest fraction with which the student is fast enough, or the default; its part of the time."""
+        low, high = 0, len(_KEPT)
+        best = self._time(_KEPT[low])
+        while best <= FAST_ENOUGH and high - low > 1:
+            middle = (low + high) // 2
+            time = self._time(_KEPT[middle])
+            low, high, best = (middle, high, time) if time <= FAST_ENOUGH else (low, middle, best)
+        return _KEPT[low], best
+
+    def _time(self, keep: float) -> float:
+        """Part of the teacher's time that an untrained student takes."""
+        students: dict[str, ir.Model] = {}
+        for n, model in self._slices:
+            assert n.groups is not None
+            try:
+                shrunk = shrink(model, n.groups, any_units(n.groups, keep, self.round_to))
+            except SliceError:  # its job will say so, and the teacher's own slice will stay
+                continue
+            students |= {u.name: self.parts.as_in_teacher(self.parts.at(u, shrunk)) for u in self.parts.uses(n)}
+        try:
+            whole = splice(self.teacher.model, students, self.parts.shared)
+            return time_beside(whole, self.teacher.path, self.feeds).median
+        except _REFUSED:
+            return float("inf")
+
+    @cached_property
+    def _slices(self) -> list[tuple[Neighbourhood, ir.Model]]:
+        """What has a width, with its slice."""
+        found = self.parts.trained
+        return [(n, self.parts.slice_of(n)) for n in found if n.groups is not None and n.groups.groups]

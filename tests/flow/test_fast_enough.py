@@ -1,0 +1,89 @@
+"""How much is kept under a time budget: as much as makes the student fast enough, and what the user says if he does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+
+from ndonnx.flow import fast_enough
+from ndonnx.graph import load
+from ndonnx.metrics.latency import time_beside
+from tests.helpers.models import inputs_of, residual_cnn
+from tests.helpers.runs import Bench, Recorder, statuses
+from tests.helpers.sharing import towers
+
+
+def weights_in(model: ir.Model | Path) -> int:
+    found = load(model) if isinstance(model, Path) else model
+    return sum(v.const_value.size for v in found.graph.initializers.values() if v.const_value is not None)
+
+
+@pytest.fixture
+def timed_by_size(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time of a model is its number of weights, and a little for nothing: what was measured, in order."""
+    told: list[float] = []
+
+    def beside(model: ir.Model, other: Path, feeds: Mapping[str, Any]) -> SimpleNamespace:
+        assert feeds
+        told.append(weights_in(model) / weights_in(other))
+        return SimpleNamespace(median=told[-1])
+
+    monkeypatch.setattr(fast_enough, "time_beside", beside)
+    return told
+
+
+def kept_of(result: Any) -> set[str]:
+    return {n.candidate for n in result.report.neighbourhoods if n.status in ("distilled", "reused")}
+
+
+@pytest.mark.parametrize(("limit", "keep"), [(0.2, "0.5"), (0.75, None), (2.0, "0.95")])
+def test_as_much_is_kept_as_is_fast_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, timed_by_size: list[float], limit: float, keep: str | None
+) -> None:
+    monkeypatch.setattr(fast_enough, "FAST_ENOUGH", limit)
+    recorder, bench = Recorder(), Bench(tmp_path).put(residual_cnn())
+    result = bench.compress(time_budget=2, progress=recorder)
+    (candidate,) = kept_of(result)
+    share = weights_in(bench.student) / weights_in(bench.model)
+    assert any(note.startswith("keep ") for note in recorder.notes) == (candidate != "width k=0.5")
+    if keep is None:
+        assert 0.5 * limit < share <= limit and candidate not in ("width k=0.5", "width k=0.95")
+        assert min(t for t in timed_by_size if t > limit) > share, "more was tried, and too slow"
+    else:
+        assert candidate == f"width k={keep}"
+    assert len(timed_by_size) <= 5
+    # What was decided is not decided anew.
+    timed_by_size.clear()
+    assert kept_of(bench.compress(time_budget=2)) == {candidate} and not timed_by_size
+
+
+def test_what_the_user_says_is_kept_and_counted_steps_are_not_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, timed_by_size: list[float]
+) -> None:
+    monkeypatch.setattr(fast_enough, "FAST_ENOUGH", 2.0)
+    bench = Bench(tmp_path).put(residual_cnn())
+    assert kept_of(bench.compress("one", time_budget=2, keep=0.4)) == {"width k=0.4"}
+    assert kept_of(bench.compress("two")) == {"width k=0.5"}
+    assert kept_of(bench.compress("three", method="lowrank", time_budget=2)) == {"lowrank k=0.5"}
+    assert not timed_by_size
+
+
+def test_places_of_one_student_are_timed_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, timed_by_size: list[float]
+) -> None:
+    monkeypatch.setattr(fast_enough, "FAST_ENOUGH", 0.01)
+    bench = Bench(tmp_path).put(towers())
+    result = bench.compress(time_budget=2)
+    assert "distilled" in statuses(result).values()
+    assert timed_by_size == [pytest.approx(weights_in(bench.student) / weights_in(bench.model))]
+
+
+def test_a_model_beside_itself_takes_its_own_time(tmp_path: Path) -> None:
+    bench = Bench(tmp_path).put(residual_cnn())
+    found = time_beside(load(bench.model), bench.model, inputs_of(residual_cnn(), 1))
+    assert 0 < found.low <= found.median <= found.high

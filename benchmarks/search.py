@@ -41,6 +41,7 @@ from benchmarks import common
 from benchmarks.common import Notes
 from benchmarks.search_bench import Bench, Row, UniformCosts, quality_in, seconds_text, training_text
 from ndonnx.config.recipe import Recipe
+from ndonnx.flow.block_table import Tabulated
 from ndonnx.flow.prepare import Request, prepare
 from ndonnx.flow.search_session import SearchSession
 from ndonnx.runtime.fingerprints import fingerprint
@@ -104,7 +105,7 @@ def _uniform(bench: Bench, base: Recipe, costs: UniformCosts, budget: float) -> 
         with prepare(request, recipe, Notes(), searched=True) as run, SearchSession(run) as work:
             work.train()
             (candidate,) = work.candidates
-            choice = work.library.table(latency=False).uniform(candidate.spec)
+            choice = Tabulated(work.library).table(latency=False).uniform(candidate.spec)
             whole = work.finish(choice.candidates, in_full=False)
             share, quality = whole.shares[bench.options.cost], bench.quality(whole.path)
         rounded = round_to != base.round_to

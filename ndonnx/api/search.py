@@ -11,6 +11,7 @@ from ndonnx.api.models import Model, Student, placed
 from ndonnx.api.settings import RecipeLike, recipe_of
 from ndonnx.config.recipe import Recipe
 from ndonnx.data import Data
+from ndonnx.flow.block_table import Tabulated
 from ndonnx.flow.prepare import Request, prepare
 from ndonnx.flow.search_session import SearchSession
 from ndonnx.flow.trade_off import Curve
@@ -97,7 +98,7 @@ def _searched(
             return SearchResult(curve.report([], None), None, None)
         session.train(max_drop)
         with run.clock.measure("evaluate"):
-            table = session.library.table(latency="latency" in shares)
+            table = Tabulated(session.library).table(latency="latency" in shares)
         wholes, missed = curve.students(table, pareto)
         named = [curve.point(*each, table, folder) for each in wholes]
         report = curve.report([curve.teacher(table), *named], table)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from ndonnx.flow.assembly import Assembly
+from ndonnx.flow.block_table import Tabulated
 from ndonnx.flow.constrained_search import ConstrainedSearch
 from ndonnx.flow.finish import Finish
 from ndonnx.flow.jobs import NeighbourhoodResult, unchanged_results
@@ -69,7 +70,7 @@ def build_to_target(run: Run, on_better: Callable[[Whole], None]) -> Built:
     with SearchSession(run) as session:
         session.train(max_drop)
         with run.clock.measure("evaluate"):
-            table = session.library.table(latency="latency" in shares)
+            table = Tabulated(session.library).table(latency="latency" in shares)
         found = ConstrainedSearch(session, shares, max_drop, True, on_better).search(table)
         best = session.within_budgets(found.whole)
         on_better(best)

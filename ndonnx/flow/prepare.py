@@ -149,22 +149,9 @@ def prepare(request: Request, recipe: Recipe, progress: Progress, *, searched: b
         if AUTO in recipe.augment:
             recipe = _augmented(recipe, schedule, opened, parts, progress)
             schedule = replace(schedule, recipe=recipe)
-        samples = schedule.distil_samples(opened.samples)
-        split, comparison_data = opened.split, opened.comparison_data
-        yield Run(
-            directory,
-            recipe,
-            progress,
-            clock,
-            teacher,
-            parts,
-            split,
-            comparison_data,
-            samples,
-            schedule,
-            study,
-            candidates,
-        )
+        samples, split, compared = schedule.distil_samples(opened.samples), opened.split, opened.comparison_data
+        shared = directory, recipe, progress, clock, teacher, parts, split, compared, samples, schedule, study
+        yield Run(*shared, candidates)
 
 
 def _why_not_finetuned(opened: Opened, recipe: Recipe) -> str | None:

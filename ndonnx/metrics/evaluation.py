@@ -91,8 +91,7 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """As a mapping for JSON, which has no NaN or Inf: such values become None."""
-        document = finite(asdict(self))
-        del document["requirements"]
+        document = {name: value for name, value in finite(asdict(self)).items() if name != "requirements"}
         told = [verdict.to_json() for verdict in self.requirements]
         return document | ({"requirements": told} if told else {})
 

@@ -79,7 +79,11 @@ class NdonnxCompress(Pass):  # type: ignore[misc, unused-ignore]
             )
         found = result.report
         logger.info("ndonnx: %d of %d parameters are left", found.student.parameters, found.teacher.parameters)
-        return ONNXModelHandler(model_path=str(output.parent), onnx_file_name=output.name)
+        # A folder and a name would be needed for weights beside the file only, and Olive then takes a file of that name
+        # in the working directory for it.
+        if any(output.parent.glob(f"{output.name}?*")):
+            return ONNXModelHandler(model_path=str(output.parent), onnx_file_name=output.name)
+        return ONNXModelHandler(model_path=str(output))
 
 
 def _data(config: Any) -> str | Iterator[Any] | None:

@@ -14,12 +14,14 @@ from ndonnx.api.settings import RecipeLike, recipe_of
 from ndonnx.assemble.quantise_pieces import bits_of_pieces
 from ndonnx.config.recipe import Recipe
 from ndonnx.data import Data
+from ndonnx.data.augmentation import image_axes
 from ndonnx.flow.baselines import beside_baselines
 from ndonnx.flow.build import Built, build, build_to_target
 from ndonnx.flow.prepare import Request, prepare
 from ndonnx.flow.run import Run
 from ndonnx.graph import save
 from ndonnx.metrics.evaluation import Evaluation
+from ndonnx.metrics.worst import draw
 from ndonnx.report import CompressReport, NeighbourhoodReport, Seconds, TargetReport
 from ndonnx.report.provenance import machine, versions
 from ndonnx.report.summary import compare, drop_of, summaries, told_shapes
@@ -78,6 +80,12 @@ def compress(
         return CompressResult(place.kept(built.model, written), report)
 
 
+def _with_pictures(found: Evaluation, run: Run) -> Evaluation:
+    """The worst samples with pictures in the run directory, where the model reads images."""
+    axes = image_axes(run.split.source.inputs, run.split.source.recipe)
+    return replace(found, worst=tuple(draw(found.worst, axes, run.directory.path)))
+
+
 def _compressed(
     request: Request, recipe: Recipe, progress: Remembering, *, of_file: bool
 ) -> tuple[Built, CompressReport]:
@@ -94,6 +102,7 @@ def _compressed(
                 write(built.model)
         with run.clock.measure("evaluate"):
             metrics = compare(request.model, built.model, run.comparison_data, progress, run.recipe)
+            metrics["student"] = _with_pictures(metrics["student"], run)
             before, after = summaries(run.teacher.original, request.model, built.model, request.output, run.parts)
             named = run.recipe.baselines
             baselines = beside_baselines(run, built.model, request.output) if named else None

@@ -29,6 +29,7 @@ from ndonnx.graph.passes.branches import open_branches
 from ndonnx.graph.working_copy import working_copy
 from ndonnx.metrics.user_metric import UserMetric
 from ndonnx.metrics.verdict import Verdict
+from ndonnx.metrics.worst import Worst, WorstSample
 from ndonnx.runtime.progress import Progress, Silent
 from ndonnx.teacher.sessions import OrtError, make_session
 from ndonnx.teacher.sizes import rows_at_once
@@ -66,6 +67,9 @@ class Evaluation:
     """Number of the sample with the largest squared error, from 0 in the order of the data."""
     worst_nmse: float | None = None
     """Squared error of each sample over the teacher's variance: `nmse` is the mean of this over all samples."""
+    worst: tuple[WorstSample, ...] = ()
+    """The samples with the largest squared error, at most eight, the worst first; the document has this key only where
+    there are some."""
     outputs: Mapping[str, OutputFidelity] = field(default_factory=dict)
     """Each float output in the measure of its task, by name."""
     metric: float | None = None
@@ -91,9 +95,10 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """As a mapping for JSON, which has no NaN or Inf: such values become None."""
-        document = {name: value for name, value in finite(asdict(self)).items() if name != "requirements"}
-        told = [verdict.to_json() for verdict in self.requirements]
-        return document | ({"requirements": told} if told else {})
+        told = {"requirements": [verdict.to_json() for verdict in self.requirements]}
+        told["worst"] = [sample.to_json() for sample in self.worst]
+        document = finite(asdict(replace(self, requirements=(), worst=()))) | told
+        return {name: value for name, value in document.items() if told.get(name, True)}
 
 
 def finite(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,13 +174,13 @@ def evaluate(
     for batch in data.batches(size, samples=samples):
         for part in _parts(batch, size):
             expected = None if reference is None else reference.run(part, fixed)
-            tally.add(student.run(part, fixed), expected, part.labels, len(part))
+            tally.add(student.run(part, fixed), expected, part)
         progress.advance(len(batch))
     found = tally.result()
     if reference is not None and tally.doubt is not None:
         progress.note(tally.doubt)
-    worst = None if found.worst_sample is None else data.row_number(found.worst_sample)
-    return replace(found, worst_sample=worst)
+    worst = tuple(replace(each, sample=data.row_number(each.sample)) for each in found.worst)
+    return replace(found, worst=worst, worst_sample=worst[0].sample if worst else None)
 
 
 def _rows_at_once(model: Model, outputs: list[str], data: DataSource, most: int) -> int:
@@ -267,9 +272,7 @@ class _Tally:
     """Running sums of everything that an `Evaluation` tells."""
 
     def __init__(self, name: str, told: Sequence[str], metric: UserMetric | None) -> None:
-        self._name = name
-        self._told = told
-        self._metric = metric
+        self._name, self._told, self._metric = name, told, metric
         self._measures: dict[str, Measure] = {}
         self._samples = 0
         self._labelled = 0
@@ -282,21 +285,17 @@ class _Tally:
         self.doubt: str | None = None
         """One line about an output that might hold class scores."""
         self._fidelity: dict[str, Fidelity] = {}
-        self._worst: tuple[int, float] | None = None
+        self._worst = Worst()
 
-    def add(
-        self,
-        outputs: Mapping[str, Array],
-        expected: Mapping[str, Array] | None,
-        labels: NDArray[np.int64] | None,
-        count: int,
-    ) -> None:
-        """Take in the outputs for `count` samples."""
+    def add(self, outputs: Mapping[str, Array], expected: Mapping[str, Array] | None, batch: Batch) -> None:
+        """Take in the outputs for the samples of a batch."""
+        labels, count, errors = batch.labels, len(batch), None
+        classes: tuple[Array, Array] | None = None
         if expected is not None:
             if not self._samples:
                 tasks = tasks_of(expected, count, labelled=labels is not None, told=self._told)
                 self._measures = {name: task.measure for name, task in tasks.items()}
-            self._compare(outputs, expected, count)
+            errors = self._compare(outputs, expected, count)
         scores = self._class_scores(outputs if expected is None else expected, labels, count)
         if scores is not None and has_shape_of_scores(outputs[scores], count):
             predicted = top_class(outputs[scores])
@@ -306,8 +305,11 @@ class _Tally:
                 self._right += int(np.sum(predicted == labels))
             if expected is not None:
                 self._compared += count
-                self._agreed += int(np.sum(predicted == top_class(expected[scores])))
+                classes = predicted, top_class(expected[scores])
+                self._agreed += int(np.sum(predicted == classes[1]))
                 self._divergence += self._kl(outputs[scores], expected[scores])
+        if errors is not None:
+            self._worst.add(self._samples, errors, batch.inputs, classes)
         if self._metric is not None:
             self._metric.add(outputs, outputs if expected is None else expected, labels)
         self._samples += count
@@ -325,7 +327,7 @@ class _Tally:
             raise DataError(f"{self._name}: nothing to evaluate, the data source gave no samples")
         parts = list(self._fidelity.values())
         spread = sum(part.spread for part in parts)
-        worst, error = self._worst or (None, 0.0)
+        worst = self._worst.result(lambda error: ratio(error * self._samples, spread))
         return Evaluation(
             samples=self._samples,
             accuracy=self._right / self._labelled if self._labelled else None,
@@ -333,13 +335,15 @@ class _Tally:
             nmse=ratio(sum(part.error for part in parts), spread) if parts else None,
             max_error=max(part.largest for part in parts) if parts else None,
             kl=self._divergence / self._compared if self._compared else None,
-            worst_sample=worst,
-            worst_nmse=None if worst is None else ratio(error * self._samples, spread),
+            worst_sample=worst[0].sample if worst else None,
+            worst_nmse=worst[0].nmse if worst else None,
+            worst=worst,
             outputs={name: each.result(self._fidelity[name]) for name, each in self._measures.items()},
             metric=None if self._metric is None else self._metric.result(),
         )
 
-    def _compare(self, outputs: Mapping[str, Array], expected: Mapping[str, Array], count: int) -> None:
+    def _compare(self, outputs: Mapping[str, Array], expected: Mapping[str, Array], count: int) -> Array | None:
+        """The squared error of each sample; None where no output has a row for each."""
         errors = []
         for name, value in expected.items():
             if outputs[name].shape != value.shape:
@@ -353,11 +357,7 @@ class _Tally:
                     self._measures[name].add(outputs[name], value)
                 if error.ndim and len(error) == count:
                     errors.append(error)
-        if errors:
-            of_samples = np.sum(errors, axis=0)
-            first = int(np.argmax(of_samples))
-            if self._worst is None or of_samples[first] > self._worst[1]:
-                self._worst = self._samples + first, float(of_samples[first])
+        return np.sum(errors, axis=0) if errors else None
 
     def _kl(self, student: Array, teacher: Array) -> float:
         if self._probabilities is None:  # the first batch tells whether the model ends in a softmax

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from ndonnx.errors import UsageError
+from ndonnx.metrics.worst import FOLDER
 
 FILE = "report.json"
 """Name of the report in a run directory."""
 _LARGEST = 64 * 2**20
 """Most bytes of a report that is read."""
+_LARGEST_PICTURE, _PNG = 2**18, b"\x89PNG\r\n\x1a\n"
+"""Most bytes of a picture of a page, and how each begins."""
 _NEEDED = {"teacher": Mapping, "student": Mapping, "metrics": Mapping, "neighbourhoods": Sequence, "seconds": Mapping}
 """What every report of a compression holds."""
 
@@ -41,6 +44,17 @@ class RunDocument:
         """The mappings in a list; what is none is left out."""
         found = self.at(*keys)
         return [row for row in found if isinstance(row, Mapping)] if isinstance(found, list) else []
+
+    def picture(self, name: str) -> bytes | None:
+        """A picture that the report names, from the run's folder of them; None where there is no such PNG file."""
+        path = self.path.parent / FOLDER / Path(name).name
+        try:
+            if not name or path.is_symlink() or path.stat().st_size > _LARGEST_PICTURE:
+                return None
+            content = path.read_bytes()
+        except (OSError, ValueError):
+            return None
+        return content if content.startswith(_PNG) else None
 
 
 def at(content: Any, *keys: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import html
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,17 @@ def tag(name: str, *content: Content, **attributes: str) -> Markup:
     told = {"class" if key == "cls" else key.replace("_", "-"): value for key, value in attributes.items()}
     inside = "".join(f' {key}="{escaped(value)}"' for key, value in told.items())
     return Markup(f"<{name}{inside}>{joined(content)}</{name}>")
+
+
+def image(png: bytes, alternative: str) -> Markup:
+    """A picture inside the page.
+
+    Args:
+        png: its file.
+        alternative: what stands for it where it is not shown.
+    """
+    data = base64.b64encode(png).decode("ascii")
+    return Markup(f'<img src="data:image/png;base64,{data}" alt="{escaped(alternative)}">')
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from ndonnx.report.receipt.chain import chain
 from ndonnx.report.receipt.charts import charts
 from ndonnx.report.receipt.document import RunDocument, at, number, text
 from ndonnx.report.receipt.fidelity import lines, main_measure, tasks
-from ndonnx.report.receipt.html import Column, Content, Markup, joined, section, table, tag
+from ndonnx.report.receipt.html import Column, Content, Markup, image, joined, section, table, tag
 from ndonnx.report.receipt.words import bytes_text, count_text, digits_text, part_text, seconds_text, share_text
 
 
@@ -148,6 +148,29 @@ def _fidelity(run: RunDocument) -> Iterator[Markup]:
         words.append(f"Worst sample: number {worst:.0f} of the data, from 0, with a squared error (NMSE) of {nmse}.")
     words.append("Measured on samples that no training and no choice has seen.")
     yield tag("p", " ".join(words).strip(), cls="dim")
+    yield from _worst(run)
+
+
+def _worst(run: RunDocument) -> Iterator[Markup]:
+    """The samples on which the two differ most, drawn where they are pictures."""
+    shown = []
+    for row in run.rows("metrics", "student", "worst"):
+        sample, teacher, student = (number(row.get(key)) for key in ("sample", "teacher", "student"))
+        picture = run.picture(text(row.get("picture")))
+        if sample is None or picture is None:
+            continue
+        said = (
+            ""
+            if teacher is None or student is None
+            else f", {teacher:.0f} to the teacher, {student:.0f} to the student"
+        )
+        what = f"number {sample:.0f}{said}"
+        shown.append(
+            tag("figure", image(picture, what), tag("figcaption", f"{what}, NMSE {digits_text(row.get('nmse'))}"))
+        )
+    if shown:
+        yield tag("h3", "Where the two differ most")
+        yield tag("div", *shown, cls="gallery")
 
 
 def _stages(run: RunDocument) -> Iterator[Markup]:

@@ -24,6 +24,9 @@ td.n,th.n{text-align:right;white-space:nowrap}
 .cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(9.5rem,1fr));gap:.6rem;margin:1rem 0}
 .card{background:var(--card);border-radius:8px;padding:.7rem .8rem}
 .card b{display:block;font-size:1.35rem;font-variant-numeric:tabular-nums}.card span{color:var(--dim);font-size:.85em}
+.gallery{display:flex;flex-wrap:wrap;gap:.8rem;margin:.6rem 0}
+figure{margin:0;width:10rem;break-inside:avoid}figure img{max-width:100%;border-radius:4px;image-rendering:pixelated}
+figcaption{color:var(--dim);font-size:.8em;overflow-wrap:anywhere}
 .chain{list-style:none;margin:0;padding:0}
 .chain li{display:grid;grid-template-columns:4.5rem minmax(8rem,1fr) minmax(10rem,1.3fr);gap:.2rem .9rem;
 padding:.45rem 0;border-bottom:1px solid var(--line);break-inside:avoid}

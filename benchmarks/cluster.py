@@ -241,6 +241,7 @@ def overhead(options: argparse.Namespace, flags: Sequence[str]) -> None:
     seconds: dict[str, list[float]] = {"process": [], "ray": []}
     students = set()
     command = [str(Path(sys.executable).with_name("ndonnx")), "compress", options.model, "--data", options.data, "-q"]
+    command.append("--no-simplify")  # what is timed may be decided otherwise in one run: the bytes are compared
     command += ["--ray-address", nodes.address, "--workers", str(options.nodes), *flags]
     with tempfile.TemporaryDirectory() as folder:
         for number, executor in ((n, executor) for n in range(options.repeat) for executor in seconds):

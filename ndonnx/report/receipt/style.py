@@ -25,8 +25,8 @@ td.n,th.n{text-align:right;white-space:nowrap}
 .card{background:var(--card);border-radius:8px;padding:.7rem .8rem}
 .card b{display:block;font-size:1.35rem;font-variant-numeric:tabular-nums}.card span{color:var(--dim);font-size:.85em}
 .gallery{display:flex;flex-wrap:wrap;gap:.8rem;margin:.6rem 0}
-figure{margin:0;width:10rem;break-inside:avoid}figure img{max-width:100%;border-radius:4px;image-rendering:pixelated}
-figcaption{color:var(--dim);font-size:.8em;overflow-wrap:anywhere}
+.gallery figure{margin:0;width:10rem;break-inside:avoid;font-size:.9em}
+.gallery img{max-width:100%;border-radius:4px;image-rendering:pixelated}
 .chain{list-style:none;margin:0;padding:0}
 .chain li{display:grid;grid-template-columns:4.5rem minmax(8rem,1fr) minmax(10rem,1.3fr);gap:.2rem .9rem;
 padding:.45rem 0;border-bottom:1px solid var(--line);break-inside:avoid}

@@ -26,8 +26,8 @@ class WorstSample:
 
     sample: int
     """Its number, from 0 in the order of the data."""
-    nmse: float | None
-    """Squared error of this sample over the teacher's variance; None where that is not finite."""
+    nmse: float
+    """Squared error of this sample over the teacher's variance; inf where an answer broke, null in the document."""
     teacher: int | None = None
     """Class with the teacher's largest score; None where there are no class scores."""
     student: int | None = None
@@ -39,7 +39,8 @@ class WorstSample:
 
     def to_json(self) -> dict[str, Any]:
         """As a mapping for JSON."""
-        return {name: value for name, value in asdict(replace(self, inputs={})).items() if name != "inputs"}
+        found = {name: value for name, value in asdict(replace(self, inputs={})).items() if name != "inputs"}
+        return found | {"nmse": self.nmse if np.isfinite(self.nmse) else None}
 
 
 @dataclass
@@ -68,7 +69,7 @@ class Worst:
             own = {
                 name: array[row].copy() for name, array in inputs.items() if array.ndim and len(array) == len(errors)
             }
-            self._found.append((error, WorstSample(first + row, None, teacher, student, None, own)))
+            self._found.append((error, WorstSample(first + row, error, teacher, student, None, own)))
             self._found.sort(key=lambda each: (-each[0], each[1].sample))
             del self._found[MOST:]
 
@@ -78,8 +79,7 @@ class Worst:
         Args:
             nmse: makes of a sample's squared error what is told of it.
         """
-        told = ((nmse(error), sample) for error, sample in self._found)
-        return tuple(replace(sample, nmse=value if np.isfinite(value) else None) for value, sample in told)
+        return tuple(replace(sample, nmse=nmse(error)) for error, sample in self._found)
 
 
 def draw(samples: Sequence[WorstSample], axes: Mapping[str, tuple[int, int]], folder: Path) -> Iterator[WorstSample]:

@@ -339,7 +339,7 @@ def test_weights_in_files_that_nobody_names_are_refused(tmp_path: Path) -> None:
     ("settings", "recipe"),
     [
         ({"method": ndonnx.Width(0.25)}, {"keep": 0.25}),
-        ({"method": ndonnx.Width(0.5, round_to=8, init="random")}, {"round_to": 8, "init": "random"}),
+        ({"method": ndonnx.Width(0.5, round_to=8, init="random")}, {"keep": 0.5, "round_to": 8, "init": "random"}),
         ({"method": ndonnx.Sparsity("2:4")}, {"method": "sparsity", "sparsity": "2:4"}),
         ({"method": ndonnx.LowRank(0.3)}, {"method": "lowrank", "keep": 0.3}),
         ({"method": ndonnx.ActivationSwap(("Relu=HardSwish",))}, {"method": "activation", "swap": ("Relu=HardSwish",)}),

@@ -204,11 +204,13 @@ def test_the_activations_are_gone_afterwards_and_nothing_else_is_left(bench: Ben
     files = sorted(
         re.sub(r"-[0-9a-f]{32}", "", str(path.relative_to(run_dir))) for path in run_dir.rglob("*") if path.is_file()
     )
-    assert files == sorted(
+    pictures = [file for file in files if file.startswith("worst/")]
+    assert [file for file in files if file not in pictures] == sorted(
         ["lock", "recipe.toml", "report.json"]
         + [f"slices/{name}.onnx" for name in UNITS]
         + [f"students/{name}/{file}" for name in UNITS for file in ("done.json", "student.onnx")]
     )
+    assert 0 < len(pictures) <= 8
     assert sorted(path.name for path in bench.folder.iterdir()) == ["data.npz", "run", "student.onnx", "teacher.onnx"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ def test_what_is_not_a_number_is_the_worst_and_has_no_figure() -> None:
     found = Worst()
     found.add(0, np.array([1.0, np.nan, 2.0]), {}, (np.array([3, 4, 5]), np.array([6, 7, 8])))
     told = found.result(lambda error: error)
-    assert told == (WorstSample(1, None, 7, 4), WorstSample(2, 2.0, 8, 5), WorstSample(0, 1.0, 6, 3))
+    assert told == (WorstSample(1, math.inf, 7, 4), WorstSample(2, 2.0, 8, 5), WorstSample(0, 1.0, 6, 3))
     assert told[0].to_json() == {"sample": 1, "nmse": None, "teacher": 7, "student": 4, "picture": None}
 
 
@@ -73,7 +74,7 @@ def test_an_evaluation_tells_the_worst_by_their_numbers_in_the_data(tmp_path: Pa
     found = evaluate(bench.student, source, teacher=bench.model)
     assert len(found.worst) == MOST and found.worst_sample == found.worst[0].sample
     assert found.worst_nmse == found.worst[0].nmse
-    told = [sample.nmse or 0.0 for sample in found.worst]
+    told = [sample.nmse for sample in found.worst]
     assert told == sorted(told, reverse=True)
     document = found.to_json()
     assert [each["sample"] for each in document["worst"]] == [sample.sample for sample in found.worst]

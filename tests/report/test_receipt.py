@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shlex
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -41,6 +42,8 @@ class Page(HTMLParser):
         self.words: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "img" and re.fullmatch(r"data:image/png;base64,[A-Za-z0-9+/=]+", dict(attrs).get("src") or ""):
+            return  # a picture inside the page
         self.tags.add(tag)
         if tag not in VOID:
             self.open.append(tag)

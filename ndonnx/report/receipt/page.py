@@ -11,7 +11,7 @@ from ndonnx.report.receipt.fidelity import lines
 from ndonnx.report.receipt.html import Column, Markup, escaped, joined, section, table, tag
 from ndonnx.report.receipt.sections import headline, sections, signature
 from ndonnx.report.receipt.style import CSS
-from ndonnx.report.receipt.words import bytes_text, count_text, digits_text, seconds_text
+from ndonnx.report.receipt.words import LEFT_OPEN, bytes_text, count_text, digits_text, seconds_text
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 """What a browser may load for the page: nothing."""
@@ -99,4 +99,6 @@ def _mapping(found: Any) -> Mapping[str, Any]:
 
 
 def _plain(value: Any) -> str:
+    if value is None:
+        return LEFT_OPEN
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -12,7 +12,15 @@ from ndonnx.report.receipt.charts import charts
 from ndonnx.report.receipt.document import RunDocument, at, number, text
 from ndonnx.report.receipt.fidelity import lines, main_measure, tasks
 from ndonnx.report.receipt.html import Column, Content, Markup, image, joined, section, table, tag
-from ndonnx.report.receipt.words import bytes_text, count_text, digits_text, part_text, seconds_text, share_text
+from ndonnx.report.receipt.words import (
+    LEFT_OPEN,
+    bytes_text,
+    count_text,
+    digits_text,
+    part_text,
+    seconds_text,
+    share_text,
+)
 
 
 def sections(run: RunDocument, prefix: str) -> Iterator[Markup]:
@@ -221,7 +229,7 @@ def _asked(run: RunDocument) -> Iterator[Markup]:
 
 
 def _value(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    return LEFT_OPEN if value is None else json.dumps(value, ensure_ascii=False)
 
 
 def _provenance(run: RunDocument) -> Iterator[Markup]:

@@ -8,6 +8,9 @@ from typing import Any
 from ndonnx.report.receipt.document import number
 from ndonnx.runtime import units
 
+LEFT_OPEN = "left open"
+"""How a setting is told that the user left to the run."""
+
 
 def count_text(value: Any) -> str:
     """`156,210`, and from ten million on `11.7 M`; empty where there is no number."""

@@ -6,9 +6,10 @@ directory, as what is timed may come out otherwise the next time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import onnx_ir as ir
@@ -17,24 +18,21 @@ from numpy.typing import NDArray
 from ndonnx.assemble.splice import splice
 from ndonnx.config.recipe import Recipe
 from ndonnx.data import DataSource
-from ndonnx.errors import SliceError, VerificationError
 from ndonnx.flow.run import Teacher, files_key
 from ndonnx.metrics.check import any_units
 from ndonnx.metrics.latency import time_beside
 from ndonnx.partition import Neighbourhood, Partition
+from ndonnx.runtime.faults import Fault, tried
 from ndonnx.runtime.fingerprints import fingerprint
 from ndonnx.runtime.progress import Progress
 from ndonnx.runtime.run_directory import RunDir
 from ndonnx.students.cutting import shrink
 from ndonnx.teacher.batches import whole_batches
-from ndonnx.teacher.sessions import REFUSALS
 
 FAST_ENOUGH = 0.6
 """Part of the teacher's time: a student that takes no more keeps as much as that allows."""
 _KEPT = tuple(round(0.5 + 0.05 * step, 2) for step in range(10))
 """Fractions that are tried, the default first: by halves, as more is never faster."""
-_REFUSED: tuple[type[Exception], ...] = (VerificationError, *REFUSALS)
-"""What a student without its training may end in; one with it is checked again."""
 
 
 def with_fast_keep(
@@ -59,7 +57,7 @@ def with_fast_keep(
         entry.begin()
         feeds = teacher.interface.feeds(next(whole_batches(source, 1, samples=1)))
         keep, time = _Trials(teacher, parts, recipe.round_to, feeds).most()
-        entry.commit({"keep": keep, "time": time})
+        entry.commit({"keep": keep, "time": time if math.isfinite(time) else None})
     found = entry.meta()
     if found["keep"] != recipe.part_kept:
         progress.note(
@@ -90,19 +88,20 @@ class _Trials:
 
     def _time(self, keep: float) -> float:
         """Part of the teacher's time that an untrained student takes."""
-        students: dict[str, ir.Model] = {}
-        for n, model in self._slices:
-            assert n.groups is not None
-            try:
-                shrunk = shrink(model, n.groups, any_units(n.groups, keep, self.round_to))
-            except SliceError:  # its job will say so, and the teacher's own slice will stay
-                continue
-            students |= {u.name: self.parts.as_in_teacher(self.parts.at(u, shrunk)) for u in self.parts.uses(n)}
-        try:
-            whole = splice(self.teacher.model, students, self.parts.shared)
-            return time_beside(whole, self.teacher.path, self.feeds).median
-        except _REFUSED:
-            return float("inf")
+        made = [tried(partial(self._shrunk, n, model, keep)) for n, model in self._slices]
+        # What fails here has a job that will say so, and the teacher's own slice stays.
+        students = {name: model for found in made if not isinstance(found, Fault) for name, model in found}
+        found = tried(lambda: self._beside(splice(self.teacher.model, students, self.parts.shared)))
+        return math.inf if isinstance(found, Fault) else found
+
+    def _beside(self, whole: ir.Model) -> float:
+        return time_beside(whole, self.teacher.path, self.feeds).median
+
+    def _shrunk(self, n: Neighbourhood, model: ir.Model, keep: float) -> list[tuple[str, ir.Model]]:
+        """An untrained student in each of its places."""
+        assert n.groups is not None
+        shrunk = shrink(model, n.groups, any_units(n.groups, keep, self.round_to))
+        return [(use.name, self.parts.as_in_teacher(self.parts.at(use, shrunk))) for use in self.parts.uses(n)]
 
     @cached_property
     def _slices(self) -> list[tuple[Neighbourhood, ir.Model]]:

@@ -73,6 +73,18 @@ def test_what_the_user_says_is_kept_and_counted_steps_are_not_timed(
     assert not timed_by_size
 
 
+@pytest.mark.parametrize("fails", ["time_beside", "any_units", "splice"])
+def test_what_cannot_be_timed_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
+    def broken(*_: object) -> None:
+        raise KeyError("of a student that nobody foresaw")
+
+    monkeypatch.setattr(fast_enough, fails, broken)
+    if fails == "any_units":
+        monkeypatch.setattr(fast_enough, "FAST_ENOUGH", 0.0)
+    bench = Bench(tmp_path).put(residual_cnn())
+    assert kept_of(bench.compress(time_budget=2)) == {"width k=0.5"}
+
+
 def test_places_of_one_student_are_timed_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, timed_by_size: list[float]
 ) -> None:

@@ -95,9 +95,8 @@ class Tabulated:
         assert entry is not None and ended is not None and ended.result is not None
         match self._library.run.recipe.search.quality:
             case "nmse":
-                largest = [e for spec in self._library.trained if (e := self._library.entry(n.name, spec)) is not None][
-                    -1
-                ]
+                entries = [self._library.entry(n.name, name) for name in self._library.trained]
+                largest = [each for each in entries if each is not None][-1]
                 return ended.result.nmse * self._library.measures.sensitivity(n, largest)
             case "metric":
                 return self._library.measures.of_candidate(n, entry).drop

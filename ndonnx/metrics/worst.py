@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ndonnx.runtime.atomic import atomic_write, explained
+
 Array = NDArray[Any]
 
 MOST = 8
@@ -90,6 +92,9 @@ def draw(samples: Sequence[WorstSample], axes: Mapping[str, tuple[int, int]], fo
         axes: of each input that is an image, the axes of height and width, the samples' axis counted; none where
             there are no images.
         folder: the run directory.
+
+    Raises:
+        RunDirError: a picture cannot be written there.
     """
     for sample in samples:
         images = [(sample.inputs[name], each) for name, each in axes.items() if name in sample.inputs]
@@ -97,8 +102,9 @@ def draw(samples: Sequence[WorstSample], axes: Mapping[str, tuple[int, int]], fo
             yield sample
             continue
         path = folder / FOLDER / f"{sample.sample}.png"
-        path.parent.mkdir(exist_ok=True)
-        _picture(*images[0]).save(path)
+        with explained(path.parent, "create"):
+            path.parent.mkdir(exist_ok=True)
+        atomic_write(path, _picture(*images[0]).save)
         yield replace(sample, picture=f"{FOLDER}/{path.name}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from PIL import Image
 import ndonnx
 from ndonnx.config.recipe import DataRecipe
 from ndonnx.data import input_specs, open_source
+from ndonnx.errors import RunDirError
 from ndonnx.metrics.evaluation import evaluate
 from ndonnx.metrics.worst import FOLDER, MOST, Worst, WorstSample, draw
 from ndonnx.report.receipt.document import RunDocument
@@ -65,6 +67,23 @@ def test_flat_and_broken_images_are_drawn_and_what_is_no_image_is_not(tmp_path: 
     assert all((tmp_path / (sample.picture or "")).is_file() for sample in drawn)
     ids = WorstSample(3, 0.1, inputs={"ids": np.arange(4)})
     assert list(draw([ids], {}, tmp_path)) == [ids]
+
+
+def test_a_picture_that_cannot_be_written_is_told_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample = WorstSample(1, 0.1, inputs={"x": np.zeros((3, 4, 4), np.float32)})
+    (tmp_path / "file").touch()
+    with pytest.raises(RunDirError):
+        list(draw([sample], {"x": (2, 3)}, tmp_path / "file"))
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(RunDirError, match="No space left"):
+        list(draw([sample], {"x": (2, 3)}, tmp_path))
+    assert list((tmp_path / FOLDER).iterdir()) == []
 
 
 def test_an_evaluation_tells_the_worst_by_their_numbers_in_the_data(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ long for a choice among dozens. Which nodes stay in float is the caller's to say
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal, TypeAlias
@@ -145,13 +145,7 @@ def quantised(
     if scheme.mode == "dynamic":
         DynamicQuantiser(found, held, scheme.narrow).run(kept)
     else:
-        known = histograms or {}
-
-        @cache
-        def range_of(name: str) -> Range | None:
-            return known[name].range_by(scheme.rule) if name in known else None
-
-        StaticQuantiser(found, range_of, held, scheme.narrow).run(scheme.types, kept)
+        StaticQuantiser(found, _ranges(histograms or {}, scheme.rule), held, scheme.narrow).run(scheme.types, kept)
         _shield(found, kept)
     RemoveUnusedNodesPass()(found)
     shorten_names(found, names_in(model))
@@ -161,6 +155,35 @@ def quantised(
                 value.shape = value.type = None
     found.graph.sort()
     return found
+
+
+def rounded(
+    model: ir.Model, scheme: Scheme, histograms: Histograms, kept: Collection[str] = ()
+) -> tuple[ir.Model, dict[str, int]]:
+    """A prepared model that rounds its values as `quantised` does, with weights that are floats and can be trained.
+
+    Args:
+        model: of `prepared`; not changed.
+        scheme: how it is quantised; static.
+        histograms: of all its float values.
+        kept: names of nodes that stay in float.
+
+    Returns:
+        The model, and its weights that `quantised` has in integers, by name, with the axis of their output channels.
+    """
+    found = model.clone()
+    quantiser = StaticQuantiser(found, _ranges(histograms, scheme.rule), Weights(), scheme.narrow)
+    axes = quantiser.round_values(scheme.types, kept)
+    found.graph.sort()
+    return found, axes
+
+
+def _ranges(histograms: Histograms, rule: Rule) -> Callable[[str], Range | None]:
+    @cache
+    def range_of(name: str) -> Range | None:
+        return histograms[name].range_by(rule) if name in histograms else None
+
+    return range_of
 
 
 def _shield(model: ir.Model, kept: Collection[str]) -> None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from ndonnx.assemble.quantise_ranges import Range
 
 _STEPS = 255
-_WEIGHT_BITS = {False: 127, True: 63}
+LARGEST = {False: 127, True: 63}
 """Largest integer of a weight: of 8 bits, and of 7."""
 _BIAS_LIMIT = 2.0**30
 
@@ -66,7 +66,7 @@ class Weights:
 def weight_scales(weight: NDArray[np.float32], axis: int | None, narrow: bool) -> NDArray[np.float32]:
     """Scales with which the largest weight of each channel is the largest integer; 1 where all are 0."""
     rest = None if axis is None else tuple(place for place in range(weight.ndim) if place != axis)
-    largest = np.abs(weight).max(axis=rest) / _WEIGHT_BITS[narrow]
+    largest = np.abs(weight).max(axis=rest) / LARGEST[narrow]
     return np.where(largest > 0, largest, 1).astype(np.float32)
 
 

@@ -53,22 +53,43 @@ class StaticQuantiser:
         self._narrow = narrow
         self._scales: dict[ir.Value, Parameters] = {}
         """Of the values that are quantised."""
-        self._nodes: set[ir.Node] = set()
-        """Operators on integers."""
+        self._nodes: dict[ir.Node, None] = {}
+        """Operators on integers, in the order of the graph: the same student is the same bytes."""
 
     def run(self, types: Collection[str], kept: Collection[str]) -> None:
         """Quantise the operators of these types but for the nodes of these names."""
+        self._mark_all(types, kept)
+        for node in self._nodes:
+            if node.op_type in LINEAR:
+                self._write_weights(node)
+            else:
+                self._write_constants(node)
+        self._write_pairs()
+
+    def round_values(self, types: Collection[str], kept: Collection[str]) -> dict[str, int]:
+        """Quantise what the same operators read and make, and leave their weights as they are.
+
+        Returns:
+            The weights that `run` has in integers, by name, with the axis of their output channels.
+        """
+        self._mark_all(types, kept)
+        weights = {node: node.inputs[1] for node in self._nodes if node.op_type in LINEAR}
+        self._write_pairs()
+        return {
+            value.name or "": _channel_axis(node)
+            for node, value in weights.items()
+            if value is not None and _is_constant(value)
+        }
+
+    def _mark_all(self, types: Collection[str], kept: Collection[str]) -> None:
         for node in list(self._graph):
             if node.domain == "" and node.op_type in types and node.name not in kept:
                 self._mark(node)
         for value in list(self._scales):
             if self._is_merged(value):
                 del self._scales[value]
-        for node in self._nodes:
-            if node.op_type in LINEAR:
-                self._write_weights(node)
-            else:
-                self._write_constants(node)
+
+    def _write_pairs(self) -> None:
         for value, parameters in self._scales.items():
             self._write_pair(value, parameters)
 
@@ -85,7 +106,7 @@ class StaticQuantiser:
         if any(parameters is None for parameters in new.values()):
             return
         self._scales |= {value: parameters for value, parameters in new.items() if parameters is not None}
-        self._nodes.add(node)
+        self._nodes[node] = None
 
     def _parameters(self, value: ir.Value) -> Parameters | None:
         ends = self._range_of(value.name or "")

@@ -125,16 +125,22 @@ class Recipe(Execution, Finetuning, Training, Goal, Build):  # pydantic puts the
 
     @property
     def changes_nothing(self) -> bool:
-        """Whether the student is the teacher by definition: every channel kept, and nothing trained."""
-        return self.method == "width" and self.keep == 1 and self.steps == 0 and self.time_budget is None
+        """Whether the student in float is the teacher by definition: every channel kept, and nothing trained."""
+        return self.method == "width" and self.keep == 1 and self.steps == 0
+
+    @property
+    def trains_nothing(self) -> bool:
+        """Whether there is nothing to train, neither in float nor in 8 bits."""
+        return self.changes_nothing and self.bits == _FLOAT_BITS
 
     @property
     def simplifies(self) -> bool:
         """Whether the teacher is simplified before it is partitioned."""
-        return self.simplify and not self.changes_nothing
+        return self.simplify and not self.trains_nothing
 
 
 _HALF = 0.5
+_FLOAT_BITS = 32
 _TABLES: dict[str, type[Section]] = {"data": DataRecipe, "search": SearchRecipe, "model_inputs": InputRecipe}
 KEYS = frozenset(Recipe.model_fields) - frozenset(_TABLES) - {"extra"}
 """Flat keys of a recipe: those outside its tables, without the settings that student methods declare."""

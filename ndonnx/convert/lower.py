@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import onnx
 import onnx_ir as ir
 
+from ndonnx.convert.fuse_rounding import fuse_rounding
 from ndonnx.convert.fusing import fuse_activations
 from ndonnx.convert.registry import DOMAIN, OPSET_ATTRIBUTE, has_converter
 from ndonnx.graph.costs import is_weight
@@ -26,6 +27,7 @@ _STATIC_INPUTS = {
     "GridSample": {1},
     "OneHot": {1, 2},
     "Pad": {2},
+    "QuantizeDequantize": {1, 2},
     "QuantizeLinear": {1, 2},
     "Range": {0, 1, 2},
     "Resize": {1, 2},
@@ -70,6 +72,7 @@ def lower(model: ir.Model) -> Lowered:
     copy = infer_shapes(model.clone())
     graph, opset = copy.graph, copy.opset_imports.get("", 1)
     fuse_activations(graph)
+    fuse_rounding(graph)
     weights = [value for value in graph.initializers.values() if is_weight(value) and not _is_static(value)]
     moments = {value.name for value in weights if _is_moment(value)}
     for value in weights:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -16,6 +17,25 @@ from ndonnx.errors import ConversionError, ParityError
 from ndonnx.graph.costs import is_weight
 from ndonnx.graph.precision import of_type
 from ndonnx.graph.working_copy import slice_batch
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The integers that weights are rounded to in every step of a training, each channel with a scale of its own."""
+
+    axes: Mapping[str, int]
+    """Axis of the output channels of each weight that is rounded, by its name."""
+    largest: int
+    """Largest integer, 127 for 8 bits: the largest weight of a channel."""
+
+    def rounded(self, weight: Tensor, axis: int) -> Tensor:
+        """A weight as its integers hold it; its gradient is that of the weight itself."""
+        rest = [place for place in range(weight.dim()) if place != axis]
+        with torch.no_grad():
+            largest = (weight.abs().amax(rest, keepdim=True) if rest else weight.abs()) / self.largest
+            scales = torch.where(largest > 0, largest, 1)
+            change = torch.round(weight / scales).mul_(scales).sub_(weight)
+        return weight + change
 
 
 class TorchSlice(nn.Module):
@@ -37,6 +57,8 @@ class TorchSlice(nn.Module):
         """Samples that the body takes at a time, where the graph's own numbers hold them; None: any number."""
         self.macs: float = 0.0
         """Multiply-accumulates for one sample; 0 where they are not known."""
+        self.grid: Grid | None = None
+        """What weights are rounded to on their way into the body; None: they are not."""
         self.body = body.eval()
         self.input_names = inputs
         self.weight_names = tuple(tensors)
@@ -47,14 +69,20 @@ class TorchSlice(nn.Module):
     def forward(self, *inputs: Tensor) -> Tensor:
         rows = len(inputs[0]) if inputs and inputs[0].dim() else 0
         if self.batch is None or rows == self.batch:
-            out: Tensor = self.body(*inputs, *self.weights)
+            out: Tensor = self.body(*inputs, *self._rounded())
             return out
         answers = []
         for start in range(0, rows, self.batch):
             numbers = torch.arange(start, start + self.batch, device=inputs[0].device).clamp(max=rows - 1)
             held = (value[numbers] if value.dim() and len(value) == rows else value for value in inputs)
-            answers.append(self.body(*held, *self.weights))
+            answers.append(self.body(*held, *self._rounded()))
         return torch.cat(answers)[:rows]
+
+    def _rounded(self) -> list[Tensor]:
+        if self.grid is None:
+            return list(self.weights)
+        grid, named = self.grid, zip(self.weight_names, self.weights, strict=True)
+        return [grid.rounded(weight, grid.axes[name]) if name in grid.axes else weight for name, weight in named]
 
     def train(self, mode: bool = True) -> TorchSlice:
         """Keep every operator as at inference: a slice learns weights, not statistics."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from ndonnx.convert import to_torch, write_back
+from ndonnx.convert import Grid, TorchSlice, to_torch, write_back
 from ndonnx.distill.cutting import cut_where_same
 from ndonnx.distill.gate import Arrays, check_answer, of_sizes, open_slice, pass_gate
 from ndonnx.distill.steps import with_fitting_batch
@@ -37,12 +37,14 @@ class FinetuneJob(WholeJob):
 
     kept: frozenset[str] = frozenset()
     """Names of weights that stay as they are: those outside the replaced neighbourhoods."""
+    grid: Grid | None = None
+    """What weights are rounded to in every step, where the model rounds its values too; None: it is in float."""
 
     def trained(
         self, model: ir.Model, store: ActivationStore, labels: Labels | None, on_step: OnStep
     ) -> tuple[ir.Model, Training]:
         """The fine-tuned student; see `finetune`."""
-        return finetune(model, store, self.settings, on_step, labels=labels, kept=self.kept)
+        return finetune(model, store, self.settings, on_step, labels=labels, kept=self.kept, grid=self.grid)
 
 
 def finetune(
@@ -53,6 +55,7 @@ def finetune(
     *,
     labels: Labels | None = None,
     kept: frozenset[str] = frozenset(),
+    grid: Grid | None = None,
 ) -> tuple[ir.Model, Training]:
     """A copy of the student, trained as a whole against the teacher's captured outputs.
 
@@ -68,6 +71,8 @@ def finetune(
         on_step: told the step, the steps and the held-out NMSE of the outputs.
         labels: class numbers, one per sample of the store.
         kept: names of weights that stay as they are.
+        grid: what weights are rounded to in every step, with gradients that pass the rounding by (the
+            straight-through estimator); they come back as floats. None: they are not rounded.
 
     Raises:
         SliceError: the whole does not convert or match onnxruntime, or the training broke down.
@@ -79,7 +84,11 @@ def finetune(
     probe = {name: rows for name, rows in samples.arrays(0, _PROBE).items() if name in inputs}
     own = _as_slice(student, settings, inputs, probe)
     whole = in_float32(own)
-    module, _ = pass_gate(whole, probe, max(tolerance, _WHOLE_PARITY), sampled=inputs)
+    tolerance = max(tolerance, _WHOLE_PARITY)
+    if grid is None:
+        module, _ = pass_gate(whole, probe, tolerance, sampled=inputs)
+    else:
+        module = _on_grid(whole, grid)
     if settings.padding is not None:
         mask = np.asarray(store.rows(settings.padding)[:])
         samples = cut_where_same(whole, samples, mask)
@@ -89,9 +98,17 @@ def finetune(
     plan = with_fitting_batch(settings.plan, whole, probe)
     training = train(module, samples, objective, plan, on_step, zeros_of(whole))
     tuned = write_back(student, trained_weights(module, student))
-    tolerance = max(tolerance, _WHOLE_PARITY, rounding_error(own))
-    check_answer(module, _as_slice(tuned, settings, inputs, probe), probe, tolerance)
+    if grid is None:
+        tuned_slice = _as_slice(tuned, settings, inputs, probe)
+        check_answer(module, tuned_slice, probe, max(tolerance, rounding_error(own)))
     return tuned, training
+
+
+def _on_grid(whole: ir.Model, grid: Grid) -> TorchSlice:
+    """A model that rounds, in torch. No gate: a number beside the middle of two integers may go either way."""
+    module = to_torch(whole)
+    module.grid = grid
+    return module
 
 
 def why_not_finetuned(student: ir.Model) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 
@@ -27,6 +28,8 @@ _STAGE_PART = 0.005
 """Part of a time budget for measuring the whole student, after each of three stages at most."""
 _QUANTISE_PART = 0.15
 """Part of a time budget for choosing how the student is quantised, where it is."""
+_IN_BITS_PART = 0.25
+"""Part of a time budget for training it so, where all else is trained in float."""
 _LEAST_SAMPLES = 256
 """Drawn in any case: where they take too long, the budget was too small."""
 _SEEN = 2
@@ -115,17 +118,30 @@ class Schedule:
 
     def finetune(self) -> Plan:
         """Training plan of the whole student; with a time budget, in what is left of it."""
-        recipe = self.recipe
-        if recipe.time_budget is None:
+        if self.recipe.time_budget is None:
             return self.plan(self.finetune_steps, whole=True)
-        kept = _RESERVE + (_QUANTISE_PART if recipe.bits < 32 else 0.0)
-        left = (1 - kept) * recipe.time_budget - (time.perf_counter() - self._began)
-        return self.plan(_ENDLESS, max(1.0, left), whole=True)
+        kept = _QUANTISE_PART + _IN_BITS_PART if self.recipe.bits < 32 else 0.0
+        return self.plan(_ENDLESS, max(1.0, self._left(kept)), whole=True)
 
-    def ends(self) -> float | None:
-        """Reading of `time.perf_counter` at which a time budget is over but for the last checks; None without one."""
+    def finetune_in_bits(self) -> Plan:
+        """Training plan of the whole student that rounds; with a time budget, in all that is left of it."""
+        if self.recipe.time_budget is None:
+            return self.plan(-(-self.finetune_steps // FINETUNE_FACTOR), whole=True)
+        return self.plan(_ENDLESS, max(1.0, self._left(0.0)), whole=True)
+
+    def _left(self, kept: float) -> float:
+        """Seconds that are left of a time budget, but for a part of it and what the last checks take."""
+        return (1 - _RESERVE - kept) * (self.recipe.time_budget or 0.0) - (time.perf_counter() - self._began)
+
+    def chosen(self) -> float | None:
+        """Reading of `time.perf_counter` by which is chosen how the student is quantised; None without a time budget.
+
+        From now on, as what comes before may have ended early: the rest is for training it so.
+        """
         budget = self.recipe.time_budget
-        return None if budget is None else self._began + (1 - _RESERVE) * budget
+        if budget is None:
+            return None
+        return time.perf_counter() + min(self._left(0.0), _QUANTISE_PART * budget if self.finetunes else math.inf)
 
     def plan(self, steps: int, seconds: float | None = None, *, whole: bool = False) -> Plan:
         """Plan of any training, by the recipe: of a neighbourhood, or of the whole."""

@@ -104,9 +104,9 @@ class Assembly:
     def unchanged(self, bits: PiecesInBits | None = None) -> Assembled:
         """The teacher itself, quantised where that is asked for, or in these pieces."""
         stages = Stages(self.run)
-        teacher = copy_of(self.run.teacher.model) if bits is not None and bits.names else self._spliced({})
         if not (self.run.recipe.bits < 32 if bits is None else bits.names):
-            return Assembled(state_as_in_file(teacher, self.run.teacher.model), None, {})
+            return Assembled(state_as_in_file(self._spliced({}), self.run.teacher.model), None, {})
+        teacher = copy_of(self.run.teacher.model)
         stages.add(Stage("teacher", teacher, {}))
         return self._quantised(stages, None, bits)
 
@@ -118,7 +118,8 @@ class Assembly:
         if bits is not None:
             quantised = bits.quantise(stages)
         else:
-            quantised = Quantisation(self.run, stages).quantise(best) if self.run.recipe.bits < 32 else None
+            last = Quantisation(self.run, stages, self.finishing)
+            quantised = last.quantise(best) if self.run.recipe.bits < 32 else None
         assert stages.best is not None
         return Assembled(stages.best.model, tuned, {}, stages.reports(), quantised)
 

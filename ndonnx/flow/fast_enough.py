@@ -1,7 +1,8 @@
 """How much is kept where a time budget is given and nothing says how much: as much as still makes the student fast.
 
-No weight is trained for it: how long a model takes follows from its sizes. What was decided stays in the run
-directory, as what is timed may come out otherwise the next time.
+No weight is trained for it: how long a model takes follows from its sizes. Where the student is to be in 8 bits, it is
+timed in 8 bits, and may be the whole teacher. What was decided stays in the run directory, as what is timed may come
+out otherwise the next time.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from ndonnx.assemble.quantise import Mode, Scheme, prepared, quantised
+from ndonnx.assemble.quantise_ranges import measure_ranges
 from ndonnx.assemble.splice import splice
 from ndonnx.config.recipe import Recipe
 from ndonnx.data import DataSource
@@ -22,6 +25,7 @@ from ndonnx.flow.run import Teacher, files_key
 from ndonnx.metrics.check import any_units
 from ndonnx.metrics.latency import time_beside
 from ndonnx.partition import Neighbourhood, Partition
+from ndonnx.partition.removable import step_of_integers
 from ndonnx.runtime.faults import Fault, tried
 from ndonnx.runtime.fingerprints import fingerprint
 from ndonnx.runtime.progress import Progress
@@ -33,6 +37,7 @@ FAST_ENOUGH = 0.6
 """Part of the teacher's time: a student that takes no more keeps as much as that allows."""
 _KEPT = tuple(round(0.5 + 0.05 * step, 2) for step in range(10))
 """Fractions that are tried, the default first: by halves, as more is never faster."""
+_MODES: tuple[Mode, ...] = ("dynamic", "static")
 
 
 def with_fast_keep(
@@ -51,12 +56,11 @@ def with_fast_keep(
     if recipe.keep is not None or recipe.method != "width" or recipe.time_budget is None or not parts.distillable:
         return recipe
     cuts = [f"{n.name}: {n.exit.name if n.exit is not None else ''}" for n in parts.trained]
-    key = fingerprint(files_key(teacher), source.fingerprint(), str(recipe.round_to), *cuts)
+    key = fingerprint(files_key(teacher), source.fingerprint(), str(recipe.round_to), str(recipe.bits), *cuts)
     entry = directory.entry("keep", key)
     if not entry.done:
         entry.begin()
-        feeds = teacher.interface.feeds(next(whole_batches(source, 1, samples=1)))
-        keep, time = _Trials(teacher, parts, recipe.round_to, feeds).most()
+        keep, time = _Trials(teacher, parts, recipe, next(whole_batches(source, 1, samples=1))).most()
         entry.commit({"keep": keep, "time": time if math.isfinite(time) else None})
     found = entry.meta()
     if found["keep"] != recipe.part_kept:
@@ -64,20 +68,26 @@ def with_fast_keep(
             f"keep {found['keep']:g}: students of that width run in {found['time']:.2f} of the teacher's time here; "
             f"--keep {recipe.part_kept:g} makes a smaller one"
         )
-    return recipe.model_copy(update={"keep": found["keep"]})
+    kept: dict[str, Any] = {"keep": found["keep"]}
+    if found["keep"] == 1:  # floats that are the teacher's have nothing to learn
+        kept["steps"] = 0
+    return recipe.model_copy(update=kept)
 
 
 @dataclass(frozen=True)
 class _Trials:
-    """Times untrained students."""
+    """Times untrained students, in 8 bits where the recipe wants them so."""
 
     teacher: Teacher
     parts: Partition
-    round_to: int | None
-    feeds: Mapping[str, NDArray[Any]]
+    recipe: Recipe
+    batch: Mapping[str, NDArray[Any]]
+    """One sample."""
 
     def most(self) -> tuple[float, float]:
         """The largest fraction with which the student is fast enough, or the default; its part of the time."""
+        if self.recipe.bits < 32 and (time := self._time(1.0)) <= FAST_ENOUGH:
+            return 1.0, time
         low, high = 0, len(_KEPT)
         best = self._time(_KEPT[low])
         while best <= FAST_ENOUGH and high - low > 1:
@@ -95,13 +105,32 @@ class _Trials:
         return math.inf if isinstance(found, Fault) else found
 
     def _beside(self, whole: ir.Model) -> float:
-        return time_beside(whole, self.teacher.path, self.feeds).median
+        feeds = self.teacher.interface.feeds(self.batch)
+        if self.recipe.bits == 32:
+            return time_beside(whole, self.teacher.path, feeds).median
+        made = [tried(partial(self._in_bits, whole, mode)) for mode in _MODES]
+        models = [model for model in made if not isinstance(model, Fault)]
+        return min((time_beside(model, self.teacher.path, feeds).median for model in models), default=math.inf)
+
+    def _in_bits(self, whole: ir.Model, mode: Mode) -> ir.Model:
+        """A student in 8 bits; ranges have no influence on its time, so that those of one sample do."""
+        base = prepared(whole, mode)
+        if mode == "dynamic":
+            return quantised(base, Scheme(mode))
+        return quantised(
+            base, Scheme(mode), measure_ranges(self.teacher.interface.applied(base), [self.batch], threads=1)
+        )
 
     def _shrunk(self, n: Neighbourhood, model: ir.Model, keep: float) -> list[tuple[str, ir.Model]]:
         """An untrained student in each of its places."""
         assert n.groups is not None
-        shrunk = shrink(model, n.groups, any_units(n.groups, keep, self.round_to))
+        shrunk = shrink(model, n.groups, any_units(n.groups, keep, self._round_to(n)))
         return [(use.name, self.parts.as_in_teacher(self.parts.at(use, shrunk))) for use in self.parts.uses(n)]
+
+    def _round_to(self, n: Neighbourhood) -> int | None:
+        if self.recipe.bits == 32 or self.recipe.round_to is not None:
+            return self.recipe.round_to
+        return step_of_integers(n.widths)
 
     @cached_property
     def _slices(self) -> list[tuple[Neighbourhood, ir.Model]]:

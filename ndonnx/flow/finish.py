@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
 
 from ndonnx.assemble.propagation import reconstruct_in_order
+from ndonnx.convert import Grid
 from ndonnx.data.augmentation import image_axes
 from ndonnx.distill.finetune import FinetuneJob, why_not_finetuned
+from ndonnx.distill.plan import Plan
 from ndonnx.distill.trainer import Training
 from ndonnx.distill.whole import MODEL_FILE, WholeSettings, tasks_from
 from ndonnx.flow.run import Run
@@ -31,6 +33,17 @@ _REFIT_SAMPLES = 2048
 """Most samples of sequential reconstruction."""
 _LEAST_REFIT = 2
 """One to fit on, and one to tell whether that helped."""
+
+
+@dataclass(frozen=True)
+class _Training:
+    """How a whole student is trained."""
+
+    plan: Callable[[], Plan]
+    """By what is left of a time budget when it is asked for."""
+    kept: frozenset[str] = frozenset()
+    """Names of weights that stay as they are."""
+    grid: Grid | None = None
 
 
 @dataclass
@@ -110,9 +123,22 @@ class Finish:
             replaced: names of the neighbourhoods whose weights are trained; all others stay the teacher's.
             key: what it depends on.
         """
+        return self._finetuned(student, _Training(self.run.schedule.finetune, self._kept(replaced)), key)
+
+    def finetune_in_bits(self, student: ir.Model, grid: Grid, key: tuple[str, ...]) -> tuple[ir.Model, FinetuneReport]:
+        """Train all weights of a student that rounds its values, in floats that are rounded in every step.
+
+        Args:
+            student: of `ndonnx.assemble.quantise.rounded`.
+            grid: what its weights are rounded to.
+            key: what it depends on.
+        """
+        return self._finetuned(student, _Training(self.run.schedule.finetune_in_bits, grid=grid), key)
+
+    def _finetuned(self, student: ir.Model, how: _Training, key: tuple[str, ...]) -> tuple[ir.Model, FinetuneReport]:
         if (reason := why_not_finetuned(student)) is not None:
             return self._not_finetuned(student, Fault(reason))
-        plan = replace(self.run.schedule.finetune(), memory=self.run.memory.whole_step())
+        plan = replace(how.plan(), memory=self.run.memory.whole_step())
         samples, per_sample = self._finetune_samples()
         rows = self.run.split.to_train(samples).fingerprint()
         settings: list[object] = [
@@ -129,7 +155,7 @@ class Finish:
         same = replace(plan, steps=0, seconds=None).key()
         entry = self.run.directory.entry("finetuned", fingerprint(*key, same, *length, *map(str, settings)))
         if not entry.done:
-            fault = tried(lambda: self._train(student, self._kept(replaced), entry, samples, per_sample))
+            fault = tried(lambda: self._train(student, how, entry, samples, per_sample))
             if fault is not None:
                 return self._not_finetuned(student, fault)
         found = Training.read(entry.meta())
@@ -151,9 +177,7 @@ class Finish:
         told = None if path is None else str(path)
         return student, FinetuneReport(steps=0, seconds=0.0, reason=fault.reason, traceback=told)
 
-    def _train(
-        self, student: ir.Model, kept: frozenset[str], entry: Entry, samples: int, per_sample: int
-    ) -> Fault | None:
+    def _train(self, student: ir.Model, how: _Training, entry: Entry, samples: int, per_sample: int) -> Fault | None:
         """Why there is no fine-tuned student; None when there is one."""
         scratch = self.run.directory.path / "finetune"
         shutil.rmtree(scratch, ignore_errors=True)
@@ -170,12 +194,18 @@ class Finish:
                 return Fault(f"{names} holds no answer of its own for each sample of a batch")
             save(student, scratch / MODEL_FILE)
             # Now, when the answers' time is spent.
-            plan = replace(self.run.schedule.finetune(), memory=self.run.memory.whole_step())
-            plan = replace(plan, threads=usable_cores())
+            plan = replace(how.plan(), memory=self.run.memory.whole_step(), threads=usable_cores())
             settings = WholeSettings.of(self.run.recipe, plan, captured.holdout, self.run.parts.interface, tasks)
             settings = replace(settings, padding=self.run.padding)
             job = FinetuneJob(
-                "student", scratch / MODEL_FILE, captured.store.path, captured.labels, entry, settings, kept=kept
+                "student",
+                scratch / MODEL_FILE,
+                captured.store.path,
+                captured.labels,
+                entry,
+                settings,
+                kept=how.kept,
+                grid=how.grid,
             )
             steps = plan.steps if plan.seconds is None else None
             outcome, rss = run_alone(job, "finetune", steps, self.run.recipe, self.run.progress)

@@ -238,11 +238,11 @@ class MixedPrecision:
         losses = {scheme: trials.loss(model) for scheme, model in rivals.items()}
         best = min(losses, key=lambda scheme: losses[scheme])
         kept = self._in_float(trials.base(best.mode), pieces)
-        better = trials.corrected(best, kept, rivals[best])
-        model = rivals[best] if better is None else better
-        loss = losses[best] if better is None else trials.loss(better)
+        correction = trials.correction(best, kept, rivals[best])
+        shifts, loss = ({}, losses[best]) if correction is None else correction
+        model = trials.model(best, kept, shifts) if shifts else rivals[best]
         measured = Measured(loss, trials.times({STAGE: model})[STAGE], trials.size(model))
-        return Finished(model, best, measured, trials, corrected=better is not None)
+        return Finished(model, best, measured, trials, corrected=bool(shifts))
 
     def bytes_more(self, student: ir.Model, model: ir.Model) -> int:
         """What a slice takes more in a file in 8 bits than in float, shapes of inner values aside."""

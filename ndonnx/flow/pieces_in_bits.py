@@ -46,4 +46,5 @@ class PiecesInBits:
         made = self.precision.finished(student, self.names, stages)
         verify_quantised(run.teacher.model, student, made.model, run.parts.interface, probe(run.split.source))
         stages.add(Stage(STAGE, made.model, {}), asked=True)
-        return quantisation_report(made.trials, made.model, made.scheme, made.measured, corrected=made.corrected)
+        how = f"{made.scheme}, biases corrected" if made.corrected else str(made.scheme)
+        return quantisation_report(made.trials, made.model, how, made.measured)

@@ -141,7 +141,7 @@ def prepare(request: Request, recipe: Recipe, progress: Progress, *, searched: b
             methods = {candidate.method for candidate in candidates if candidate.method} or None
             parts = partition_model(teacher.model, recipe, teacher.interface, methods)
             parts = priced_for(opened.split.source, parts)
-        if recipe.time_budget is not None and not recipe.changes_nothing:
+        if recipe.time_budget is not None and not recipe.trains_nothing:
             schedule = replace(schedule, rate=_rate(directory, opened))
         if not searched:
             recipe = with_fast_keep(teacher, parts, opened.split.source, recipe, directory, progress)
@@ -157,7 +157,7 @@ def prepare(request: Request, recipe: Recipe, progress: Progress, *, searched: b
 def _why_not_finetuned(opened: Opened, recipe: Recipe) -> str | None:
     """Why there will be no fine-tuning, where that is known before any time is shared out; None where it is not."""
     teacher = opened.teacher
-    if not Schedule(recipe, finetunable=True).finetunes or recipe.changes_nothing:
+    if not Schedule(recipe, finetunable=True).finetunes or recipe.trains_nothing:
         return None
     if (reason := why_not_finetuned(teacher.model)) is not None:
         return reason
@@ -173,7 +173,7 @@ _TRIED_ON = 2
 
 def _augmented(recipe: Recipe, schedule: Schedule, opened: Opened, parts: Partition, progress: Progress) -> Recipe:
     """The recipe with the changes of images that suit the data, where there is a fine-tuning to use them."""
-    if schedule.alone or recipe.changes_nothing:
+    if schedule.alone or recipe.trains_nothing:
         return recipe.model_copy(update={"augment": ()})
     source = opened.split.to_fit(opened.samples)
     kinds = suiting(parts.model, source, float_outputs(opened.teacher.model), recipe.seed)

@@ -11,16 +11,18 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import onnx_ir as ir
 
 from ndonnx.assemble.quantise import Scheme, can_be_quantised, quantisable
+from ndonnx.assemble.quantise_biases import Shifts
 from ndonnx.assemble.quantise_pieces import executed, grouped, pieces_of
 from ndonnx.assemble.quantise_ranges import RULES
 from ndonnx.assemble.verify_quantised import verify_quantised
 from ndonnx.distill.whole import MODEL_FILE
 from ndonnx.errors import ModelError, first_line
+from ndonnx.flow.finish import Finish
 from ndonnx.flow.quantise_trials import FEW_SAMPLES, REFUSED, Trials, calibration
 from ndonnx.flow.run import Run
 from ndonnx.flow.stages import Stage, Stages
@@ -35,6 +37,8 @@ from ndonnx.select.precision import Measured, Merit, give_back
 from ndonnx.teacher.batches import probe
 
 STAGE = "quantised"
+_LOST = 0.02
+"""Part of the float student's loss that 8 bits have to add before steps are spent on it."""
 _MOST_PIECES = 16
 """Pieces that are measured one by one; of more, neighbours are taken together."""
 
@@ -70,6 +74,24 @@ class _Found:
     kept: tuple[str, ...]
     measured: Measured
     trials: tuple[QuantisationTrial, ...] = ()
+    changes: tuple[str, ...] = ()
+    """What has changed its weights and biases, in words."""
+    shifts: Shifts = field(default_factory=dict)
+    """What is added to its biases."""
+
+    @property
+    def told(self) -> str:
+        """How it is quantised, in words."""
+        return ", ".join((str(self.scheme), *self.changes))
+
+    def changed(self, how: str, loss: float) -> _Found:
+        """The same with other weights or biases, its loss, and a line about it among the trials."""
+        changes = (*self.changes, how)
+        line = QuantisationTrial(
+            ", ".join((str(self.scheme), *changes)), _finite(loss), self.measured.time, self.measured.size
+        )
+        measured = replace(self.measured, loss=loss)
+        return replace(self, measured=measured, trials=(*self.trials, line), changes=changes)
 
 
 @dataclass(frozen=True)
@@ -78,6 +100,7 @@ class Quantisation:
 
     run: Run
     stages: Stages
+    finishing: Finish
 
     def quantise(self, best: Stage) -> QuantisationReport:
         """Let the best stage so far, quantised, be the last one and what is written.
@@ -101,7 +124,8 @@ class Quantisation:
     def _key(self, student: ir.Model) -> str:
         run, recipe = self.run, self.run.recipe
         rows = calibration(run).fingerprint(), run.split.to_choose().fingerprint(), str(self.stages.samples)
-        told = (str(recipe.bits), str(recipe.metric), *recipe.task)
+        trained = self.run.schedule.finetune_steps, recipe.finetune_lr, recipe.temperature, recipe.label_weight
+        told = (str(recipe.bits), str(recipe.metric), *map(str, trained), *recipe.task)
         return fingerprint(
             serialise(student), *rows, *told, str(recipe.time_budget), platform.node(), str(usable_cores())
         )
@@ -110,32 +134,66 @@ class Quantisation:
         """Choose, check and write; the entry holds the model where there is one."""
         folder = entry.begin()
         trials = Trials(
-            self.run, student, self.stages.evaluate, self.stages.found(self.stages.best), self.run.schedule.ends()
+            self.run, student, self.stages.evaluate, self.stages.found(self.stages.best), self.run.schedule.chosen()
         )
         try:
             found = _Choosing(trials).best()
-            model = trials.model(found.scheme, found.kept)
-            better = trials.corrected(found.scheme, found.kept, model)
+            found = _with_biases(trials, found)
+            model = trials.model(found.scheme, found.kept, found.shifts)
+            model, found = self._trained(trials, model, found)
         except REFUSED as error:
             return QuantisationReport(bits=self.run.recipe.bits, reason=first_line(error))
-        if better is not None:
-            model, found = better, replace(found, measured=replace(found.measured, loss=trials.loss(better)))
-        report = self._report(trials, found, model, corrected=better is not None)
+        report = self._report(trials, found, model)
         if report.reason is None:
             interface = self.run.parts.interface
             verify_quantised(self.run.teacher.model, student, model, interface, probe(self.run.split.source))
             save(model, folder / MODEL_FILE)
         return report
 
-    def _report(self, trials: Trials, found: _Found, model: ir.Model, *, corrected: bool) -> QuantisationReport:
+    def _trained(self, trials: Trials, model: ir.Model, found: _Found) -> tuple[ir.Model, _Found]:
+        """The student trained as it rounds, and what it comes to; as it was where that is not asked for or no better.
+
+        Ranges of values stay as they were measured; weights and biases learn to live with them.
+        """
+        if trials.float_found is None or not self._is_worth_training(trials, found):
+            return model, found
+        how = found.scheme, found.kept, found.shifts
+        rounding, grid = trials.rounded(*how)
+        key = self._key(trials.student), found.told, *sorted(found.kept)
+        trained, tuned = self.finishing.finetune_in_bits(rounding, grid, key)
+        if tuned.reason is not None:
+            return model, found
+        new = trials.with_weights(*how, trained)
+        other = found.changed(f"{tuned.steps:,} steps of training in 8 bits", trials.loss(new))
+        if other.measured.loss < found.measured.loss:
+            return new, other
+        return model, replace(found, trials=other.trials)
+
+    def _is_worth_training(self, trials: Trials, found: _Found) -> bool:
+        """Whether 8 bits have lost something that can be learned, or a time budget is there to be used."""
+        if found.scheme.mode == "dynamic" or not self.run.schedule.finetunes:
+            return False
+        lost = found.measured.loss - trials.float_loss
+        return self.run.recipe.time_budget is not None or lost > _LOST * trials.float_loss
+
+    def _report(self, trials: Trials, found: _Found, model: ir.Model) -> QuantisationReport:
         useless = found.measured.size >= 1 and found.measured.time >= 1
-        told = quantisation_report(trials, model, found.scheme, found.measured, corrected=corrected)
+        told = quantisation_report(trials, model, found.told, found.measured)
         return replace(
             told,
             kept=list(found.kept),
             trials=list(found.trials),
             reason="in 8 bits it is neither smaller nor faster on this machine" if useless else None,
         )
+
+
+def _with_biases(trials: Trials, found: _Found) -> _Found:
+    """The same with its biases corrected, where that lowers its loss."""
+    correction = trials.correction(found.scheme, found.kept, trials.model(found.scheme, found.kept))
+    if correction is None:
+        return found
+    shifts, loss = correction
+    return replace(found.changed("biases corrected", loss), shifts=shifts)
 
 
 def notes_on(report: QuantisationReport) -> Iterator[str]:
@@ -148,14 +206,19 @@ def notes_on(report: QuantisationReport) -> Iterator[str]:
         yield "onnxruntime computes nothing of it with integers here: the student is smaller, not faster"
 
 
-def quantisation_report(
-    trials: Trials, model: ir.Model, scheme: Scheme, measured: Measured, *, corrected: bool
-) -> QuantisationReport:
-    """What there is to tell of a quantised student of these trials."""
+def quantisation_report(trials: Trials, model: ir.Model, how: str, measured: Measured) -> QuantisationReport:
+    """What there is to tell of a quantised student of these trials.
+
+    Args:
+        trials: of the float student.
+        model: the quantised one.
+        how: it is quantised, in words.
+        measured: what it comes to.
+    """
     counted, opset = executed(model), model.opset_imports.get("")
     return QuantisationReport(
         bits=8,
-        scheme=f"{scheme}, biases corrected" if corrected else str(scheme),
+        scheme=how,
         loss=_finite(measured.loss),
         float_loss=_finite(trials.float_loss),
         time=measured.time,

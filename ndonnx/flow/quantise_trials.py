@@ -13,13 +13,15 @@ from types import MappingProxyType
 import numpy as np
 import onnx_ir as ir
 
-from ndonnx.assemble.quantise import Mode, Scheme, prepared, quantised
+from ndonnx.assemble.quantise import Mode, Scheme, prepared, quantised, rounded
 from ndonnx.assemble.quantise_biases import Shifts, correctable, corrected, with_shifts
-from ndonnx.assemble.quantise_numbers import Weights
+from ndonnx.assemble.quantise_numbers import LARGEST, Weights
 from ndonnx.assemble.quantise_ranges import Histogram, measure_ranges
+from ndonnx.convert import Grid, write_back
 from ndonnx.data.subset import Subset
 from ndonnx.errors import ModelError, SliceError
 from ndonnx.flow.run import Run
+from ndonnx.graph.costs import constant_of, is_weight
 from ndonnx.graph.save import serialise
 from ndonnx.metrics.evaluation import Evaluation
 from ndonnx.metrics.latency import benchmark
@@ -91,8 +93,26 @@ class Trials:
         shifted = with_shifts(base, shifts) if shifts else base
         return quantised(shifted, scheme, ranges, kept, self._weights[scheme.mode])
 
-    def corrected(self, scheme: Scheme, kept: Collection[str], model: ir.Model) -> ir.Model | None:
-        """A student quantised so with its biases corrected, as far as that lowers its loss; None where it does not.
+    def rounded(self, scheme: Scheme, kept: Collection[str], shifts: Shifts) -> tuple[ir.Model, Grid]:
+        """The student with floats that rounds its values as a static scheme does, and the grid of its weights.
+
+        Raises:
+            ModelError, OrtError: onnxruntime fails on the float student.
+        """
+        base = self.base(scheme.mode)
+        model, axes = rounded(with_shifts(base, shifts), scheme, self._ranges(scheme.mode, base), kept)
+        return model, Grid(axes, LARGEST[scheme.narrow])
+
+    def with_weights(self, scheme: Scheme, kept: Collection[str], shifts: Shifts, trained: ir.Model) -> ir.Model:
+        """The student quantised by a static scheme, with the weights that a model of `rounded` has come to."""
+        base = self.base(scheme.mode)
+        shifted, held = with_shifts(base, shifts), trained.graph.initializers
+        weights = [name for name, value in shifted.graph.initializers.items() if is_weight(value)]
+        found = {name: tensor.numpy() for name in weights if (tensor := constant_of(held[name])) is not None}
+        return quantised(write_back(shifted, found), scheme, self._ranges(scheme.mode, base), kept)
+
+    def correction(self, scheme: Scheme, kept: Collection[str], model: ir.Model) -> tuple[Shifts, float] | None:
+        """Shifts of the biases of a student quantised so that lower its loss most, with that; None where none do.
 
         Each step of the correction is kept or not by the whole student on the rows that choose.
 
@@ -108,7 +128,8 @@ class Trials:
         layers = correctable(base, kept) if scheme.mode == "static" and self.float_found is not None else []
         if not layers:
             return None
-        best, least = None, self.loss(model)
+        best: Shifts | None = None
+        least = self.loss(model)
         source = calibration(self.run)
         size = min(read_batch(source), _CORRECTED_AT_ONCE)
         for shifts in corrected(
@@ -121,10 +142,9 @@ class Trials:
         ):
             if self.is_late:
                 break
-            found = self.model(scheme, kept, shifts)
-            if (loss := self.loss(found)) < least:
-                best, least = found, loss
-        return best
+            if (loss := self.loss(self.model(scheme, kept, shifts))) < least:
+                best, least = shifts, loss
+        return None if best is None else (best, least)
 
     def _ranges(self, mode: Mode, base: ir.Model) -> Mapping[str, Histogram]:
         if mode not in self._histograms:

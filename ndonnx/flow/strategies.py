@@ -172,6 +172,7 @@ class Sequential(Strategy):
     def train(self, trials: Sequence[Trial]) -> None:
         """Train trials in topological order."""
         samples, sweeps = self.distillation.planned()
+        self._tell_of_idle_nodes()
         of_each = {trial.neighbourhood.name: trial for trial in trials}
         turns = [[of_each[n.name] for n in sweep if n.name in of_each] for sweep in sweeps]
         chained, chain = self.distillation.jobs.chained, self.distillation.jobs.chain
@@ -198,6 +199,14 @@ class Sequential(Strategy):
                 entry.remove()
         prefix.close()
         shutil.rmtree(folder, ignore_errors=True)
+
+    def _tell_of_idle_nodes(self) -> None:
+        nodes = len(self.distillation.machines)
+        if nodes > 1:
+            self.distillation.run.progress.note(
+                f"students train one after the other, on one of {nodes} nodes at a time; --inputs refit trains them "
+                "side by side, and then fits each to what the students before it give"
+            )
 
     def _after(self, prefix: Prefix, trial: Trial, store: ActivationStore) -> None:
         """Train one neighbourhood behind the students before it."""

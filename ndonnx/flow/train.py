@@ -87,7 +87,7 @@ class Distillation:
     ) -> Trial:
         """A student of a neighbourhood, as the recipe says where nothing else is given."""
         plan = self.run.schedule.distil(len(self.run.parts.trained), self._workers())
-        plan = replace(plan, memory=self.run.memory.step(math.ceil(self._workers() / len(self._machines))))
+        plan = replace(plan, memory=self.run.memory.step(math.ceil(self._workers() / len(self.machines))))
         plan = plan if steps is None else replace(plan, steps=steps)
         return Trial(label or neighbourhood.name, neighbourhood, method or self._method(neighbourhood), plan)
 
@@ -199,14 +199,14 @@ class Distillation:
             yield
 
     @cached_property
-    def _machines(self) -> Sequence[int]:
+    def machines(self) -> Sequence[int]:
         """Cores of each machine that jobs run on."""
         return machines_of(self.run.recipe) or [usable_cores()]
 
     @cached_property
     def _most_workers(self) -> int:
-        machines = len(self._machines)
-        wanted = self.run.recipe.workers or min(sum(self._machines), len(self.run.parts.trained))
+        machines = len(self.machines)
+        wanted = self.run.recipe.workers or min(sum(self.machines), len(self.run.parts.trained))
         found = min(wanted, machines * self.run.memory.workers(math.ceil(wanted / machines)))
         if found < wanted:
             self.run.progress.note(
@@ -230,7 +230,7 @@ class Distillation:
 
     def _jobs(self, trials: Iterable[Trial], stores: Mapping[str, Stores]) -> Iterator[DistilJob]:
         """The job of each trial, made when it is asked for; a trial of which none can be made ends here."""
-        threads = max(1, min(*self._machines, sum(self._machines) // self._workers()))
+        threads = max(1, min(*self.machines, sum(self.machines) // self._workers()))
         for trial in trials:
             first, *further = stores[trial.label]
             job = tried(partial(self.jobs.job, trial, first, threads, further or None))

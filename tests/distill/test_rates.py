@@ -54,10 +54,11 @@ def test_a_trial_is_a_small_training_and_short_trainings_have_none() -> None:
     assert trial_of(replace(PLAN, steps=10**7, seconds=100.0), 0.5).seconds == pytest.approx(3.0)
     pace = Pace(1e-3)
     assert pace.has_room(PLAN) and pace.compared(PLAN) == round(0.5 * 9 * 3 * 32)
-    assert not pace.has_room(replace(PLAN, steps=100))
+    assert pace.has_room(replace(PLAN, steps=20)) and trial_of(replace(PLAN, steps=20), 0.5).steps == 1
+    assert not pace.has_room(replace(PLAN, steps=19))
     timed = replace(PLAN, steps=10**7, seconds=3 * 32 * 1e-3 * 300)
     assert pace.has_room(timed) and pace.compared(timed) == pace.compared(PLAN)
-    assert not pace.has_room(replace(timed, seconds=3 * 32 * 1e-3 * 200)), "room for 200 steps"
+    assert not pace.has_room(replace(timed, seconds=3 * 32 * 1e-3 * 15)), "room for 15 steps"
 
 
 def _outliers(folder: Path) -> SliceSamples:
@@ -99,3 +100,17 @@ def test_trials_are_the_same_every_time(tmp_path: Path) -> None:
 def test_a_budget_of_time_holds_its_trials(tmp_path: Path) -> None:
     found, _ = _trained(tmp_path, replace(PLAN, steps=10**7, seconds=0.5))
     assert 0 < found.steps < 10**7 and found.nmse < found.nmse_start
+
+
+@pytest.mark.parametrize("steps", [24, 80])
+def test_a_short_training_behind_a_good_start_gets_better_at_a_rate_of_its_own(tmp_path: Path, steps: int) -> None:
+    """At the first rate it only leaves what a closed form has found, and ends where it began."""
+    module, samples = _student(), _outliers(tmp_path)
+    train(module, samples, NeighbourhoodLoss("y"), replace(PLAN, steps=1500), silent)
+    state = {name: value.clone() for name, value in module.state_dict().items()}
+    ends = []
+    for tries in (False, True):
+        module.load_state_dict(state)
+        found = train(module, samples, NeighbourhoodLoss("y"), replace(PLAN, steps=steps, tries=tries), silent)
+        ends.append(found.nmse / found.nmse_start)
+    assert ends[1] < 1 and ends[1] < ends[0]

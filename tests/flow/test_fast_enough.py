@@ -73,6 +73,28 @@ def test_what_the_user_says_is_kept_and_counted_steps_are_not_timed(
     assert not timed_by_size
 
 
+def test_a_student_in_8_bits_is_timed_in_8_bits_and_may_be_the_whole_teacher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cutting what 8 bits alone make fast enough would only lose quality."""
+    told = []
+
+    def beside(model: ir.Model, other: Path, feeds: Mapping[str, Any]) -> SimpleNamespace:
+        del other, feeds
+        told.append({node.op_type for node in model.graph})
+        return SimpleNamespace(median=0.5)
+
+    monkeypatch.setattr(fast_enough, "time_beside", beside)
+    recorder, bench = Recorder(), Bench(tmp_path).put(residual_cnn())
+    result = bench.compress(time_budget=2, bits=8, progress=recorder)
+    assert kept_of(result) == {"width k=1"}
+    assert any("ConvInteger" in types or "MatMulInteger" in types for types in told)
+    assert any("QuantizeLinear" in types for types in told)
+    assert any(note.startswith("keep 1:") for note in recorder.notes)
+    assert result.report.quantised is not None and result.report.quantised.reason is None
+    assert result.report.finetune is None, "floats that are the teacher's have nothing to learn"
+
+
 @pytest.mark.parametrize("fails", ["time_beside", "any_units", "splice"])
 def test_what_cannot_be_timed_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
     def broken(*_: object) -> None:

@@ -8,10 +8,15 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 
 import ndonnx
+from ndonnx.convert import Grid, write_back
 from ndonnx.demo import teacher_path
+from ndonnx.flow.finish import Finish
+from ndonnx.flow.quantise_trials import Trials
+from ndonnx.report import FinetuneReport
 from ndonnx_cli.main import main
 from tests.helpers.models import Net
 from tests.helpers.runs import Bench, Recorder
@@ -113,3 +118,82 @@ def test_nothing_to_quantise_is_one_line(tmp_path: Path, capsys: pytest.CaptureF
 def test_what_is_not_to_be_had_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compress", str(folder / "teacher.onnx"), "--data", str(folder / "data.npz"), "--bits", "16"]) == 2
     assert "bits" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def deep() -> onnx.ModelProto:
+    """Enough layers that what rounding does to one is met by the next."""
+    net = Net(3)
+    x = net.relu(net.conv(net.input("x", "N", 8, 12, 12), 8, 16))
+    for _ in range(5):
+        x = net.relu(net.conv(x, 16, 16))
+    net.conv(x, 16, 8, out="y")
+    return net.proto("y")
+
+
+IN_BITS: dict[str, Any] = {"keep": 1.0, "steps": 0, "bits": 8, "finetune_steps": 900, "simplify": False}
+
+
+@pytest.fixture
+def timed_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All students take the same time: what is chosen by it is chosen alike in every run."""
+    monkeypatch.setattr(Trials, "times", lambda self, models: dict.fromkeys(models, 0.5))
+
+
+def lines_of(report: ndonnx.Report) -> dict[bool, list[float]]:
+    """Losses of what was tried on the way, by whether they come of a training in 8 bits."""
+    assert report.quantised is not None
+    found: dict[bool, list[float]] = {True: [], False: []}
+    for trial in report.quantised.trials:
+        assert trial.loss is not None
+        found["of training in 8 bits" in trial.scheme].append(trial.loss)
+    return found
+
+
+@pytest.mark.usefixtures("timed_alike")
+def test_training_in_8_bits_wins_back_what_they_lose(tmp_path: Path) -> None:
+    report = Bench(tmp_path).put(deep(), 640).compress(**IN_BITS).report
+    assert report.quantised is not None and report.quantised.loss is not None
+    lines = lines_of(report)
+    assert len(lines[True]) == 1 and lines[True][0] < 0.95 * min(lines[False])
+    assert report.quantised.loss == lines[True][0]
+    assert "300 steps of training in 8 bits" in (report.quantised.scheme or "")
+    # What is written is what was measured.
+    assert report.stages[-1].written and report.stages[-1].loss == pytest.approx(lines[True][0], rel=1e-3)
+
+
+@pytest.mark.usefixtures("timed_alike")
+def test_a_training_in_8_bits_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(tmp_path).put(deep(), 160)
+    without = bench.compress("without", **{**IN_BITS, "finetune_steps": 0})
+    before = bench.student.read_bytes()
+
+    def ruined(self: Finish, student: ir.Model, grid: Grid, key: tuple[str, ...]) -> tuple[ir.Model, FinetuneReport]:
+        del self, key
+        weights = {n: -v.const_value.numpy() for n, v in student.graph.initializers.items() if n in grid.axes}
+        return write_back(student, weights), FinetuneReport(steps=300, seconds=0.0)
+
+    monkeypatch.setattr(Finish, "finetune_in_bits", ruined)
+    report = bench.compress("ruined", **IN_BITS).report
+    assert lines_of(report)[True][0] > max(lines_of(report)[False]), "told, too"
+    assert report.quantised is not None and without.report.quantised is not None
+    assert report.quantised.scheme == without.report.quantised.scheme
+    assert bench.student.read_bytes() == before
+
+
+@pytest.mark.usefixtures("timed_alike")
+def test_a_run_that_dies_while_it_trains_in_8_bits_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(tmp_path).put(deep(), 160)
+    bench.compress("whole", **IN_BITS)
+    whole = bench.student.read_bytes()
+    trained = Trials.with_weights
+
+    def dies(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trials, "with_weights", dies)
+    with pytest.raises(KeyboardInterrupt):
+        bench.compress("stopped", **IN_BITS)
+    monkeypatch.setattr(Trials, "with_weights", trained)
+    recorder = Recorder()
+    bench.compress("stopped", progress=recorder, **IN_BITS)
+    assert bench.student.read_bytes() == whole and "finetune" not in recorder.stages, "it had been trained by then"

@@ -131,7 +131,7 @@ def test_without_ray_the_way_out_is_told_in_one_line(
 ) -> None:
     make_executor("serial", 1)  # so that the file of the Ray executor is imported
     monkeypatch.setitem(sys.modules, "ray", None)
-    sys.modules["ndonnx.runtime.executor.ray"]._ray.cache_clear()
+    sys.modules["ndonnx.runtime.executor.ray_session"]._ray.cache_clear()
     files = [str(bench.model), "--data", str(bench.data), "-o", str(bench.student)]
     assert main([command, *files, "--executor", "ray", "-q"]) == 2
     (line,) = capsys.readouterr().err.splitlines()

@@ -53,6 +53,17 @@ class Returned:
     """The node and the process that ran it."""
 
 
+def make_ready(module: str, places: Sequence[str]) -> None:
+    """Import what a job needs where this is called.
+
+    Args:
+        module: in which the job's class is found.
+        places: folders in which code of the user's own is found.
+    """
+    sys.path.extend(place for place in places if place not in sys.path)
+    import_module(module)
+
+
 def run_order(order: Order, board: Any) -> Returned:
     """Run a job where this is called, with the files that it reads.
 

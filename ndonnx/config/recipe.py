@@ -129,9 +129,14 @@ class Recipe(Execution, Finetuning, Training, Goal, Build):  # pydantic puts the
         return self.method == "width" and self.keep == 1 and self.steps == 0
 
     @property
+    def quantises(self) -> bool:
+        """Whether students are to be in 8 bits."""
+        return self.bits < _FLOAT_BITS
+
+    @property
     def trains_nothing(self) -> bool:
         """Whether there is nothing to train, neither in float nor in 8 bits."""
-        return self.changes_nothing and self.bits == _FLOAT_BITS
+        return self.changes_nothing and not self.quantises
 
     @property
     def simplifies(self) -> bool:

@@ -24,6 +24,8 @@ class Plan:
     enough: float | None = None
     """NMSE of the target at or under which the training is over, wherever it is measured anyway, the start included.
     None: never."""
+    worth: int = 0
+    """Steps for which there has to be time, or there are none: what follows makes better use of so little."""
 
     optimiser: Literal["muon", "adam"] = "adam"
     """What moves matrices where that is cheap; see `ndonnx.distill.optimiser`."""
@@ -41,6 +43,6 @@ class Plan:
 
     def key(self) -> dict[str, Any]:
         """What a student depends on. Without what older students did not have, so that they are found again."""
-        older = {"enough": None, "optimiser": "adam", "memory": None, "tries": False, "fastest": False}
+        older = {"enough": None, "optimiser": "adam", "memory": None, "tries": False, "fastest": False, "worth": 0}
         found = {name: value for name, value in asdict(self).items() if name != "threads"}
         return {name: value for name, value in found.items() if name not in older or value != older[name]}

@@ -20,7 +20,7 @@ from ndonnx.distill.heldout import Errors, HeldOut
 from ndonnx.distill.losses import Objective, nmse, target_variance
 from ndonnx.distill.optimiser import Optimiser
 from ndonnx.distill.plan import Plan
-from ndonnx.distill.rates import Pace, best_rate, trial_of
+from ndonnx.distill.rates import Pace, at_lower_rate, best_rate, is_too_high, trial_of
 from ndonnx.distill.samples import Samples
 from ndonnx.distill.steps import samples_in_memory
 from ndonnx.errors import TrainingError
@@ -120,6 +120,37 @@ def train(
         torch.set_num_threads(before)
 
 
+class _Course:
+    """What was measured of a training on its way, and its best state."""
+
+    def __init__(self, module: TorchSlice, start: Errors) -> None:
+        self._module, self._state = module, _copy(module)
+        self.start = self.best = self.last = start
+        self.step = 0
+        """At which it was best."""
+        self._curve = [(0, start.nmse)]
+
+    @property
+    def told(self) -> tuple[tuple[int, float], ...]:
+        """Steps with their held-out NMSE where that is finite."""
+        return tuple(point for point in self._curve if math.isfinite(point[1]))
+
+    def take(self, step: int, errors: Errors) -> None:
+        """Take in what the module has come to."""
+        self.last = errors
+        self._curve.append((step, errors.nmse))
+        if errors.loss < self.best.loss:
+            self.best, self.step, self._state = errors, step, _copy(self._module)
+
+    def go_back(self) -> None:
+        """Put the module into its best state."""
+        _restore(self._module, self._state)
+
+    def is_enough(self, plan: Plan) -> bool:
+        """Whether the best is as near as was asked for."""
+        return plan.enough is not None and self.best.nmse <= plan.enough
+
+
 @dataclass(frozen=True)
 class _Descent:
     """One training: the steps, and the best of the states that were measured on the way."""
@@ -140,35 +171,55 @@ class _Descent:
         if constraint is not None:
             impose(constraint, module, 1.0)
         clock = time.perf_counter()
-        start = best = held.errors()
+        start = held.errors()
         seconds = time.perf_counter() - clock
         apart = _apart(seconds, plan)
         if not math.isfinite(start.loss):
             raise TrainingError(
                 f"the held-out error is {start.loss} before the first step; the captured activations overflow"
             )
-        best_step, state = 0, _copy(module)
+        course, steps = _Course(module, start), 0
         _restore(module, free)
-        step, curve = 0, [(0, start.nmse)]
         trainable = any(weight.requires_grad for weight in module.parameters())
-        if plan.steps and trainable and not _is_enough(best, plan):
-            descent = self._tuned(held, start.nmse, Pace(seconds / max(1, held.count)))
-            plan = descent.plan
-            for step, done in descent._steps(plan, apart):
-                if constraint is None or done >= constraint.settled:
-                    errors = held.errors()
-                    curve.append((step, errors.nmse))
-                    if errors.loss < best.loss:
-                        best, best_step, state = errors, step, _copy(module)
-                on_step(step, _expected_steps(step, done, plan), best.nmse)
-                if _is_enough(best, plan):
-                    break
-        _restore(module, state)
+        pace = Pace(seconds / max(1, held.count))
+        if plan.steps and trainable and pace.has_room(plan, plan.worth) and not course.is_enough(plan):
+            descent = self._tuned(held, start.nmse, pace)
+            descent, steps = descent._down(course, held, on_step, apart)
+        course.go_back()
         module.to("cpu")
-        seconds = time.perf_counter() - began
-        told = tuple(point for point in curve if math.isfinite(point[1]))
-        how = str(descent.format) if step else None
-        return Training(start.nmse, best.nmse, start.loss, best.loss, best_step, step, seconds, told, how, plan.lr)
+        best, how = course.best, str(descent.format) if steps else None
+        taken, rate = time.perf_counter() - began, descent.plan.lr
+        return Training(start.nmse, best.nmse, start.loss, best.loss, course.step, steps, taken, course.told, how, rate)
+
+    def _down(self, course: _Course, held: HeldOut, on_step: OnStep, apart: float) -> tuple[_Descent, int]:
+        """Run all steps, from the best state again at a lower rate where one that was not tried leads nowhere.
+
+        Returns:
+            The training at its last rate, and the steps of all.
+        """
+        descent, before = self, 0
+        while True:
+            plan, began, number, done = descent.plan, time.perf_counter(), 0, 0.0
+            for number, done in descent._steps(plan, apart):
+                if self.constraint is None or done >= self.constraint.settled:
+                    course.take(before + number, held.errors())
+                on_step(before + number, before + _expected_steps(number, done, plan), course.best.nmse)
+                if course.is_enough(plan) or descent._is_lost(done, course):
+                    break
+            before += number
+            if course.is_enough(plan) or not descent._is_lost(done, course):
+                return descent, before
+            course.go_back()
+            descent = replace(descent, plan=_shortened(at_lower_rate(plan, number), began))
+
+    def _is_lost(self, done: float, course: _Course) -> bool:
+        """Whether the training is better begun again from its best state, at a lower rate."""
+        return self._is_guessed and is_too_high(done, course.last.loss, course.start.loss)
+
+    @property
+    def _is_guessed(self) -> bool:
+        """Whether nobody has said or tried the rate."""
+        return self.plan.tries and self.constraint is None
 
     def _held(self) -> HeldOut:
         module, samples, objective = self.module, self.samples, self.objective
@@ -236,7 +287,7 @@ class _Descent:
         rate = best_rate(loss_at, self.plan.lr)
         start, end = ends[0.0], ends.get(rate, (math.inf, free))
         _restore(self.module, min(start, end, key=lambda each: each[0])[1] if self.constraint is None else free)
-        return replace(_shortened(self.plan, began), lr=rate)
+        return replace(_shortened(self.plan, began), lr=rate, tries=False)
 
     def _steps(self, plan: Plan, apart: float) -> Iterator[tuple[int, float]]:
         """Run the steps; yield the step and the part that is over whenever the held-out error is to be measured."""
@@ -250,7 +301,7 @@ class _Descent:
                 impose(self.constraint, self.module, clock.done)
             if clock.done >= 1 or clock.done - measured >= apart - 1e-9:
                 measured = clock.done
-                if not math.isfinite(loss):
+                if not math.isfinite(loss) and not self._is_guessed:
                     raise TrainingError(f"the loss became {loss} by step {step}; lower --lr")
                 yield step, clock.done
             if clock.done >= 1:
@@ -297,10 +348,6 @@ def _expected_steps(step: int, done: float, plan: Plan) -> int:
     if plan.seconds is None:
         return plan.steps
     return min(plan.steps, max(step + 1, round(step / done)))
-
-
-def _is_enough(best: Errors, plan: Plan) -> bool:
-    return plan.enough is not None and best.nmse <= plan.enough
 
 
 def impose(constraint: Constraint, module: TorchSlice, done: float) -> None:

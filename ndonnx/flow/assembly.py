@@ -104,7 +104,7 @@ class Assembly:
     def unchanged(self, bits: PiecesInBits | None = None) -> Assembled:
         """The teacher itself, quantised where that is asked for, or in these pieces."""
         stages = Stages(self.run)
-        if not (self.run.recipe.bits < 32 if bits is None else bits.names):
+        if not (self.run.recipe.quantises if bits is None else bits.names):
             return Assembled(state_as_in_file(self._spliced({}), self.run.teacher.model), None, {})
         teacher = copy_of(self.run.teacher.model)
         stages.add(Stage("teacher", teacher, {}))
@@ -119,7 +119,8 @@ class Assembly:
             quantised = bits.quantise(stages)
         else:
             last = Quantisation(self.run, stages, self.finishing)
-            quantised = last.quantise(best) if self.run.recipe.bits < 32 else None
+            quantised = last.quantise(best) if self.run.recipe.quantises else None
+        self.finishing.forget_answers()
         assert stages.best is not None
         return Assembled(stages.best.model, tuned, {}, stages.reports(), quantised)
 

@@ -43,7 +43,7 @@ class Built:
 
 def build(run: Run) -> Built:
     """Train a student of each neighbourhood and put them together."""
-    if run.recipe.bits < 32:
+    if run.recipe.quantises:
         check_quantisable(run)
     finishing = Finish(run)
     if run.recipe.changes_nothing:

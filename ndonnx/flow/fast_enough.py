@@ -86,7 +86,7 @@ class _Trials:
 
     def most(self) -> tuple[float, float]:
         """The largest fraction with which the student is fast enough, or the default; its part of the time."""
-        if self.recipe.bits < 32 and (time := self._time(1.0)) <= FAST_ENOUGH:
+        if self.recipe.quantises and (time := self._time(1.0)) <= FAST_ENOUGH:
             return 1.0, time
         low, high = 0, len(_KEPT)
         best = self._time(_KEPT[low])
@@ -106,7 +106,7 @@ class _Trials:
 
     def _beside(self, whole: ir.Model) -> float:
         feeds = self.teacher.interface.feeds(self.batch)
-        if self.recipe.bits == 32:
+        if not self.recipe.quantises:
             return time_beside(whole, self.teacher.path, feeds).median
         made = [tried(partial(self._in_bits, whole, mode)) for mode in _MODES]
         models = [model for model in made if not isinstance(model, Fault)]
@@ -128,7 +128,7 @@ class _Trials:
         return [(use.name, self.parts.as_in_teacher(self.parts.at(use, shrunk))) for use in self.parts.uses(n)]
 
     def _round_to(self, n: Neighbourhood) -> int | None:
-        if self.recipe.bits == 32 or self.recipe.round_to is not None:
+        if not self.recipe.quantises or self.recipe.round_to is not None:
             return self.recipe.round_to
         return step_of_integers(n.widths)
 

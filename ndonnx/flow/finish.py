@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -27,7 +28,7 @@ from ndonnx.runtime.fingerprints import fingerprint
 from ndonnx.runtime.machine import usable_cores
 from ndonnx.runtime.run_directory import Entry
 from ndonnx.teacher.batches import read_batch, value_bytes, whole_batches
-from ndonnx.teacher.outputs import Wanted, capture_outputs, run_alone, storable
+from ndonnx.teacher.outputs import TeacherOutputs, Wanted, capture_outputs, run_alone, storable
 
 _REFIT_SAMPLES = 2048
 """Most samples of sequential reconstruction."""
@@ -44,6 +45,8 @@ class _Training:
     kept: frozenset[str] = frozenset()
     """Names of weights that stay as they are."""
     grid: Grid | None = None
+    is_last: bool = True
+    """Whether no training after it reads the same answers."""
 
 
 @dataclass
@@ -52,6 +55,7 @@ class Finish:
 
     run: Run
     workers_rss: int = 0
+    _answers: tuple[Wanted, TeacherOutputs] | None = None
 
     def refit(self, students: Mapping[str, ir.Model], key: tuple[str, ...]) -> dict[str, ir.Model]:
         """Walk down the chain and refit each student's last linear operator; see `reconstruct_in_order`.
@@ -123,7 +127,8 @@ class Finish:
             replaced: names of the neighbourhoods whose weights are trained; all others stay the teacher's.
             key: what it depends on.
         """
-        return self._finetuned(student, _Training(self.run.schedule.finetune, self._kept(replaced)), key)
+        how = _Training(self.run.schedule.finetune, self._kept(replaced), is_last=not self.run.recipe.quantises)
+        return self._finetuned(student, how, key)
 
     def finetune_in_bits(self, student: ir.Model, grid: Grid, key: tuple[str, ...]) -> tuple[ir.Model, FinetuneReport]:
         """Train all weights of a student that rounds its values, in floats that are rounded in every step.
@@ -179,40 +184,48 @@ class Finish:
 
     def _train(self, student: ir.Model, how: _Training, entry: Entry, samples: int, per_sample: int) -> Fault | None:
         """Why there is no fine-tuned student; None when there is one."""
-        scratch = self.run.directory.path / "finetune"
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir()
         try:
             wanted = Wanted(self._outputs(student), samples, per_sample)
-            captured = capture_outputs(
-                self.run.parts, self.run.split, wanted, scratch, self.run.recipe, self.run.progress
-            )
+            captured = self._answered(wanted)
             told = self.run.recipe.task
             tasks = tasks_from(captured.store, wanted.outputs, labelled=captured.labels is not None, told=told)
             if not tasks:
                 names = " and ".join(f"'{name}'" for name in float_outputs(student))
                 return Fault(f"{names} holds no answer of its own for each sample of a batch")
-            save(student, scratch / MODEL_FILE)
+            model = self._scratch / MODEL_FILE
+            save(student, model)
             # Now, when the answers' time is spent.
             plan = replace(how.plan(), memory=self.run.memory.whole_step(), threads=usable_cores())
             settings = WholeSettings.of(self.run.recipe, plan, captured.holdout, self.run.parts.interface, tasks)
             settings = replace(settings, padding=self.run.padding)
-            job = FinetuneJob(
-                "student",
-                scratch / MODEL_FILE,
-                captured.store.path,
-                captured.labels,
-                entry,
-                settings,
-                kept=how.kept,
-                grid=how.grid,
-            )
+            read = model, captured.store.path, captured.labels
+            job = FinetuneJob("student", *read, entry, settings, kept=how.kept, grid=how.grid)
             steps = plan.steps if plan.seconds is None else None
             outcome, rss = run_alone(job, "finetune", steps, self.run.recipe, self.run.progress)
             self.workers_rss = max(self.workers_rss, rss)
             return outcome.fault
         finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            if how.is_last:
+                self.forget_answers()
+
+    def _answered(self, wanted: Wanted) -> TeacherOutputs:
+        """The teacher's answers, those of the training before where it wanted the same."""
+        if self._answers is None or self._answers[0] != wanted:
+            self.forget_answers()
+            self._scratch.mkdir()
+            run = self.run
+            found = capture_outputs(run.parts, run.split, wanted, self._scratch, run.recipe, run.progress)
+            self._answers = wanted, found
+        return self._answers[1]
+
+    def forget_answers(self) -> None:
+        """Delete what trainings of the whole have read."""
+        self._answers = None
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+    @property
+    def _scratch(self) -> Path:
+        return self.run.directory.path / "finetune"
 
     def _outputs(self, student: ir.Model) -> tuple[str, ...]:
         """Outputs that can be trained: floats that are computed, with samples that can be told apart."""

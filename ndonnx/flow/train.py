@@ -94,7 +94,7 @@ class Distillation:
     def _method(self, neighbourhood: Neighbourhood) -> StudentMethod:
         """The recipe's method, with widths that products of integers like where 8 bits follow."""
         method = method_of(self.run.recipe)
-        return self.suited(method, neighbourhood) if self.run.recipe.bits < 32 else method
+        return self.suited(method, neighbourhood) if self.run.recipe.quantises else method
 
     def suited(self, method: StudentMethod, neighbourhood: Neighbourhood) -> StudentMethod:
         """A method with widths that products of integers like, where the recipe does not say which."""

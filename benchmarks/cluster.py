@@ -1,13 +1,14 @@
 """Jobs on a Ray cluster: what Ray costs beside worker processes, and what many workers would make of a large search.
 
-    python -m benchmarks.cluster overhead MODEL --data SRC [--nodes 2] [--repeat 3] [--kill] [FLAG...]
+    python -m benchmarks.cluster overhead MODEL --data SRC [--nodes 2] [--repeat 3] [--kill SECONDS] [FLAG...]
     python -m benchmarks.cluster jobs FILE.json [--samples 32] [--steps 2,8]
     python -m benchmarks.cluster simulate FILE.json [--workers 1,8,64,512] [--candidates 14] [--steps 200]
                                           [--samples 2000] [--cores 8] [--gigabits 10]
 
 `overhead` compresses a model by worker processes and on a cluster of one-core nodes on this machine, in turn, each
 with as many workers as nodes, by the command line; further flags go to `ndonnx compress`. Their students must have the
-same bytes. With --kill one node is killed 10 seconds after each run on the cluster began.
+same bytes. With --kill one node is killed so many seconds after each run on the cluster began. Students that are
+trained one after the other (`--inputs student`, the default without fine-tuning) say nothing: give `--inputs teacher`.
 
 `jobs` runs a search of one candidate for each neighbourhood of a ResNet-50 with random weights, on one thread, with
 each of two numbers of steps, and writes what a job takes at once and per step, in processor time, the bytes of a
@@ -43,8 +44,6 @@ from ndonnx.runtime.executor import Job, MovableJob, OnStepNamed, Outcome, Seria
 
 _STORE = 200 * 2**20
 """Bytes of the object store of each node of `overhead`."""
-_KILLED_AFTER = 10.0
-"""Seconds."""
 
 
 @dataclass(frozen=True)
@@ -245,8 +244,8 @@ def overhead(options: argparse.Namespace, flags: Sequence[str]) -> None:
     command += ["--ray-address", nodes.address, "--workers", str(options.nodes), *flags]
     with tempfile.TemporaryDirectory() as folder:
         for number, executor in ((n, executor) for n in range(options.repeat) for executor in seconds):
-            if options.kill and executor == "ray":
-                threading.Timer(_KILLED_AFTER, nodes.remove_node, (others.pop(), False)).start()
+            if options.kill is not None and executor == "ray":
+                threading.Timer(options.kill, nodes.remove_node, (others.pop(), False)).start()
             output = Path(folder) / f"{executor}{number}.onnx"
             began = time.perf_counter()
             told = ["-o", str(output), "--executor", executor]
@@ -288,7 +287,7 @@ def _parser() -> argparse.ArgumentParser:
     beside.add_argument("--data", required=True)
     beside.add_argument("--nodes", type=positive, default=2)
     beside.add_argument("--repeat", type=positive, default=3)
-    beside.add_argument("--kill", action="store_true")
+    beside.add_argument("--kill", type=float, metavar="SECONDS")
     jobs = commands.add_parser("jobs", help="time the jobs of a ResNet-50")
     jobs.add_argument("file", type=Path)
     jobs.add_argument("--samples", type=positive, default=32)

@@ -60,13 +60,21 @@ def with_fast_keep(
     entry = directory.entry("keep", key)
     if not entry.done:
         entry.begin()
-        keep, time = _Trials(teacher, parts, recipe, next(whole_batches(source, 1, samples=1))).most()
-        entry.commit({"keep": keep, "time": time if math.isfinite(time) else None})
+        trials = _Trials(teacher, parts, recipe, next(whole_batches(source, 1, samples=1)))
+        in_bits = trials.in_bits()
+        keep, time = trials.most(in_bits)
+        times = {"time": time, "in_bits": in_bits}
+        entry.commit({"keep": keep} | {name: t if math.isfinite(t) else None for name, t in times.items()})
     found = entry.meta()
     if found["keep"] != recipe.part_kept:
         progress.note(
             f"keep {found['keep']:g}: students of that width run in {found['time']:.2f} of the teacher's time here; "
             f"--keep {recipe.part_kept:g} makes a smaller one"
+        )
+    if not recipe.quantises and found["in_bits"] is not None and found["in_bits"] <= FAST_ENOUGH:
+        progress.note(
+            f"8 bits alone run in {found['in_bits']:.2f} of the teacher's time here: --bits 8 cuts nothing where that "
+            "is enough"
         )
     kept: dict[str, Any] = {"keep": found["keep"]}
     if found["keep"] == 1:  # floats that are the teacher's have nothing to learn
@@ -84,10 +92,19 @@ class _Trials:
     batch: Mapping[str, NDArray[Any]]
     """One sample."""
 
-    def most(self) -> tuple[float, float]:
-        """The largest fraction with which the student is fast enough, or the default; its part of the time."""
-        if self.recipe.quantises and (time := self._time(1.0)) <= FAST_ENOUGH:
-            return 1.0, time
+    def in_bits(self) -> float:
+        """Part of its own time that the teacher takes in 8 bits, in the faster way to quantise it."""
+        found = tried(lambda: self._in_bits_beside(self.teacher.model))
+        return math.inf if isinstance(found, Fault) else found
+
+    def most(self, in_bits: float) -> tuple[float, float]:
+        """The largest fraction with which the student is fast enough, or the default; its part of the time.
+
+        Args:
+            in_bits: part of the time of the whole teacher in 8 bits.
+        """
+        if self.recipe.quantises and in_bits <= FAST_ENOUGH:
+            return 1.0, in_bits
         low, high = 0, len(_KEPT)
         best = self._time(_KEPT[low])
         while best <= FAST_ENOUGH and high - low > 1:
@@ -105,12 +122,18 @@ class _Trials:
         return math.inf if isinstance(found, Fault) else found
 
     def _beside(self, whole: ir.Model) -> float:
-        feeds = self.teacher.interface.feeds(self.batch)
-        if not self.recipe.quantises:
-            return time_beside(whole, self.teacher.path, feeds).median
+        if self.recipe.quantises:
+            return self._in_bits_beside(whole)
+        return time_beside(whole, self.teacher.path, self._feeds).median
+
+    def _in_bits_beside(self, whole: ir.Model) -> float:
         made = [tried(partial(self._in_bits, whole, mode)) for mode in _MODES]
         models = [model for model in made if not isinstance(model, Fault)]
-        return min((time_beside(model, self.teacher.path, feeds).median for model in models), default=math.inf)
+        return min((time_beside(model, self.teacher.path, self._feeds).median for model in models), default=math.inf)
+
+    @property
+    def _feeds(self) -> Mapping[str, NDArray[Any]]:
+        return self.teacher.interface.feeds(self.batch)
 
     def _in_bits(self, whole: ir.Model, mode: Mode) -> ir.Model:
         """A student in 8 bits; ranges have no influence on its time, so that those of one sample do."""

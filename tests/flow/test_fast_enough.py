@@ -23,6 +23,10 @@ def weights_in(model: ir.Model | Path) -> int:
     return sum(v.const_value.size for v in found.graph.initializers.values() if v.const_value is not None)
 
 
+def in_bits(model: ir.Model) -> bool:
+    return any("Quantize" in node.op_type or node.op_type.endswith("Integer") for node in model.graph)
+
+
 @pytest.fixture
 def timed_by_size(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time of a model is its number of weights, and a little for nothing: what was measured, in order."""
@@ -30,6 +34,8 @@ def timed_by_size(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
     def beside(model: ir.Model, other: Path, feeds: Mapping[str, Any]) -> SimpleNamespace:
         assert feeds
+        if in_bits(model):
+            return SimpleNamespace(median=9.0)
         told.append(weights_in(model) / weights_in(other))
         return SimpleNamespace(median=told[-1])
 
@@ -93,6 +99,17 @@ def test_a_student_in_8_bits_is_timed_in_8_bits_and_may_be_the_whole_teacher(
     assert any(note.startswith("keep 1:") for note in recorder.notes)
     assert result.report.quantised is not None and result.report.quantised.reason is None
     assert result.report.finetune is None, "floats that are the teacher's have nothing to learn"
+
+
+def test_a_student_in_float_is_told_of_8_bits_that_are_as_fast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for time, told in ((0.4, True), (0.7, False)):
+        of_bits = SimpleNamespace(median=time)
+        monkeypatch.setattr(
+            fast_enough, "time_beside", lambda m, *_, t=of_bits: t if in_bits(m) else SimpleNamespace(median=0.9)
+        )
+        recorder, bench = Recorder(), Bench(tmp_path).put(residual_cnn())
+        assert kept_of(bench.compress(str(time), time_budget=2, progress=recorder)) == {"width k=0.5"}
+        assert any("--bits 8" in note and "0.40" in note for note in recorder.notes) == told
 
 
 @pytest.mark.parametrize("fails", ["time_beside", "any_units", "splice"])

@@ -27,7 +27,7 @@ class Finetuning(Section):
     of `flip` and `shift` that hardly change the teacher's answers. The teacher labels every augmented image."""
     finetune_lr: Annotated[float | None, Flag("RATE", Panel.TRAIN)] = Field(None, gt=0)
     """Peak learning rate of fine-tuning, relative to the root mean square of each weight. Default: found by short
-    trials, the first at 0.01; trainings of fewer than 250 steps begin at that and go down where it leads nowhere."""
+    trials, the first at 0.01; trainings of fewer than 1,000 steps begin at that and go down where it leads nowhere."""
     task: Annotated[Tasks, Flag("KIND", Panel.TRAIN, repeatable=True)] = ()
     """What the outputs mean, which decides the loss of fine-tuning and what is told of the student: `classification`
     (of whole samples or of each position), `multilabel` (probabilities that do not exclude each other, maps of a

@@ -27,7 +27,7 @@ class Training(Section):
     together."""
     lr: Annotated[float | None, Flag("RATE", Panel.TRAIN)] = Field(None, gt=0)
     """Peak learning rate, relative to the root mean square of each weight. Default: found for each neighbourhood by
-    short trials, the first at 0.1; trainings of fewer than 250 steps begin at that and go down where it leads
+    short trials, the first at 0.1; trainings of fewer than 1,000 steps begin at that and go down where it leads
     nowhere."""
     optimiser: Annotated[Literal["muon", "adam"], Flag("muon|adam", Panel.TRAIN)] = "muon"
     """Optimizer for weight matrices: Muon where its orthogonalisation is cheap, otherwise Adam; all else has Adam."""

@@ -33,7 +33,8 @@ class Plan:
     """Whether number format and memory layout are those in which a gradient is measured to take least time here;
     only where the training has a given time. Else `bf16` says it: the same steps give the same student everywhere."""
     tries: bool = False
-    """Whether short trials find the peak step, see `ndonnx.distill.rates`; else it is as given."""
+    """Whether short trials find the peak step, or it is lowered on the way where it leads nowhere, see
+    `ndonnx.distill.rates`; else it is as given."""
     memory: int | None = None
     """Bytes of activations that a step may keep, where memory is scarce; gradients are then added up from parts of a
     batch, whose sizes decide the last bits. None: as many as `ndonnx.distill.steps` gives to each thread."""

@@ -66,7 +66,7 @@ def is_too_high(done: float, loss: float, start: float) -> bool:
         loss: measured then.
         start: the loss before the first step.
     """
-    return _JUDGED <= done < 1 and not loss <= _LOST * start
+    return _JUDGED <= done < 1 and not loss - start <= (_LOST - 1) * abs(start)
 
 
 def at_lower_rate(plan: Plan, steps: int) -> Plan:

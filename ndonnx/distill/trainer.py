@@ -60,7 +60,7 @@ class Training:
     format: str | None = None
     """Number format and memory layout of its steps, in words; None where there were none."""
     lr: float | None = None
-    """Peak learning rate, as it was given or as short trials found it."""
+    """Peak learning rate: as it was given, as short trials found it, or as low as it was set on the way."""
 
     @classmethod
     def read(cls, document: Mapping[str, Any]) -> Training:
@@ -104,7 +104,8 @@ def train(
         constraint: what the weights have to fulfil.
 
     Raises:
-        TrainingError: the loss, or the held-out error of the start, is NaN or Inf.
+        TrainingError: the held-out error of the start is NaN or Inf, or the loss becomes so, at a rate that was given
+            or at whatever rate.
     """
     torch.manual_seed(plan.seed)
     device = torch.device(plan.device)
@@ -134,6 +135,11 @@ class _Course:
     def told(self) -> tuple[tuple[int, float], ...]:
         """Steps with their held-out NMSE where that is finite."""
         return tuple(point for point in self._curve if math.isfinite(point[1]))
+
+    @property
+    def broke_down(self) -> bool:
+        """Whether all that was measured after the start is NaN or Inf."""
+        return len(self._curve) > 1 and not any(math.isfinite(error) for _, error in self._curve[1:])
 
     def take(self, step: int, errors: Errors) -> None:
         """Take in what the module has come to."""
@@ -208,9 +214,12 @@ class _Descent:
                     break
             before += number
             if course.is_enough(plan) or not descent._is_lost(done, course):
-                return descent, before
+                break
             course.go_back()
             descent = replace(descent, plan=_shortened(at_lower_rate(plan, number), began))
+        if course.broke_down:
+            raise TrainingError(f"the loss became {course.last.loss} by step {before}, at whatever rate")
+        return descent, before
 
     def _is_lost(self, done: float, course: _Course) -> bool:
         """Whether the training is better begun again from its best state, at a lower rate."""
@@ -218,8 +227,8 @@ class _Descent:
 
     @property
     def _is_guessed(self) -> bool:
-        """Whether nobody has said or tried the rate."""
-        return self.plan.tries and self.constraint is None
+        """Whether nobody has said or tried the rate, and whatever is measured of it counts."""
+        return self.plan.tries and (self.constraint is None or self.constraint.settled == 0)
 
     def _held(self) -> HeldOut:
         module, samples, objective = self.module, self.samples, self.objective

@@ -65,18 +65,21 @@ class Assembly:
             VerificationError: the whole is not what was trained, and no student alone is to blame.
         """
         refused: dict[str, Fault] = {}
-        while True:
-            try:
-                found = self._assembled({n: e for n, e in entries.items() if n not in refused}, data, bits)
-            except VerificationError as error:
-                if error.neighbourhood is None:
-                    raise
-                uses = self.run.parts.uses(self._by_name(error.neighbourhood))
-                fault = replace(fault_of(error.__cause__ or error), reason=str(error))
-                refused |= dict.fromkeys((n.name for n in uses), fault)
-                self.run.progress.note(f"{error}; it stays as the teacher has it")
-            else:
-                return replace(found, refused=refused)
+        try:
+            while True:
+                try:
+                    found = self._assembled({n: e for n, e in entries.items() if n not in refused}, data, bits)
+                except VerificationError as error:
+                    if error.neighbourhood is None:
+                        raise
+                    uses = self.run.parts.uses(self._by_name(error.neighbourhood))
+                    fault = replace(fault_of(error.__cause__ or error), reason=str(error))
+                    refused |= dict.fromkeys((n.name for n in uses), fault)
+                    self.run.progress.note(f"{error}; it stays as the teacher has it")
+                else:
+                    return replace(found, refused=refused)
+        finally:
+            self.finishing.forget_answers()
 
     def _by_name(self, name: str) -> Neighbourhood:
         return next(n for n in self.run.parts.neighbourhoods if n.name == name)
@@ -108,7 +111,10 @@ class Assembly:
             return Assembled(state_as_in_file(self._spliced({}), self.run.teacher.model), None, {})
         teacher = copy_of(self.run.teacher.model)
         stages.add(Stage("teacher", teacher, {}))
-        return self._quantised(stages, None, bits)
+        try:
+            return self._quantised(stages, None, bits)
+        finally:
+            self.finishing.forget_answers()
 
     def _quantised(self, stages: Stages, tuned: FinetuneReport | None, bits: PiecesInBits | None) -> Assembled:
         """The best stage, as the file has it; behind it, where that is asked for, the same quantised."""
@@ -120,7 +126,6 @@ class Assembly:
         else:
             last = Quantisation(self.run, stages, self.finishing)
             quantised = last.quantise(best) if self.run.recipe.quantises else None
-        self.finishing.forget_answers()
         assert stages.best is not None
         return Assembled(stages.best.model, tuned, {}, stages.reports(), quantised)
 

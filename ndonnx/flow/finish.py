@@ -47,6 +47,8 @@ class _Training:
     grid: Grid | None = None
     is_last: bool = True
     """Whether no training after it reads the same answers."""
+    name: str = "fine-tuned"
+    """What the student is not where it fails."""
 
 
 @dataclass
@@ -138,11 +140,13 @@ class Finish:
             grid: what its weights are rounded to.
             key: what it depends on.
         """
-        return self._finetuned(student, _Training(self.run.schedule.finetune_in_bits, grid=grid), key)
+        return self._finetuned(
+            student, _Training(self.run.schedule.finetune_in_bits, grid=grid, name="trained in 8 bits"), key
+        )
 
     def _finetuned(self, student: ir.Model, how: _Training, key: tuple[str, ...]) -> tuple[ir.Model, FinetuneReport]:
         if (reason := why_not_finetuned(student)) is not None:
-            return self._not_finetuned(student, Fault(reason))
+            return self._not_finetuned(student, Fault(reason), how.name)
         plan = replace(how.plan(), memory=self.run.memory.whole_step())
         samples, per_sample = self._finetune_samples()
         rows = self.run.split.to_train(samples).fingerprint()
@@ -162,7 +166,7 @@ class Finish:
         if not entry.done:
             fault = tried(lambda: self._train(student, how, entry, samples, per_sample))
             if fault is not None:
-                return self._not_finetuned(student, fault)
+                return self._not_finetuned(student, fault, how.name)
         found = Training.read(entry.meta())
         return load(entry.path / MODEL_FILE), FinetuneReport(
             steps=found.steps,
@@ -176,9 +180,9 @@ class Finish:
             format=found.format,
         )
 
-    def _not_finetuned(self, student: ir.Model, fault: Fault) -> tuple[ir.Model, FinetuneReport]:
-        self.run.progress.note(f"the student is not fine-tuned: {fault.reason}")
-        path = self.run.directory.record("fine-tuning", fault)
+    def _not_finetuned(self, student: ir.Model, fault: Fault, name: str) -> tuple[ir.Model, FinetuneReport]:
+        self.run.progress.note(f"the student is not {name}: {fault.reason}")
+        path = self.run.directory.record("fine-tuning" if name == _Training.name else name, fault)
         told = None if path is None else str(path)
         return student, FinetuneReport(steps=0, seconds=0.0, reason=fault.reason, traceback=told)
 

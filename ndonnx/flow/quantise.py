@@ -124,11 +124,19 @@ class Quantisation:
     def _key(self, student: ir.Model) -> str:
         run, recipe = self.run, self.run.recipe
         rows = calibration(run).fingerprint(), run.split.to_choose().fingerprint(), str(self.stages.samples)
-        trained = self.run.schedule.finetune_steps, recipe.finetune_lr, recipe.temperature, recipe.label_weight
-        told = (str(recipe.bits), str(recipe.metric), *map(str, trained), *recipe.task)
+        told = (str(recipe.bits), str(recipe.metric), *self._training_key(), *recipe.task)
         return fingerprint(
             serialise(student), *rows, *told, str(recipe.time_budget), platform.node(), str(usable_cores())
         )
+
+    def _training_key(self) -> tuple[str, ...]:
+        """What a training in 8 bits depends on; nothing where there is none."""
+        schedule, recipe = self.run.schedule, self.run.recipe
+        if not schedule.finetunes:
+            return ()
+        plan = replace(schedule.finetune_in_bits(), steps=schedule.finetune_steps, seconds=None).key()
+        samples = recipe.finetune_samples, recipe.holdout, recipe.cache_budget, recipe.memory_budget, *recipe.augment
+        return (str(plan), str(recipe.temperature), str(recipe.label_weight), *map(str, samples))
 
     def _made(self, student: ir.Model, entry: Entry) -> QuantisationReport:
         """Choose, check and write; the entry holds the model where there is one."""
@@ -159,7 +167,7 @@ class Quantisation:
             return model, found
         how = found.scheme, found.kept, found.shifts
         rounding, grid = trials.rounded(*how)
-        key = self._key(trials.student), found.told, *sorted(found.kept)
+        key = fingerprint(serialise(rounding)), *self._training_key()
         trained, tuned = self.finishing.finetune_in_bits(rounding, grid, key)
         if tuned.reason is not None:
             return model, found

@@ -89,7 +89,10 @@ class Distillation:
         plan = self.run.schedule.distil(len(self.run.parts.trained), self._workers())
         plan = replace(plan, memory=self.run.memory.step(math.ceil(self._workers() / len(self.machines))))
         plan = plan if steps is None else replace(plan, steps=steps)
-        return Trial(label or neighbourhood.name, neighbourhood, method or self._method(neighbourhood), plan)
+        method = method or self._method(neighbourhood)
+        if getattr(method, "init", None) != "least-squares":
+            plan = replace(plan, worth=0)  # few steps are worth more than none where no closed form has been fitted
+        return Trial(label or neighbourhood.name, neighbourhood, method, plan)
 
     def _method(self, neighbourhood: Neighbourhood) -> StudentMethod:
         """The recipe's method, with widths that products of integers like where 8 bits follow."""

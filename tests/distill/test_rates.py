@@ -20,6 +20,7 @@ from ndonnx.distill.rates import Pace, at_lower_rate, best_rate, is_too_high, tr
 from ndonnx.distill.samples import SliceSamples
 from ndonnx.distill.trainer import Training, train
 from ndonnx.errors import TrainingError
+from ndonnx.students.masks import FixedZeros
 from tests.helpers.models import Net
 from tests.helpers.training import silent, store_of
 
@@ -112,17 +113,22 @@ def _near(folder: Path) -> tuple[TorchSlice, SliceSamples]:
     return module, SliceSamples.of(store_of(folder, {"x": x, "y": y}), ["x"], ["y"], 0.2)
 
 
+@pytest.mark.parametrize("constrained", [False, True])
 @pytest.mark.parametrize("steps", [24, 80, 160])
 def test_a_short_training_behind_a_good_start_goes_down_to_a_rate_at_which_it_gets_better(
-    tmp_path: Path, steps: int
+    tmp_path: Path, steps: int, constrained: bool
 ) -> None:
-    """At the first rate it only leaves what a closed form has found, and ends where it began."""
+    """At the first rate it only leaves what a closed form has found, and ends where it began.
+
+    Every training of a whole is held to the zeros that its weights have, of which there may be none.
+    """
     module, samples = _near(tmp_path)
     state = {name: value.clone() for name, value in module.state_dict().items()}
     ends = []
     for tries in (False, True):
         module.load_state_dict(state)
-        found = train(module, samples, NeighbourhoodLoss("y"), replace(PLAN, steps=steps, tries=tries), silent)
+        plan, zeros = replace(PLAN, steps=steps, tries=tries), FixedZeros({}) if constrained else None
+        found = train(module, samples, NeighbourhoodLoss("y"), plan, silent, zeros)
         ends.append(found.nmse / found.nmse_start)
         assert found.lr == (pytest.approx(PLAN.lr / 5 ** round(math.log(PLAN.lr / found.lr, 5))) if tries else PLAN.lr)
     assert ends[1] < 0.7 and ends[1] < ends[0] and found.lr is not None and found.lr < PLAN.lr
@@ -131,6 +137,7 @@ def test_a_short_training_behind_a_good_start_goes_down_to_a_rate_at_which_it_ge
 
 def test_a_rate_is_judged_when_a_part_is_over_and_where_one_is_left() -> None:
     assert not is_too_high(0.05, 100.0, 1.0) and not is_too_high(1.0, 100.0, 1.0)
+    assert not is_too_high(0.1, -0.999, -0.99) and is_too_high(0.1, -0.4, -0.99), "losses of one's own may be negative"
     assert is_too_high(0.1, 1.6, 1.0) and not is_too_high(0.1, 1.4, 1.0) and is_too_high(0.5, math.nan, 1.0)
     assert at_lower_rate(replace(PLAN, steps=100, lr=0.05), 12) == replace(PLAN, steps=88, lr=pytest.approx(0.01))
 

@@ -193,7 +193,28 @@ def test_a_run_that_dies_while_it_trains_in_8_bits_goes_on(tmp_path: Path, monke
     monkeypatch.setattr(Trials, "with_weights", dies)
     with pytest.raises(KeyboardInterrupt):
         bench.compress("stopped", **IN_BITS)
+    assert not list(tmp_path.glob("**/answers")), "what was captured for it goes whatever happens"
     monkeypatch.setattr(Trials, "with_weights", trained)
     recorder = Recorder()
     bench.compress("stopped", progress=recorder, **IN_BITS)
     assert bench.student.read_bytes() == whole and "finetune" not in recorder.stages, "it had been trained by then"
+
+
+@pytest.mark.usefixtures("timed_alike")
+def test_what_a_training_in_8_bits_depends_on_trains_it_anew(tmp_path: Path) -> None:
+    bench = Bench(tmp_path).put(deep(), 160)
+    told = {"finetune_steps": 60, **{k: v for k, v in IN_BITS.items() if k != "finetune_steps"}}
+    bench.compress(**told)
+    for change, trains in (({}, False), ({"batch_size": 8}, True), ({"optimiser": "adam"}, True), ({"seed": 3}, True)):
+        recorder = Recorder()
+        bench.compress(progress=recorder, **{**told, **change})
+        assert ("finetune" in recorder.stages) == trains, change
+    report = bench.compress(**{**told, "finetune_steps": 0}).report
+    assert not lines_of(report)[True] and report.quantised is not None
+
+
+@pytest.mark.usefixtures("timed_alike")
+def test_under_a_time_budget_too_no_fine_tuning_is_none_in_8_bits(tmp_path: Path) -> None:
+    bench, told = Bench(tmp_path).put(deep(), 160), {"keep": 1.0, "steps": 0, "bits": 8, "time_budget": 4}
+    assert len(lines_of(bench.compress(**told, finetune_steps=1).report)[True]) == 1
+    assert not lines_of(bench.compress(**told, finetune_steps=0).report)[True]

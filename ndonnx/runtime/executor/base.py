@@ -82,7 +82,7 @@ class Executor(ABC):
     def run(self, jobs: Iterable[Job], on_step: OnStepNamed) -> Iterator[Outcome]:
         """Run `jobs`, started in the given order, and yield each outcome as it completes.
 
-        A job is taken from `jobs` only when it can start. `on_step` is called in the caller's
+        A job is taken from `jobs` when it can start, or one ahead of that. `on_step` is called in the caller's
         thread while the caller waits for an outcome, at most five times a second for each job
         and once more for its last step. Closing the iterator stops whatever still runs.
 

@@ -111,7 +111,10 @@ class _Shift:
         unsent: list[Outcome] = []
         while len(self._running) < self._workers and (task := self._ahead or self._sent(waiting, unsent)) is not None:
             self._ahead = None
-            self._start(task)
+            try:
+                self._start(task)
+            except Exception as error:  # of Ray's
+                unsent.append(Outcome(task.name, None, fault_of(error)))
         self._ahead = self._ahead or self._sent(waiting, unsent)
         return unsent
 
@@ -151,7 +154,8 @@ class _Shift:
         order = Order(secrets.token_hex(8), self._session.run, pack(job), gone=self._gone, places=places)
         if not isinstance(job, MovableJob):
             return _Task(job.name, order)
-        self._session.make_ready(type(job).__module__, places, job.demands.threads, self._workers)
+        if not job.demands.cuda:  # a card is not to be held by who has no job for it
+            self._session.make_ready(type(job).__module__, places, job.demands.threads, self._workers)
         writes = job.writes.absolute()
         order = replace(order, files=self._session.send(job.reads), writes=str(writes))
         return _Task(job.name, order, job.demands, writes)

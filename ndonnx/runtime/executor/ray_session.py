@@ -35,8 +35,8 @@ class Session:
         self.job = ray.get_runtime_context().get_job_id()
         self.warehouse = Warehouse(ray.put)
         self._task = ray.remote(run_order)
-        self._ready: list[Any] = []
-        """References of workers that were started before there was a job for them."""
+        self._ready: dict[tuple[int, int], list[Any]] = {}
+        """References of workers that were started before there was a job for them, by threads and number."""
         self._board = ray.remote(Board).options(num_cpus=0, max_restarts=-1).remote()
         self._news = self._board.take.remote()
         atexit.register(self._leave)
@@ -84,7 +84,7 @@ class Session:
             ) from error
 
     def make_ready(self, module: str, places: Sequence[str], threads: int, workers: int) -> None:
-        """Start workers once, and let them import what a job needs, while the files that it reads are sent.
+        """Start workers, once of each number, and let them import what a job needs while its files are sent.
 
         Args:
             module: in which the job's class is found.
@@ -92,9 +92,9 @@ class Session:
             threads: of a job.
             workers: that many.
         """
-        if not self._ready:
+        if (threads, workers) not in self._ready:
             task = self.ray.remote(make_ready).options(**self._demands(threads), scheduling_strategy="SPREAD")
-            self._ready = [task.remote(module, places) for _ in range(workers)]
+            self._ready[threads, workers] = [task.remote(module, places) for _ in range(workers)]
 
     def submit(self, order: Order, threads: int, gpus: float, avoided: Sequence[str]) -> Any:
         """Start a job, if possible not on these nodes; the reference of what it will return."""

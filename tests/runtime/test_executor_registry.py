@@ -91,7 +91,7 @@ def test_a_recipe_names_an_executor_of_the_programs_own(tmp_path: Path, listing:
     assert set(listing.ran) >= UNITS and "student" in listing.ran, "the neighbourhoods and the fine-tuning"
     assert max(listing.workers) == 2
     student = bench.student.read_bytes()
-    assert bench.bytes("serially", executor="serial", finetune_steps=2) == student
+    assert bench.bytes("serially", executor="serial", workers=2, finetune_steps=2) == student
 
 
 @pytest.mark.parametrize("command", ["compress", "search", "harden"])
